@@ -10,7 +10,9 @@ Shapes: B sequences, T positions, E embedding channels, C hidden channels, V ids
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -78,12 +80,14 @@ class CharWaveNet(nn.Module):
     """ids [B, T] -> logits [B, T, V]; position t sees the `context` ids up to and including t. What lies before the
     first id reads as id 0, the boundary that pads each name's start."""
 
+    joins: Sequence[Join]
+
     def __init__(self, config: CharWaveNetConfig) -> None:
         super().__init__()
         self.config = config
         self.table = nn.Embedding(config.vocab_size, config.embedding)
         widths = [config.embedding] + [config.hidden] * config.levels
-        self.joins = nn.ModuleList(Join(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.joins = nn.ModuleList(Join(a, b) for a, b in pairwise(widths))  # pyright: ignore[reportAttributeAccessIssue]
         self.head = nn.Linear(config.hidden, config.vocab_size)
         nn.init.normal_(self.head.weight, std=0.1 * config.hidden**-0.5)  # less confident at the start
         nn.init.zeros_(self.head.bias)

@@ -13,6 +13,7 @@ Sources: Radford et al. 2019 (GPT-2) and Andrej Karpathy's nanoGPT, makemore and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -196,6 +197,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """ids [B, T] -> logits [B, T, V]; position t sees ids up to and including t, never beyond."""
 
+    blocks: Sequence[Block]
     cos: Tensor
     sin: Tensor
 
@@ -210,7 +212,7 @@ class GPT(nn.Module):
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
         self.dropout = nn.Dropout(config.dropout if config.embedding_dropout else 0.0)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))  # pyright: ignore[reportAttributeAccessIssue]
         self.norm = Norm(config)
         self.head = nn.Linear(config.channels, config.vocab_size, bias=config.head_bias)
         if config.tied_head:
@@ -312,4 +314,3 @@ class GPT(nn.Module):
     def step(self, ids: Tensor, state: GPTState) -> tuple[Tensor, GPTState]:
         """Feed one id a sequence, ids [B] -> logits [B, V]; `state` is updated in place."""
         return self.prefill(ids[:, None], state)
-

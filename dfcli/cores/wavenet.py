@@ -11,6 +11,7 @@ Shapes: B sequences, T positions, R residual channels, S skip channels, K taps, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -135,13 +136,15 @@ class WaveNetState:
 class WaveNet(nn.Module):
     """ids [B, T] -> logits [B, T, V]; position t sees the `context` ids up to and including t."""
 
+    layers: Sequence[Layer]
+
     def __init__(self, config: WaveNetConfig) -> None:
         super().__init__()
         self.config = config
         R = config.residual
         self.table = nn.Embedding(config.vocab_size, config.embedding or R)
         self.entry = nn.Linear(config.embedding, R, bias=False) if config.embedding else nn.Identity()
-        self.layers = nn.ModuleList(Layer(config, dilation) for dilation in config.all_dilations)
+        self.layers = nn.ModuleList(Layer(config, dilation) for dilation in config.all_dilations)  # pyright: ignore[reportAttributeAccessIssue]
         # The sum of every layer's skip projection is one matrix over the concatenated gates.
         self.skip = nn.Linear(config.layers * R, config.skip, bias=config.bias)
         self.head1 = nn.Linear(config.skip, config.head)

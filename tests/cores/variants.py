@@ -1,0 +1,52 @@
+"""Small cores of every kind, for tests that hold for all of them."""
+
+from __future__ import annotations
+
+import torch
+
+from dfcli.cores import Core, build
+
+VARIANTS: dict[str, tuple[str, dict]] = {
+    "gpt2": ("gpt", dict(vocab_size=17, context=12, layers=2, heads=2, channels=8, activation="gelu_tanh")),
+    "lecture": (
+        "gpt",
+        dict(
+            vocab_size=17, context=12, layers=2, heads=2, channels=8, activation="relu", qkv_bias=False,
+            head_bias=True, tied_head=False, embedding_dropout=False, init="normal",
+        ),
+    ),
+    "nano": ("gpt", dict(vocab_size=17, context=12, layers=3, heads=4, channels=16, bias=False, qkv_bias=False)),
+    "modern": (
+        "gpt",
+        dict(
+            vocab_size=17, context=12, layers=2, heads=2, channels=8, position="rotary", norm="rmsnorm",
+            activation="relu2", bias=False, qkv_bias=False, qk_norm=True, tied_head=False, init="zero",
+        ),
+    ),
+    "makemore-gpt": (
+        "gpt",
+        dict(
+            vocab_size=17, context=12, layers=2, heads=2, channels=8, activation="gelu_tanh", tied_head=False,
+            init="torch",
+        ),
+    ),
+    "paper": ("wavenet", dict(vocab_size=17, dilations=[1, 2, 4], cycles=2, residual=6, skip=5, head=7)),
+    "kernel-3": ("wavenet", dict(vocab_size=17, dilations=[1, 3], cycles=1, kernel=3, residual=6, skip=5, head=7)),
+    "kernel-1": ("wavenet", dict(vocab_size=17, dilations=[1], cycles=2, kernel=1, residual=6, skip=5, head=7)),
+    "sc09": (
+        "wavenet",
+        dict(vocab_size=17, dilations=[1, 2], cycles=2, residual=6, skip=5, head=7, embedding=9, decoder=4, bias=False),
+    ),
+    "normed": ("wavenet", dict(vocab_size=17, dilations=[1, 2, 4], cycles=1, residual=6, norm="rmsnorm", init="zero")),
+    "charwavenet": ("charwavenet", dict(vocab_size=17, levels=3, embedding=5, hidden=7)),
+}  # fmt: skip
+
+
+def small(name: str, seed: int = 0) -> Core:
+    """Variant `name` in eval mode with no parameter at zero, so that every path counts."""
+    torch.manual_seed(seed)
+    core = build(*VARIANTS[name]).eval()
+    with torch.no_grad():
+        for parameter in core.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return core
