@@ -1,0 +1,195 @@
+"""GPT-2's byte-level byte pair encoding (Radford et al. 2019), from `encoder.json` and `vocab.bpe`.
+
+Merging is done by tiktoken, whose own loader would fetch the vocabulary from the network; this one reads it
+from a folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dfcli.codecs.base import StreamDecoder, TextCodec, checked_ids, field
+from dfcli.codecs.text import Utf8Decoder, starts_character, utf8
+from dfcli.errors import CorruptError, DfError
+
+FILES = ("encoder.json", "vocab.bpe")
+MAX_FILE = 64 << 20  # bytes; the published ones have 1.0 and 0.5 MB
+END_OF_TEXT = "<|endoftext|>"
+
+# How text is cut before merging: GPT-2's expression, written so that most runs do not backtrack. A run of
+# white space leaves its last character to the word behind it.
+PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+# Characters handed to tiktoken at once. Its expression engine gives up on runs of several 100,000 blanks, so
+# longer texts are cut where the expression cuts them anyway.
+PIECE = 1 << 16
+PIECES_AT_ONCE = 64
+
+
+class GPT2(TextCodec):
+    """GPT-2's vocabulary: 50,257 ids in the published files, of which the last ends a text.
+
+    `<|endoftext|>` in a user's text is text like any other. A stretch of more than 65,536 characters in which
+    no word follows white space is cut at that length: its ids then differ from those of an uncut merge, its
+    text does not.
+    """
+
+    name = "gpt2"
+
+    def __init__(self, folder: Path) -> None:
+        """Reads `encoder.json` and `vocab.bpe` of `folder`. Raises DfError where they are missing,
+        CorruptError where they are not a vocabulary of GPT-2's kind."""
+        import tiktoken
+
+        folder = Path(folder)
+        self._files = {name: _read(folder / name) for name in FILES}
+        try:
+            pieces = _vocabulary(self._files["encoder.json"], self._files["vocab.bpe"])
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CorruptError(
+                f"{folder} does not hold GPT-2's `encoder.json` and `vocab.bpe`: {error}",
+                "fetch them with `df data get gpt2-bpe`",
+            ) from None
+        self.end_of_text = len(pieces)
+        self.vocab_size = len(pieces) + 1
+        self._pieces = [*pieces, b""]
+        self.byte_lengths = np.array([len(p) for p in self._pieces], np.int64)
+        self.character_lengths = np.array(
+            [starts_character(np.frombuffer(p, np.uint8)).sum() for p in self._pieces], np.int64
+        )
+        self._newline = pieces.index(b"\n")
+        self._merger = tiktoken.Encoding(
+            "gpt2",
+            pat_str=PATTERN,
+            mergeable_ranks={piece: rank for rank, piece in enumerate(pieces)},
+            special_tokens={END_OF_TEXT: self.end_of_text},
+        )
+
+    def encode(self, text: str, start: int = 0) -> np.ndarray:
+        return np.concatenate([np.empty(0, self.dtype), *self._encode_pieces(_pieces([text], start))])
+
+    def encode_stream(self, chunks: Iterable[str]) -> Iterator[np.ndarray]:
+        return self._encode_pieces(_pieces(chunks, 0))
+
+    def _encode_pieces(self, pieces: Iterator[tuple[str, int]]) -> Iterator[np.ndarray]:
+        with ThreadPoolExecutor(_cores()) as pool:  # tiktoken releases the interpreter's lock
+            while batch := list(islice(pieces, PIECES_AT_ONCE)):
+                yield np.concatenate(list(pool.map(self._encode_piece, batch)))
+
+    def _encode_piece(self, piece: tuple[str, int]) -> np.ndarray:
+        text, start = piece
+        utf8(text, start)  # refuses lone surrogates, which tiktoken would not name
+        ids = self._merger.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
+        return ids.astype(self.dtype)
+
+    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
+        pieces = self._pieces
+        return b"".join([pieces[i] for i in checked_ids(ids, self.vocab_size).tolist()]).decode("utf-8", "replace")
+
+    def decoder(self) -> StreamDecoder:
+        return Utf8Decoder(self._pieces)
+
+    @property
+    def id_of_newline(self) -> int | None:
+        return self._newline
+
+    def to_json(self) -> dict[str, Any]:
+        hashes = {name: hashlib.sha256(data).hexdigest() for name, data in self._files.items()}
+        return {"name": self.name, "sha256": hashes}
+
+    @classmethod
+    def from_json(cls, description: dict[str, Any], folder: Path) -> GPT2:
+        hashes = field(description, "sha256", dict)
+        codec = cls(folder)
+        for name, data in codec._files.items():
+            if hashlib.sha256(data).hexdigest() != hashes.get(name):
+                raise CorruptError(
+                    f"{folder / name} is not the vocabulary that was used", "put the original file back there"
+                )
+        return codec
+
+    def save_files(self, folder: Path) -> None:
+        for name, data in self._files.items():
+            (folder / name).write_bytes(data)
+
+
+def _pieces(chunks: Iterable[str], offset: int) -> Iterator[tuple[str, int]]:
+    """The text of all chunks, cut into pieces of at most PIECE characters whose ids do not depend on each
+    other, each with its place counted from `offset`. The cuts depend on the text alone, not on the chunks."""
+    text = ""
+    for chunk in chunks:
+        text += chunk
+        start = 0
+        while len(text) - start > PIECE:
+            end = _word_start(text, start, start + PIECE)
+            yield text[start:end], offset + start
+            start = end
+        text, offset = text[start:], offset + start
+    if text:
+        yield text, offset
+
+
+def _word_start(text: str, start: int, end: int) -> int:
+    """The last place in (start, end) where a blank or newline stands before a visible character: the
+    expression always cuts there, whatever surrounds it. `end` where there is none."""
+    for place in range(end - 2, start, -1):
+        if text[place] in " \n" and not text[place + 1].isspace():
+            return place
+    return end
+
+
+def _cores() -> int:
+    """Processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE + 1)
+    except OSError as error:
+        raise DfError(
+            f"could not read GPT-2's vocabulary {path}: {error.strerror}",
+            "fetch it with `df data get gpt2-bpe`, or name its folder with `--bpe`",
+        ) from None
+    if len(data) > MAX_FILE:
+        raise DfError(f"{path} is too large for a vocabulary", "fetch it with `df data get gpt2-bpe`")
+    return data
+
+
+def _vocabulary(encoder_json: bytes, vocab_bpe: bytes) -> list[bytes]:
+    """The bytes of each id but the last. Raises ValueError, KeyError, ... where the two files disagree.
+
+    The published files write bytes as printable characters. Pairs merge in the order of their lines, and ids
+    follow that order: 256 single bytes, then one id per merge, then the end of text.
+    """
+    byte_of = _printable_bytes()
+    encoder = json.loads(encoder_json)
+    ids = {bytes(byte_of[c] for c in piece): i for piece, i in encoder.items() if piece != END_OF_TEXT}
+    pieces = sorted(ids, key=ids.__getitem__)
+    if sorted(encoder.values()) != list(range(len(encoder))) or encoder[END_OF_TEXT] != len(pieces):
+        raise ValueError("the ids are not 0, 1, 2, ... with the end of text last")
+    if sorted(pieces[:256]) != [bytes([b]) for b in range(256)]:
+        raise ValueError("the first 256 ids are not the bytes")
+    lines = vocab_bpe.decode("utf-8").splitlines()
+    merges = [line.split() for line in lines if line and not line.startswith("#version")]
+    if [bytes(byte_of[c] for c in "".join(pair)) for pair in merges] != pieces[256:]:
+        raise ValueError("the merges are not those of the ids")
+    return pieces
+
+
+def _printable_bytes() -> dict[str, int]:
+    """The byte each character of the published files stands for: visible Latin-1 characters are themselves,
+    the other bytes in rising order are U+0100, U+0101, ..."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = sorted(set(range(256)) - set(visible))
+    return {chr(b): b for b in visible} | {chr(0x100 + i): b for i, b in enumerate(hidden)}

@@ -1,0 +1,83 @@
+"""8-bit mu-law: 256 levels, closer together near silence, as in WaveNet (van den Oord et al. 2016, 2.2).
+
+f(x) = sign(x) ln(1 + mu |x|) / ln(1 + mu) with mu = 255, then 256 equal steps of [-1, 1].
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dfcli.codecs.base import Codec, checked_ids, field
+from dfcli.errors import CorruptError, DfError
+
+MU = 255.0
+QUANTIZERS = ("torchaudio", "s4")
+RATES = (100, 384_000)  # Hz; below there is nothing to hear, above no recorder works
+
+
+class MuLaw(Codec):
+    """Mono samples in [-1, 1] at `sample_rate` Hz to ids 0 ... 255 and back.
+
+    `quantizer` says how f(x) is rounded: "torchaudio" as torchaudio.functional.mu_law_encoding (the nearest
+    of 256 points from -1 to 1), "s4" as the audio experiments of Goel et al. 2022 (SaShiMi; state-spaces/s4,
+    src/dataloaders/audio.py), whose published bits per sample it makes comparable.
+    """
+
+    name = "mulaw"
+    kind = "audio"
+    vocab_size = 256
+    zero_level = 128
+    """The id of silence, with either quantizer."""
+
+    def __init__(self, sample_rate: int, quantizer: str = "torchaudio") -> None:
+        """Raises ValueError for an unknown quantizer, DfError for a rate outside 100 Hz ... 384 kHz."""
+        if quantizer not in QUANTIZERS:
+            raise ValueError(f"quantizer must be one of {QUANTIZERS}, not {quantizer!r}")
+        if not RATES[0] <= sample_rate <= RATES[1]:
+            raise DfError(
+                f"{sample_rate} Hz is no usable sample rate", f"choose one from {RATES[0]} to {RATES[1]:,} Hz"
+            )
+        self.sample_rate = sample_rate
+        self.quantizer = quantizer
+        self._levels = self._level_values()  # float32 [256]
+
+    def encode(self, samples: np.ndarray) -> np.ndarray:
+        """float32 [n] -> uint8 [n]. Clamps samples beyond [-1, 1]; raises DfError for NaN and infinity."""
+        x = np.asarray(samples, np.float32)
+        if not np.isfinite(x).all():
+            place = int(np.argmin(np.isfinite(x)))
+            raise DfError(f"sample {place} of the audio is {x[place]}, not a number in [-1, 1]")
+        x = np.clip(x, -1, 1)
+        if self.quantizer == "s4":
+            y = np.sign(x) * (np.log1p(MU * np.abs(x + np.float32(1e-8))) / np.log1p(np.float32(MU)))
+            y = (y + 1) / 2 * np.float32(256 - 0.01) + np.float32(0.01 / 2)
+        else:
+            y = np.sign(x) * np.log1p(MU * np.abs(x)) / np.log1p(np.float32(MU))
+            y = (y + 1) / 2 * np.float32(MU) + np.float32(0.5)
+        return y.astype(np.uint8)
+
+    def decode(self, ids: np.ndarray) -> np.ndarray:
+        """ids [n] -> float32 [n] in [-1, 1], which encode to the same ids. Raises ValueError beyond 255."""
+        return self._levels[checked_ids(ids, 256)]
+
+    def _level_values(self) -> np.ndarray:
+        levels = np.arange(256, dtype=np.float64)
+        # s4 cuts [-1, 1] into equal steps: the middle of each is what its id stands for
+        y = (levels + 0.5 - 0.005) / (256 - 0.01) * 2 - 1 if self.quantizer == "s4" else levels / MU * 2 - 1
+        return (np.sign(y) * np.expm1(np.abs(y) * np.log1p(MU)) / MU).astype(np.float32)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "sample_rate": self.sample_rate, "quantizer": self.quantizer}
+
+    @classmethod
+    def from_json(cls, description: dict[str, Any], folder: Path) -> MuLaw:
+        quantizer = field(description, "quantizer", str)
+        if quantizer not in QUANTIZERS:
+            raise CorruptError(f"the mu-law quantizer {quantizer!a} is unknown", "use a newer dfcli")
+        rate = field(description, "sample_rate", int)
+        if not RATES[0] <= rate <= RATES[1]:
+            raise CorruptError(f"the codec's sample rate of {rate} Hz is out of bounds", "prepare the data again")
+        return cls(rate, quantizer)
