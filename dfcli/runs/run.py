@@ -1,0 +1,316 @@
+"""A run on disk: a plain folder with all that sampling, evaluation and resuming need, to be copied at will.
+
+    run.json            what was trained, on what, how: written once
+    metrics.jsonl       its history
+    step-00000500/      checkpoints, see `checkpoint.py`
+    (side files of the codec)
+
+Opening, listing and reading states or metrics does not import torch.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from collections.abc import Container, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dfcli.errors import CorruptError, DfError, UsageError
+from dfcli.runs import checkpoint, lock, metrics
+from dfcli.runs.checkpoint import Checkpoint
+from dfcli.system import files
+from dfcli.system.events import Note, OnEvent, ignore
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from dfcli.codecs import Codec
+    from dfcli.cores import Core
+    from dfcli.runs.rebuild import Blueprint
+
+FORMAT = 1
+RUN, METRICS = "run.json", "metrics.jsonl"
+KEPT_LAST = 2
+
+
+def runs_home() -> Path:
+    """The folder whose folders are the runs."""
+    return files.data_home() / "runs"
+
+
+@dataclass(frozen=True)
+class Run:
+    """An existing run. Made by `Run.create` or `Run.open`."""
+
+    name: str
+    path: Path
+    info: dict[str, Any]
+    """What `run.json` holds: format, kind, core {"name", "config"}, codec, recipe, dataset, created, ..."""
+
+    @classmethod
+    def create(cls, name: str, info: dict[str, Any], codec: Codec) -> Run:
+        """A new run of the data home. Adds format, codec, versions and created to `info`.
+
+        UsageError for a name that is not allowed, or taken (also where it differs only in case).
+        """
+        files.check_name(name, "run")
+        home = runs_home()
+        files.clean_debris(home)
+        if taken := files.same_name(home, name):
+            hint = "go on with it by `--resume`, or choose another `--name`"
+            raise UsageError(f"there is a run `{taken}` already", hint if taken == name else "choose another `--name`")
+        created = datetime.now(UTC).isoformat(timespec="microseconds")
+        info = {
+            "format": FORMAT,
+            **info,
+            "codec": codec.to_json(),
+            "versions": _versions() | info.get("versions", {}),
+            "created": created,
+        }
+        with files.building(home / name) as folder:
+            (folder / RUN).write_bytes(files.json_bytes(info))
+            (folder / METRICS).write_bytes(metrics.HEADER)
+            codec.save_files(folder)
+        return cls.open(home / name)
+
+    @classmethod
+    def open(cls, name_or_path: str | Path) -> Run:
+        """The run of that name in the data home, else the one in that folder (`./x` is always a folder).
+
+        UsageError if there is none, CorruptError if its `run.json` is damaged, DfError if that is of a newer
+        format.
+        """
+        path = _find(name_or_path)
+        source = path / RUN
+        info = files.read_json(source)
+        files.check_format(info, FORMAT, source)
+        core = info.get("core")
+        sound = isinstance(core, dict) and isinstance(core.get("name"), str) and isinstance(core.get("config"), dict)
+        if not sound or not isinstance(info.get("kind"), str) or not isinstance(info.get("codec"), dict):
+            raise CorruptError(f"{source} is damaged: it does not describe a run", files.DAMAGED)
+        return cls(path.name, path, info)
+
+    @property
+    def kind(self) -> str:
+        """ "gpt" or "wavenet"."""
+        return self.info["kind"]
+
+    @cached_property
+    def codec(self) -> Codec:
+        """What its ids mean."""
+        from dfcli.codecs import codec_from_json
+
+        return codec_from_json(self.info["codec"], self.path)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Be the only one who trains this run, or DfError naming who does. Undoes what a killed trainer left."""
+        with lock.held(self.path):
+            files.clean_debris(self.path)
+            yield
+
+    def save(self, step: int, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]) -> Path:
+        """Commit a checkpoint durably and return its folder; then remove those that are no longer needed.
+
+        `model` is the core's state dict, on any device. Kept are this step, the one before it and the best by
+        `state["val_loss"]`; a run that went back to an earlier step has given up the later ones. DfError if it
+        cannot be written: then the run is as before. ValueError if it could not be loaded again.
+        """
+        metrics.sync(self.path / METRICS)  # a checkpoint must not outlive the lines that lead to it
+        kinds = self._core.layout.kinds
+        weights = {name: model[name] for name in kinds}
+        if any((x.dtype, tuple(x.shape)) != kinds[name] for name, x in weights.items()):
+            raise ValueError("the tensors are not those of the core that run.json describes")
+        path = checkpoint.save(self.path, step, weights, optimizer, state)
+        self._prune(step)
+        return path
+
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, ascending."""
+        return checkpoint.steps(self.path)
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What the trainer stored with a checkpoint. CorruptError if it is damaged."""
+        return checkpoint.read_state(self.path, step)["state"]
+
+    def resolve(self, which: str | int, *, passed_over: Container[int] = ()) -> int:
+        """The step of the checkpoint that "best" (lowest val_loss, else last), "last" or a number means.
+
+        UsageError if `which` is none of these or that step is not there; DfError if there is no checkpoint.
+        """
+        steps = [step for step in self.steps() if step not in passed_over]
+        if which not in ("best", "last"):
+            with suppress(ValueError):
+                if (step := int(which)) in steps:
+                    return step
+            there = ", ".join(map(str, steps)) or "none"
+            raise UsageError(f"run `{self.name}` has no checkpoint `{which}`", f"there are best, last and: {there}")
+        if not steps and passed_over:
+            raise CorruptError(f"no checkpoint of run `{self.name}` can be read", files.DAMAGED)
+        if not steps:
+            raise DfError(f"run `{self.name}` has no checkpoint yet", "train it further with `--resume`")
+        return steps[-1] if which == "last" else min(steps, key=lambda step: (self._val_loss(step), -step))
+
+    def load(
+        self,
+        which: str | int = "best",
+        *,
+        optimizer: bool = False,
+        fallback: bool = False,
+        on_event: OnEvent = ignore,
+    ) -> Checkpoint:
+        """Read a checkpoint, verified, into the CPU's memory, also while a trainer adds and removes some.
+
+        A damaged one is a CorruptError that names the file; with `fallback` the next of "best" or "last" is
+        taken, and a Note says so. Other errors are those of `resolve`.
+        """
+        core, damaged = self._core, set[int]()
+        while True:
+            step = self.resolve(which, passed_over=damaged)
+            chosen = checkpoint.identity(self.path, step)
+            try:
+                return checkpoint.load(self.path, step, core, optimizer=optimizer)
+            except DfError as error:
+                if chosen is None or checkpoint.identity(self.path, step) != chosen:
+                    continue  # its trainer removed or replaced it meanwhile: choose from what there is now
+                if not isinstance(error, CorruptError):
+                    raise
+                if not fallback or which not in ("best", "last"):
+                    others = ", ".join(str(other) for other in self.steps() if other != step)
+                    instead = f"choose another with `--checkpoint` ({others})" if others else error.hint
+                    raise CorruptError(error.message, instead) from error
+                damaged.add(step)
+                on_event(Note(f"checkpoint {step} is passed over: {error.message}"))
+
+    def build(self, which: str | int = "best", device: torch.device | str = "cpu") -> tuple[Core, Checkpoint]:
+        """The core with a checkpoint's weights, on `device`, in evaluation mode. Errors as `load`'s."""
+        saved = self.load(which)
+        return self._core.build(saved.model).to(device).eval(), saved
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append a line to the history, visible to readers at once."""
+        metrics.append(self.path / METRICS, row)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The history, a row a line. CorruptError if a line is damaged; one cut off by a crash is left out."""
+        return metrics.read(self.path / METRICS)
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drop the history after `step`, atomically."""
+        metrics.truncate(self.path / METRICS, step)
+
+    def size_bytes(self) -> int:
+        """What the run takes on the disk."""
+        total = 0
+        for place, _, names in os.walk(self.path):
+            for name in names:
+                with suppress(OSError):  # removed meanwhile
+                    total += os.lstat(os.path.join(place, name)).st_size
+        return total
+
+    @cached_property
+    def _core(self) -> Blueprint:
+        from dfcli.runs.rebuild import Blueprint
+
+        return Blueprint(self.info["core"], self.path / RUN)
+
+    def _val_loss(self, step: int) -> float:
+        """For ordering. A damaged state comes first, so that its damage is met and told, not passed over."""
+        try:
+            return _number(self.state(step).get("val_loss"))
+        except DfError:
+            return -math.inf
+
+    def _prune(self, newest: int) -> None:
+        losses: dict[int, float] = {}
+        for step in self.steps():
+            with suppress(DfError):  # a damaged one is neither the best nor one to go back to
+                if step <= newest:
+                    losses[step] = _number(self.state(step).get("val_loss"))
+        kept = {
+            *sorted(losses)[-KEPT_LAST:],
+            min(losses, key=lambda step: (losses[step], -step), default=newest),
+        }
+        for step in self.steps():
+            if step not in kept:
+                with suppress(DfError):  # Windows keeps what a reader has open; the next time will do
+                    files.remove_folder(checkpoint.folder(self.path, step))
+
+
+def list_runs(on_event: OnEvent = ignore) -> list[Run]:
+    """The runs of the data home by name. One that cannot be read is left out, and a Note says why."""
+    runs = []
+    for folder in _folders():
+        try:
+            runs.append(Run.open(folder))
+        except DfError as error:
+            on_event(Note(f"run `{folder.name}` is left out: {error.message}"))
+    return runs
+
+
+def newest(kind: str | None = None, on_event: OnEvent = ignore) -> Run:
+    """The run (of a kind) created last, among those with a checkpoint. UsageError if there is none."""
+    runs = [run for run in list_runs(on_event) if kind in (None, run.kind) and run.steps()]
+    if not runs:
+        what = f"{kind} run" if kind else "run"
+        raise UsageError(f"there is no {what} with a checkpoint yet", f"train one first: `df train {kind or 'gpt'}`")
+    return max(runs, key=lambda run: (str(run.info.get("created")), run.name))
+
+
+def remove(name: str) -> None:
+    """Remove a run of the data home, be it damaged. UsageError if there is none, DfError while it is trained."""
+    folder = runs_home() / files.check_name(name, "run")
+    if not folder.is_dir():
+        raise _no_run(name)
+    with lock.held(folder):
+        if os.name != "nt":
+            files.remove_folder(folder)
+    if os.name == "nt":  # there a folder with an open file in it, the lock, cannot be renamed
+        files.remove_folder(folder)
+    files.clean_debris(folder.parent)
+
+
+def _find(name_or_path: str | Path) -> Path:
+    if isinstance(name_or_path, str) and files.NAME.fullmatch(name_or_path):
+        folder = runs_home() / name_or_path
+        if folder.is_dir():
+            return folder
+    path = Path(name_or_path).absolute()
+    with files.os_errors("read", path):
+        if (path / RUN).is_file():
+            return path
+    raise _no_run(str(name_or_path))
+
+
+def _no_run(name: str) -> UsageError:
+    names = ", ".join(folder.name for folder in _folders())
+    return UsageError(f"there is no run `{name}`", f"there are: {names}" if names else "train one: `df train gpt`")
+
+
+def _folders() -> list[Path]:
+    home = runs_home()
+    if not home.is_dir():
+        return []
+    with files.os_errors("read", home):
+        return sorted(folder for folder in home.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+
+
+def _number(val_loss: object) -> float:
+    """A validation loss for ordering; infinite where it was not measured."""
+    return float(val_loss) if isinstance(val_loss, int | float) and math.isfinite(val_loss) else math.inf
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("dfcli", "torch"):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
