@@ -1,0 +1,210 @@
+"""How good a run's model is: its loss over a split or over other data, in every unit, beside baselines."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dfcli.codecs import Codec, MuLaw, TextCodec
+from dfcli.cores import GPTConfig
+from dfcli.data.dataset import Dataset, find_dataset
+from dfcli.data.prepare import prepare
+from dfcli.errors import DfError, UsageError
+from dfcli.evaluation.baselines import baselines, count_targets
+from dfcli.evaluation.sweep import Loss, sweep
+from dfcli.runs.run import Run, newest
+from dfcli.system.device import resolve
+from dfcli.system.events import Note, OnEvent, ignore
+
+WHOLE = "all"  # the one split of data that is given to be scored whole
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found. Figures that do not apply are None."""
+
+    run: str
+    checkpoint: int  # its step
+    dataset: str  # its name, or the files that were given
+    split: str
+    tokens: int  # scored
+    context: int  # ids the model sees at most
+    stride: int  # 1 where every target is seen with the whole context
+    loss: float  # nats per token
+    perplexity: float
+    bits_per_token: float
+    bits_per_byte: float | None  # of the text's UTF-8; text only
+    bits_per_character: float | None
+    bits_per_sample: float | None  # audio only
+    baselines: dict[str, dict[str, float]]  # name -> loss and bits, in the units above
+    protocol: str  # how it was measured, in a sentence
+    seconds: float  # of the model's sweep
+    tokens_per_second: float
+
+
+def evaluate(
+    run: Run | str | Path | None = None,
+    data: Sequence[str] = (),
+    *,
+    split: str | None = None,
+    stride: int | None = None,
+    checkpoint: str | int = "best",
+    device: str = "auto",
+    on_event: OnEvent = ignore,
+) -> Evaluation:
+    """Scores every target of a split once, deterministically; the newest run, if `run` is None.
+
+    Without `data` it is a split ("val" by default) of the dataset that the run was trained on. `data` may
+    name another dataset, prepared with the same codec, or files and folders, which are scored whole as the
+    split "all". `stride` is for GPTs, from 1 to the context (the default): a smaller one gives each target
+    more context and takes longer.
+    Raises UsageError for options out of range, DfError if the run's data is gone or has changed, or cannot
+    be expressed in its codec, CorruptError for damaged files.
+    """
+    where = resolve(device)
+    if run is None:
+        run = newest()
+        on_event(Note(f"the newest run is {run.name}"))
+    elif not isinstance(run, Run):
+        run = Run.open(run)
+    with _dataset(run, data, on_event) as dataset:
+        split = _split(dataset, split)
+        core, loaded = run.build(checkpoint, where.torch_device)
+        config: Any = core.config
+        if stride is not None and not isinstance(config, GPTConfig):
+            on_event(Note(f"the stride changes nothing: this model sees {config.context:,} ids at every position"))
+            stride = None
+        began = time.perf_counter()
+        loss = sweep(core, dataset, split, where, stride=stride, on_event=on_event)
+        seconds = time.perf_counter() - began
+        if not math.isfinite(loss.nats):
+            raise DfError(f"the loss of run {run.name} is not finite", "try an earlier `--checkpoint`")
+        with _counted(run, dataset, on_event) as train:
+            others = baselines((dataset, split), train, on_event)
+        sizes = _sizes(run.codec, dataset, split, loss.tokens)
+        bits = _bits(loss.mean, sizes)
+        return Evaluation(
+            run=run.name,
+            checkpoint=loaded.step,
+            dataset=", ".join(data) or dataset.name,
+            split=split,
+            tokens=loss.tokens,
+            context=loss.context,
+            stride=loss.stride,
+            loss=loss.mean,
+            perplexity=math.exp(min(loss.mean, 700)),  # e^700 is nearly the largest float
+            bits_per_token=bits["bits_per_token"],
+            bits_per_byte=bits.get("bits_per_byte"),
+            bits_per_character=bits.get("bits_per_character"),
+            bits_per_sample=bits.get("bits_per_sample"),
+            baselines={name: {"loss": nats, **_bits(nats, sizes)} for name, nats in others.items()},
+            protocol=_protocol(loss, dataset, split, others),
+            seconds=seconds,
+            tokens_per_second=loss.tokens / seconds,
+        )
+
+
+@contextmanager
+def _dataset(run: Run, data: Sequence[str], on_event: OnEvent) -> Iterator[Dataset]:
+    """What is to be scored: `data`, else what the run was trained on."""
+    if not data:
+        with _own_dataset(run) as dataset:
+            yield dataset
+        return
+    record = run.info["dataset"]
+    with prepare(
+        list(data),
+        codec=run.codec,
+        lines=record["lines"],
+        lead=record["lead"],
+        normalize=record.get("normalize", "none"),
+        whole=True,
+        on_event=on_event,
+    ) as dataset:
+        yield dataset
+
+
+def _own_dataset(run: Run) -> Dataset:
+    """The dataset a run was trained on, by name or where it was then. Raises DfError if it is gone or
+    another one."""
+    record = run.info["dataset"]
+    hint = "evaluate on files with `--data`, or prepare it again"
+    folder = find_dataset(record["name"]) or find_dataset(record["path"])
+    if folder is None:
+        raise DfError(f"dataset {record['name']}, which run {run.name} was trained on, is gone", hint)
+    dataset = Dataset.open(folder)
+    if dataset.fingerprint != record["fingerprint"]:
+        dataset.close()
+        raise DfError(f"dataset {record['name']} has changed since run {run.name} was trained on it", hint)
+    return dataset
+
+
+@contextmanager
+def _counted(run: Run, dataset: Dataset, on_event: OnEvent) -> Iterator[tuple[Dataset, str] | None]:
+    """The train split that baselines count on: the run's own, or None if that cannot be had, which is
+    said."""
+    if dataset.fingerprint == run.info["dataset"]["fingerprint"] and "train" in dataset.splits:
+        yield dataset, "train"
+        return
+    try:
+        own = _own_dataset(run)
+    except DfError as error:
+        on_event(Note(f"only the uniform baseline is known: {error.message}"))
+        yield None
+        return
+    with own:
+        yield own, "train"
+
+
+def _split(dataset: Dataset, split: str | None) -> str:
+    """The split to score. Raises UsageError if there is none of that name."""
+    if WHOLE in dataset.splits:
+        if split not in (None, WHOLE):
+            raise UsageError("files are scored whole, not by split", "leave out `--split`")
+        return WHOLE
+    split = split or "val"
+    if split not in dataset.splits:
+        raise UsageError(
+            f"dataset {dataset.name} has no split {split!r}", f"it has {', '.join(sorted(dataset.splits))}"
+        )
+    return split
+
+
+def _sizes(codec: Codec, dataset: Dataset, split: str, tokens: int) -> dict[str, int]:
+    """How many of each unit the scored targets stand for."""
+    sizes = {"bits_per_token": tokens}
+    if isinstance(codec, MuLaw):
+        sizes["bits_per_sample"] = tokens
+    elif isinstance(codec, TextCodec):
+        counts = count_targets(dataset, split)
+        sizes["bits_per_byte"] = int(np.dot(counts, codec.byte_lengths))
+        sizes["bits_per_character"] = int(np.dot(counts, codec.character_lengths))
+    return sizes
+
+
+def _bits(nats_per_token: float, sizes: dict[str, int]) -> dict[str, float]:
+    bits = nats_per_token * sizes["bits_per_token"] / math.log(2)
+    return {unit: bits / size for unit, size in sizes.items() if size}
+
+
+def _protocol(loss: Loss, dataset: Dataset, split: str, others: dict[str, float]) -> str:
+    documents = dataset.splits[split].documents
+    unit = "lines" if dataset.lines else "recordings" if dataset.kind == "audio" else "texts"
+    where = f"of {documents:,} {unit}" if documents > 1 else f"of one {unit[:-1]}"
+    if loss.stride == 1:
+        seen = f"each with all of the {loss.context:,} ids before it that the model can see"
+    elif loss.stride == loss.context:
+        seen = f"in windows of {loss.context:,} ids that do not overlap"
+    else:
+        least = loss.context - loss.stride + 1
+        seen = f"each with {least:,} to {loss.context:,} ids before it"
+    start = "where its text has them" if dataset.boundary is None else f"none from before its {unit[:-1]}"
+    counts = "; n-grams are counted on the train split, with add-one smoothing" if len(others) > 1 else ""
+    return f"each of {loss.tokens:,} targets {where} is scored once, {seen}, {start}{counts}"
