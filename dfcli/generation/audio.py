@@ -1,0 +1,90 @@
+"""The sound of one sample while it is made, where it is written, and the recording that it continues."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dfcli.codecs import MuLaw
+from dfcli.data.audio import Recording
+from dfcli.errors import DfError, UsageError
+from dfcli.generation.wav import Wav, pcm
+
+SILENCE = 0.01  # the amplitude (-40 dB) that a clip must exceed to count as begun
+
+
+class AudioClip:
+    """Ids in, samples out to `wav`, which is closed after `total` of them."""
+
+    def __init__(self, wav: Wav, codec: MuLaw, total: int) -> None:
+        self._wav, self._codec = wav, codec
+        self._total = total
+        self._begun = False
+        self.samples = 0  # written
+        self.silent = 0  # of these, before the first sound
+
+    def feed(self, ids: NDArray[np.integer[Any]]) -> None:
+        """Takes further ids [n]."""
+        samples = self._codec.decode(ids)
+        if not self._begun:
+            loud = np.abs(samples) > SILENCE
+            self._begun = bool(loud.any())
+            self.silent += int(loud.argmax()) if self._begun else len(samples)
+        self._wav.append(pcm(samples))
+        self.samples += len(ids)
+        if self.samples == self._total:
+            self.close()
+
+    def close(self) -> None:
+        """Ends the clip where it is. Can be called twice."""
+        self._wav.close()
+
+
+class Prime:
+    """A recording to be continued, as the model hears it: mono, at its rate, through its codec.
+
+    It is read as a stream, once here for its length (`samples`) and its `newest` ids (as many as the model
+    sees), and again by each call of `blocks`. Raises DfError if it cannot be read.
+    """
+
+    def __init__(self, path: Path, codec: MuLaw, normalize: str, context: int) -> None:
+        self._path, self._codec, self._normalize = path, codec, normalize
+        self.samples = 0
+        self.newest = np.empty(0, np.uint8)
+        for ids in self.blocks():
+            self.samples += len(ids)
+            self.newest = np.concatenate([self.newest, ids])[-context:]
+
+    def blocks(self) -> Iterator[NDArray[np.uint8]]:
+        """Its ids, in blocks [n]."""
+        try:
+            for samples in Recording(self._path).stream(self._codec.sample_rate, self._normalize):
+                yield self._codec.encode(samples)
+        except DfError as error:
+            raise DfError(f"the prime {self._path} cannot be used: {error.message}", error.hint) from None
+
+    def copy(self, wav: Wav) -> None:
+        """Writes it, as the model hears it, to `wav`."""
+        for ids in self.blocks():
+            wav.append(pcm(self._codec.decode(ids)))
+
+
+def out_paths(out: Path, num: int, kept: Path | None) -> list[Path]:
+    """`out` for one clip; out-01.wav, out-02.wav, ... for several. `kept` is a file that is still to be
+    read while they are written. Raises UsageError where no wav can be written."""
+    if out.suffix.lower() not in (".wav", ""):
+        raise UsageError(f"{out} does not end in .wav", "sound is written as wav")
+    width = max(2, len(str(num)))
+    paths = [out] if num == 1 else [out.with_stem(f"{out.stem}-{i:0{width}}") for i in range(1, num + 1)]
+    if not out.parent.is_dir():
+        raise UsageError(f"there is no folder {out.parent}", "make it first")
+    for path in paths:
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{path} is not a file", "name a wav file; `-o -` writes to a pipe")
+        if kept is not None and path.exists() and kept.exists() and path.samefile(kept):
+            raise UsageError(f"{path} cannot be both the prime and the output", "write to another file")
+    return paths

@@ -1,0 +1,106 @@
+"""Compilation by numba on the user's own machine: no compiler is needed there, and the code fits its CPU.
+
+Compiling a step takes seconds, so its machine code is kept in the user's cache folder, or in
+$NUMBA_CACHE_DIR. numba would load a damaged file of that folder as it is; therefore a list of checksums
+stands beside its files, and a folder that disagrees with its list is emptied before numba looks at it.
+Where nothing can be written the code is compiled anew in each process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+import platformdirs
+
+# Sums keep their order, so that a clip does not depend on how its steps were cut into calls; a product and
+# a sum may be fused.
+OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "nsz"}}
+jit = numba.njit(**OPTIONS, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+_LIST = "checksums.json"
+
+
+class Compiled:
+    """An entry point: compiled at its first call for each kind of arguments, and kept on disk.
+
+    `sources` are the files its code is written in; a change in any of them is another folder.
+    """
+
+    def __init__(self, function: Callable[..., Any], sources: list[str]) -> None:
+        self._function = function
+        digest = hashlib.sha256(b"".join(Path(source).read_bytes() for source in sources)).hexdigest()
+        base = os.environ.get("NUMBA_CACHE_DIR") or platformdirs.user_cache_path("dfcli") / "compiled"
+        self.folder = Path(base) / f"{function.__name__}-{digest[:16]}"
+        self._dispatcher: Any = None
+
+    def ready(self) -> bool:
+        """Whether machine code is kept, so that the first call will not have to compile."""
+        return _sound(self.folder)
+
+    def load(self, *arguments: Any) -> None:
+        """The first call, with arguments that make it do nothing: compiles, or loads what is kept."""
+        keep = _usable(self.folder)
+        try:
+            self._start(keep)
+            self._dispatcher(*arguments)
+        except Exception:
+            if not keep:
+                raise
+            self._start(keep=False)  # whatever the folder did to numba, the function itself may be well
+            self._dispatcher(*arguments)
+            return
+        if keep:
+            _write_list(self.folder)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._dispatcher(*arguments)
+
+    def _start(self, keep: bool) -> None:
+        before = numba.config.CACHE_DIR  # type: ignore[attr-defined]
+        numba.config.CACHE_DIR = str(self.folder)  # type: ignore[attr-defined]
+        try:
+            self._dispatcher = numba.njit(cache=keep, **OPTIONS)(self._function)
+        finally:
+            numba.config.CACHE_DIR = before  # type: ignore[attr-defined]
+
+
+def _usable(folder: Path) -> bool:
+    """Makes the folder, empty if its files are not what was written. False where it cannot be written."""
+    try:
+        if folder.exists() and not _sound(folder):
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        return False
+    return True
+
+
+def _sound(folder: Path) -> bool:
+    try:
+        return json.loads((folder / _LIST).read_text()) == _checksums(folder)
+    except (OSError, ValueError):
+        return False
+
+
+def _write_list(folder: Path) -> None:
+    """Replaces the list in one step. It is a cache: a list that could not be written costs a compilation."""
+    try:
+        with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as file:
+            json.dump(_checksums(folder), file)
+        os.replace(file.name, folder / _LIST)
+    except OSError:
+        pass
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """sha256 of numba's files: indexes (.nbi) and machine code (.nbc)."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix in (".nbi", ".nbc"))
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

@@ -1,0 +1,85 @@
+"""Engines run a model one id at a time. All follow one protocol and make the same picks (see `sampling`),
+so that only speed depends on which one runs. `choose` says which one and why."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from dfcli.errors import UsageError
+from dfcli.generation.plain import Plain
+from dfcli.generation.sampling import Filters
+from dfcli.system.device import Device
+
+ENGINES = ("auto", "plain", "fast")
+
+# Modules with a fast engine, by core and kind of device. Each offers `build(core, batch, device) ->
+# Engine`, which raises Unavailable with the reason when this core, batch or machine is not for it.
+FAST = {
+    ("wavenet", "cpu"): "dfcli.generation.wavenet_cpu",
+    ("gpt", "cpu"): "dfcli.generation.gpt_cpu",
+}
+
+
+class Unavailable(Exception):
+    """A fast engine cannot, or need not, run this model here; the text is the reason, a clause without a
+    full stop."""
+
+
+class Engine(Protocol):
+    """A model in mid-sequence, for a batch of B sequences that advance together."""
+
+    name: str  # what the result calls it: "plain", "numba", ...
+
+    def start(self, batch: int) -> None:
+        """Forgets everything; B = batch from here on."""
+        ...
+
+    def prefill(self, ids: NDArray[np.int64]) -> None:
+        """Reads ids [B, T], T >= 1, at once. Called once after `start`, with at most `core.config.context`
+        ids."""
+        ...
+
+    def generate(self, uniforms: NDArray[np.float64], filters: Filters) -> NDArray[np.int64]:
+        """Makes n further ids of each sequence: for uniforms [B, n] ids [B, n].
+
+        Id j is `sampling.pick` of the logits after everything before it, with uniforms[:, j]; it is then
+        read in turn, so that calls can follow each other: where the chunks are cut changes nothing.
+        Raises DfError if the logits are not finite.
+        """
+        ...
+
+
+def choose(core_name: str, core: nn.Module, batch: int, device: Device, engine: str = "auto") -> tuple[Engine, str]:
+    """The engine for `batch` sequences of this core on this device, and the reason in a sentence's clause.
+
+    `engine` is "auto" (fast where there is one), "plain" or "fast". Raises UsageError for another word, or
+    for "fast" where no fast engine runs.
+    """
+    if engine not in ENGINES:
+        raise UsageError(f"there is no engine {engine!r}", "the engines are " + ", ".join(ENGINES))
+    if engine == "plain":
+        return Plain(core, device), "asked for"
+    try:
+        return _fast(
+            core_name, core, batch, device
+        ), "asked for" if engine == "fast" else "the fastest for this model here"
+    except Unavailable as why:
+        if engine == "fast":
+            raise UsageError(f"no fast engine runs this model here: {why}", "use `--engine auto`") from None
+        return Plain(core, device), str(why)
+
+
+def _fast(core_name: str, core: nn.Module, batch: int, device: Device) -> Engine:
+    module = FAST.get((core_name, device.kind))
+    if module is None:
+        raise Unavailable(f"there is no fast engine for {core_name} on {device.kind}")
+    try:
+        build = importlib.import_module(module).build
+    except ImportError as error:
+        raise Unavailable(f"{error.name or module} cannot be imported") from None
+    return build(core, batch, device)

@@ -1,0 +1,327 @@
+"""What the compiled engines are built from: matrix-vector products, exp and its relatives, and the pick.
+
+At batch 1 a model's step reads every weight once and multiplies it once, so that the speed of the memory
+or cache that holds the weights is the limit, if the arithmetic keeps up. It does by the layout of the
+weights: a matrix [N, K] is cut into tiles of 32 outputs, [N / 32, K, 32], which are read from front to
+back while the 32 sums stay in registers (4 vectors of 8 floats; two sets of them, as an addition waits for
+the one before). What LLVM makes of plain loops keeps the sums in memory and is a third slower; so the inner
+loop alone is given to it as vector code, which it translates for any CPU: one AVX2 register is two of NEON
+or SSE. Two rows at once (two clips, or two moments of one) use each weight twice.
+
+The weights may be bfloat16, in pairs: half the bytes. A pair is one 32-bit word; shifted left it is the
+one float32, taken as it is the other, whose lower 16 bits are then the first: `pack` rounds the second
+such that both are within half a unit of bfloat16's last place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from dfcli.generation.compiled import OPTIONS, jit
+
+TILE = 32  # outputs of one tile; numbers of channels are padded to multiples of it
+_WIDTH = 8  # floats of one vector
+_VECTORS = TILE // _WIDTH
+_FLOATS, _WORDS = ir.VectorType(ir.FloatType(), _WIDTH), ir.VectorType(ir.IntType(32), _WIDTH)
+_I64, _I32 = ir.IntType(64), ir.IntType(32)
+
+
+# ---- layout, in NumPy
+
+
+def padded(size: int) -> int:
+    """`size` rounded up to whole tiles."""
+    return -(-size // TILE) * TILE
+
+
+def pad(array: NDArray[np.float32], *shape: int) -> NDArray[np.float32]:
+    """`array` with zeros behind it along every axis."""
+    return np.pad(array, [(0, size - old) for size, old in zip(shape, array.shape, strict=True)])
+
+
+def tiles(matrix: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A matrix [N, K], N whole tiles and K even, as the flat tiles [N / 32, K, 32]."""
+    N, K = matrix.shape
+    return matrix.reshape(N // TILE, TILE, K).swapaxes(1, 2).ravel()
+
+
+def join(parts: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """The parts behind each other, from an address where large pages begin: they spare address look-ups."""
+    size, page = sum(part.size for part in parts), 2**21 // 4
+    whole = np.empty(size + page, np.float32)
+    start = -(whole.ctypes.data // 4) % page
+    return np.concatenate([part.ravel() for part in parts], out=whole[start : start + size])
+
+
+def pack(weights: NDArray[np.float32]) -> NDArray[np.uint32]:
+    """float32 tiles as bfloat16 in pairs: a word holds elements i and i + 8 of 16 successive floats."""
+    low, high = (part.astype(np.int64) for part in weights.view(np.uint32).reshape(-1, 2, _WIDTH).swapaxes(0, 1))
+    low = (low + 0x7FFF + (low >> 16 & 1)) >> 16
+    word = (high - low + 0x8000 & ~0xFFFF) + low  # the word nearest to `high` that ends in `low`
+    return word.astype(np.uint32).ravel()
+
+
+def unpack(words: NDArray[np.uint32]) -> NDArray[np.float32]:
+    """What the products make of `pack`ed weights."""
+    pairs = words.reshape(-1, 1, _WIDTH)
+    return np.concatenate([pairs << 16, pairs], axis=1).view(np.float32).ravel()
+
+
+# ---- the inner loop, as vector code for LLVM
+
+
+def _multiply(rows: int) -> Any:
+    """Code of `out[o_r + j] += sum over k < K of x[i_r + k] * weights[w + 32 k + j]`, j < 32, for each row r.
+
+    Its arguments: out, o_r..., x, i_r..., weights, w, K.
+    """
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        outs, xs, kinds = arguments[1 : 1 + rows], arguments[2 + rows : 2 + 2 * rows], signature.args
+        weights, w, K = arguments[-3:]
+        packed = kinds[-3].dtype != types.float32
+
+        def at(array: int, offset: Any) -> Any:
+            data = context.make_array(kinds[array])(context, builder, value=arguments[array]).data
+            return builder.gep(data, [offset])
+
+        def vector(pointer: Any, index: int, kind: ir.VectorType = _FLOATS) -> Any:
+            place = builder.gep(pointer, [_I64(_WIDTH * index)])
+            return builder.bitcast(place, kind.as_pointer())
+
+        def load(pointer: Any, index: int, kind: ir.VectorType = _FLOATS) -> Any:
+            return builder.load(vector(pointer, index, kind), align=4)
+
+        def same(value: Any) -> Any:
+            """A vector of 8 times the value."""
+            nothing = ir.Constant(_FLOATS, ir.Undefined)
+            first = builder.insert_element(nothing, value, _I32(0))
+            return builder.shuffle_vector(first, nothing, ir.Constant(_WORDS, [0] * _WIDTH))
+
+        def tile_row(k: Any) -> list[Any]:
+            """The 32 weights of input k."""
+            if not packed:
+                row = builder.gep(tile, [builder.mul(k, _I64(TILE))])
+                return [load(row, i) for i in range(_VECTORS)]
+            row = builder.gep(tile, [builder.mul(k, _I64(TILE // 2))])
+            found = []
+            for i in range(_VECTORS // 2):
+                word = load(row, i, _WORDS)
+                low = builder.shl(word, ir.Constant(_WORDS, [16] * _WIDTH))
+                found += [builder.bitcast(low, _FLOATS), builder.bitcast(word, _FLOATS)]
+            return found
+
+        outs = [at(0, offset) for offset in outs]
+        xs = [at(1 + rows, offset) for offset in xs]
+        tile = at(2 + 2 * rows, builder.lshr(w, _I64(1)) if packed else w)
+        sums = [[load(out, i) for i in range(_VECTORS)] for out in outs]
+        if rows == 1:  # the second set of sums, for odd k
+            sums.append([ir.Constant(_FLOATS, [0.0] * _WIDTH)] * _VECTORS)
+
+        before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        k = builder.phi(_I64)
+        k.add_incoming(_I64(0), before)
+        running = []
+        for first in sums:
+            running.append([builder.phi(_FLOATS) for _ in first])
+            for phi, value in zip(running[-1], first, strict=True):
+                phi.add_incoming(value, before)
+
+        step = 2 if rows == 1 else 1
+        moments = [builder.add(k, _I64(i)) for i in range(step)]
+        factors = [tile_row(moment) for moment in moments] * (1 if rows == 1 else rows)
+        inputs = [same(builder.load(builder.gep(x, [moment]))) for x in xs for moment in moments]
+        sums = [
+            [
+                builder.fadd(builder.fmul(weight, value, flags=("contract",)), total, flags=("contract",))
+                for weight, total in zip(row, totals, strict=True)
+            ]
+            for row, value, totals in zip(factors, inputs, running, strict=True)
+        ]
+        following = builder.add(k, _I64(step))
+        k.add_incoming(following, loop)
+        for phis, values in zip(running, sums, strict=True):
+            for phi, value in zip(phis, values, strict=True):
+                phi.add_incoming(value, loop)
+        builder.cbranch(builder.icmp_signed("<", following, K), loop, after)
+
+        builder.position_at_end(after)
+        if rows == 1:
+            sums = [[builder.fadd(a, b) for a, b in zip(*sums, strict=True)]]
+        for out, values in zip(outs, sums, strict=True):
+            for i, value in enumerate(values):
+                builder.store(value, vector(out, i), align=4)
+        return context.get_dummy_value()
+
+    return codegen
+
+
+@intrinsic
+def _one_row(_context: Any, out: Any, o: Any, x: Any, i: Any, weights: Any, w: Any, K: Any) -> Any:
+    size = types.int64
+    return types.void(out, size, x, size, weights, size, size), _multiply(1)
+
+
+@intrinsic
+def _two_rows(
+    _context: Any, out: Any, o1: Any, o2: Any, x: Any, i1: Any, i2: Any, weights: Any, w: Any, K: Any
+) -> Any:
+    size = types.int64
+    return types.void(out, size, size, x, size, size, weights, size, size), _multiply(2)
+
+
+# ---- compiled functions
+
+
+@jit
+def multiply(out, out_step, x, x_step, rows, weights, w, N, K):
+    """out[r out_step + n] += the matrix [N, K] times x[r x_step :], for each row r.
+
+    out, x float32, flat; the matrix lies at weights[w:] in tiles (float32, or packed uint32, of which w
+    counts the elements). N is whole tiles, K even and at least 2. Returns where the next matrix begins.
+    """
+    for n in range(0, N, TILE):
+        for r in range(0, rows - 1, 2):
+            o, i = r * out_step + n, r * x_step
+            _two_rows(out, o, o + out_step, x, i, i + x_step, weights, w, K)
+        if rows % 2 == 1:
+            _one_row(out, (rows - 1) * out_step + n, x, (rows - 1) * x_step, weights, w, K)
+        w += TILE * K
+    return w
+
+
+@jit
+def copy(out, x):
+    for i in range(x.size):
+        out[i] = x[i]
+
+
+@jit
+def add(out, x):
+    for i in range(x.size):
+        out[i] += x[i]
+
+
+@jit
+def relu(x):
+    for i in range(x.size):
+        x[i] = max(x[i], np.float32(0))
+
+
+_LOG2_E = np.float32(1.4426950408889634)
+_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)  # the first has 12 bits: n * it is exact
+_P0, _P1, _P2, _P3, _P4, _P5 = (
+    np.float32(p)
+    for p in (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+)
+_ONE, _TWO, _HALF, _TEN = np.float32(1), np.float32(2), np.float32(0.5), np.float32(10)
+_LARGEST = np.float32(87)  # exp of it, and of its negative, are normal numbers
+
+
+@jit
+def exp(x):
+    """exp of a float32 in [-87, 87], to 2 units of the last place; a loop over it becomes vector code.
+
+    The method and the polynomial of Cephes' expf (Moshier 1992): 2^n e^r with |r| <= ln(2) / 2.
+    """
+    n = np.floor(x * _LOG2_E + _HALF)
+    r = x - n * _LN2_HIGH - n * _LN2_LOW
+    p = ((((_P0 * r + _P1) * r + _P2) * r + _P3) * r + _P4) * r + _P5
+    power = np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+    return (p * r * r + r + _ONE) * power
+
+
+@jit
+def clamp(x, most):
+    """x within [-most, most]; not a number stays so."""
+    return -most if x < -most else (most if x > most else x)
+
+
+@jit
+def tanh_sigmoid(a, b):
+    """tanh(a) * sigmoid(b) with one division, to 1e-7."""
+    e = exp(-_TWO * clamp(a, _TEN))
+    return (_ONE - e) / ((_ONE + e) * (_ONE + exp(-clamp(b, np.float32(40)))))
+
+
+@njit(**{**OPTIONS, "fastmath": {"contract", "nsz", "reassoc"}})  # in any order, which makes vector code of it
+def _from(weights, keys, least):
+    """How many ids have at least the key `least`, and the sum of their weights."""
+    count, mass = np.int32(0), 0.0
+    for i in range(keys.size):
+        inside = keys[i] >= least
+        count += np.int32(1) if inside else np.int32(0)
+        mass += np.float64(weights[i]) if inside else 0.0
+    return count, mass
+
+
+@jit
+def _keep_heaviest(weights, least_count, least_mass):
+    """Drops all but the fewest heaviest ids that are at least so many and weigh at least so much.
+
+    Without sorting: the key of the lightest one that is kept is made bit by bit, from the highest bit, each
+    by one look at all weights. (A key is a weight's bits: floats that are not negative order like them.)
+    """
+    keys = weights.view(np.int32)
+    least, above, most = np.int32(0), np.int32(0), np.int32(keys.size)  # at least `above`, at most `most` ids
+    for bit in range(29, -1, -1):  # no weight exceeds 1, whose bits begin with 00
+        if most - above == 1:
+            break
+        middle = np.int32(least | np.int32(1 << bit))
+        count, mass = _from(weights, keys, middle)
+        if count >= least_count and mass >= least_mass:
+            least, most = middle, count
+        else:
+            above = count
+    lightest = np.int32(2**31 - 1)
+    for i in range(keys.size):
+        if keys[i] >= least:
+            lightest = min(lightest, keys[i])
+    count, mass = _from(weights, keys, np.int32(lightest + 1))
+    for i in range(keys.size):  # of those that equal the lightest, the first
+        if keys[i] == lightest and (count < least_count or mass < least_mass):
+            count += 1
+            mass += weights[i]
+        elif keys[i] <= lightest:
+            weights[i] = 0
+
+
+@jit
+def pick(logits, u, temperature, top_k, top_p, min_p, weights):
+    """`sampling.pick` of one row: logits [V] float32 -> id; weights float32 [V] is scratch."""
+    best = 0
+    for i in range(logits.size):
+        if logits[i] > logits[best]:
+            best = i
+    if temperature == 0:
+        return best
+    top, divisor = logits[best], np.float32(min(max(temperature, 1e-30), 1e30))
+    for i in range(logits.size):
+        x = (logits[i] - top) / divisor
+        weights[i] = exp(x) if x >= -_LARGEST else np.float32(0)
+    if top_k < logits.size:
+        _keep_heaviest(weights, top_k, 0.0)
+    if top_p < 1:
+        _keep_heaviest(weights, np.int64(1), top_p * _from(weights, weights.view(np.int32), np.int32(0))[1])
+    if min_p > 0:
+        for i in range(weights.size):
+            if weights[i] < np.float32(min_p):
+                weights[i] = 0
+
+    total = 0.0
+    for i in range(weights.size):
+        total += weights[i]
+    target, total = u * total, 0.0
+    for i in range(weights.size):
+        total += weights[i]
+        if total > target:
+            return i
+    return weights.size - 1

@@ -1,0 +1,254 @@
+"""Text and sound from a run: load the model, let it read what comes before, and turn the ids it picks back
+into text or into a wav while they are made.
+
+Several clips advance together as one batch. Clip i draws its chances from (seed, i) alone, so that it is
+the same however many are asked for (up to the last bits of float32 sums, which depend on the size of a
+batch).
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dfcli.codecs import MuLaw, TextCodec
+from dfcli.errors import DfError, UsageError
+from dfcli.generation.audio import AudioClip, Prime, out_paths
+from dfcli.generation.frame import Frame, Model, load
+from dfcli.generation.sampling import Filters
+from dfcli.generation.text import TextClip
+from dfcli.generation.wav import MOST_SAMPLES, WavFile, WavStream
+from dfcli.runs.run import Run
+from dfcli.system.events import Choice, Note, OnEvent, ignore
+from dfcli.system.files import free_bytes
+
+TOKENS = 500  # of a text, where the caller does not say
+TEXT_CHUNK = 0.05  # seconds of work between two outputs
+AUDIO_CHUNK = 0.25  # seconds of work, and of sound, between two outputs
+
+
+@dataclass(frozen=True)
+class SampleResult:
+    """What was made. `samples` are the texts, prompt included, or the paths of the wavs (none for a
+    stream)."""
+
+    run: str
+    checkpoint: int  # its step
+    seed: int
+    engine: str
+    samples: list[str]
+    tokens: int  # ids made, of all samples together
+    seconds: float  # that took, the reading of the prompt included
+    tokens_per_second: float
+    interrupted: bool  # by Ctrl-C; what was made until then is kept
+    sample_rate: int | None = None  # in Hz; this and the following for audio only
+    audio_seconds: float | None = None  # made, of all clips together
+    times_real_time: float | None = None
+    leading_silence: list[float] | None = None  # seconds before each clip's first sound; without a prime
+
+
+@dataclass(frozen=True)
+class AudioProgress:
+    """How much sound there is, in seconds, of all clips together."""
+
+    seconds: float
+    total: float
+    times_real_time: float
+
+
+def sample_text(
+    run: Run | str | Path | None = None,
+    prompt: str = "",
+    *,
+    tokens: int | None = None,
+    stop: str | None = None,
+    num: int = 1,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    seed: int | None = None,
+    device: str = "auto",
+    engine: str = "auto",
+    checkpoint: str | int = "best",
+    on_text: Callable[[int, str], None] = lambda number, piece: None,
+    on_event: OnEvent = ignore,
+) -> SampleResult:
+    """Continues `prompt` with the model of a run; the newest GPT's, if `run` is None.
+
+    A model of lines writes one line, of at most `tokens` ids (500 by default); any other writes `tokens`
+    ids. Both end before the text `stop`, if it comes. Without a prompt a text begins at the model's
+    boundary; where there is none, after a line break, else after the first character of the vocabulary.
+    `on_text(number, piece)` gets the pieces of each sample as they are made, the prompt first. A `seed` of
+    None draws one, which the result names.
+    Raises UsageError for options out of range and for a run of audio, DfError for a prompt that the codec
+    cannot express.
+    """
+    filters = Filters(temperature, top_k, top_p, min_p)
+    seed = secrets.randbelow(2**31) if seed is None else seed
+    if num < 1:
+        raise UsageError(f"the number of samples must be at least 1, not {num}")
+    tokens = TOKENS if tokens is None else tokens
+    if tokens < 1:
+        raise UsageError(f"the number of tokens must be at least 1, not {tokens}")
+    if stop == "":
+        raise UsageError("the stop text is empty", "leave it out to stop at no text")
+    run, step, model = load(run, "gpt", checkpoint, device, on_event)
+    codec = model.codec
+    if not isinstance(codec, TextCodec):
+        raise UsageError(f"run {run.name} makes sound, not text", "use `df sample wavenet -o out.wav`")
+    filters.numbers(codec.vocab_size)
+    if model.lines:
+        prompt = prompt.removesuffix("\n")
+        if "\n" in prompt:
+            raise UsageError("the prompt has several lines, and this model writes single lines")
+    opening = _text_opening(model, prompt, on_event)
+
+    frame = Frame(model, num, engine, on_event)
+
+    clips: list[TextClip] = []
+    made, interrupted = 0, False
+    began = time.perf_counter()
+
+    def done(group: range) -> bool:
+        return all(clip.done for clip in clips[group.start :])
+
+    try:
+        for group, ids in frame.generate(opening, tokens, filters, seed, seconds=TEXT_CHUNK, done=done):
+            if len(clips) == group.start:
+                clips += [_text_clip(model, prompt, stop, i, on_text) for i in group]
+            made += sum(clip.feed(row) for clip, row in zip(clips[group.start :], ids.tolist(), strict=True))
+    except KeyboardInterrupt:
+        interrupted = True
+    took = time.perf_counter() - began
+    samples = [clip.finish() for clip in clips]
+    return SampleResult(run.name, step, seed, frame.engine.name, samples, made, took, made / took, interrupted)
+
+
+def sample_audio(
+    run: Run | str | Path | None = None,
+    seconds: float = 4.0,
+    out: str | Path | BinaryIO = "out.wav",
+    *,
+    num: int = 1,
+    prime: str | Path | None = None,
+    keep_prime: bool = False,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    seed: int | None = None,
+    device: str = "auto",
+    engine: str = "auto",
+    checkpoint: str | int = "best",
+    on_event: OnEvent = ignore,
+) -> SampleResult:
+    """Writes `seconds` of sound by the model of a run (the newest WaveNet's, if `run` is None) as 16-bit
+    mono wav.
+
+    `out` is a path: the file is replaced when the first samples are ready, grows while more are made, and
+    is a valid wav all along; for `num` clips the paths are out-01.wav, out-02.wav, ... Or `out` is a binary
+    stream, for one clip. `prime` is a recording, of any rate, that the model continues; the output holds
+    the continuation, or both with `keep_prime`. Without it a clip begins at the model's boundary, which is
+    silence: the result says how long that lasts. A `seed` of None draws one, which the result names. Ctrl-C
+    ends early and keeps what was made. Memory does not depend on `seconds`. Tells AudioProgress.
+    Raises UsageError for options out of range and for a run of text, DfError where the output cannot be
+    written.
+    """
+    filters = Filters(temperature, top_k, top_p, min_p)
+    seed = secrets.randbelow(2**31) if seed is None else seed
+    if num < 1:
+        raise UsageError(f"the number of samples must be at least 1, not {num}")
+    if prime is None and keep_prime:
+        raise UsageError("there is no prime to keep", "give one with `--prime clip.wav`")
+    kept_file = Path(prime) if prime is not None and keep_prime else None
+    target = out_paths(Path(out), num, kept_file) if isinstance(out, str | Path) else out
+    if not isinstance(target, list) and num != 1:
+        raise UsageError("only one clip can be streamed", "give a file to write with `-o out.wav`")
+    run, step, model = load(run, "wavenet", checkpoint, device, on_event)
+    codec = model.codec
+    if not isinstance(codec, MuLaw):
+        raise UsageError(f"run {run.name} makes text, not sound", "use `df sample gpt`")
+    filters.numbers(codec.vocab_size)
+    rate = codec.sample_rate
+    total = round(seconds * rate) if math.isfinite(seconds) else 0
+    if total < 1:
+        raise UsageError(f"the length must be at least one sample of {rate:,} Hz, not {seconds} seconds")
+    normalize = run.info["dataset"].get("normalize", "none")
+    recording = None if prime is None else Prime(Path(prime), codec, normalize, model.context)
+    kept = recording.samples if recording is not None and keep_prime else 0
+    if isinstance(target, list) and total + kept > MOST_SAMPLES:
+        raise UsageError(f"a wav file holds at most {MOST_SAMPLES // rate:,} seconds at {rate:,} Hz")
+    if isinstance(target, list) and free_bytes(target[0].parent) < 2 * num * (total + kept):
+        raise DfError(f"there is no room for {num * seconds:,.0f} seconds of sound in {target[0].parent}")
+    opening = model.opening(np.empty(0) if recording is None else recording.newest)
+
+    frame = Frame(model, num, engine, on_event)
+
+    clips: list[AudioClip] = []
+    interrupted = False
+    longest = max(1, int(AUDIO_CHUNK * rate))
+    began = time.perf_counter()
+    try:
+        for group, ids in frame.generate(opening, total, filters, seed, seconds=AUDIO_CHUNK, longest=longest):
+            if len(clips) == group.start:  # the first samples are ready: now there is something to write
+                for i in group:
+                    wav = WavFile(target[i], rate) if isinstance(target, list) else WavStream(target, rate)
+                    clips.append(AudioClip(wav, codec, total))
+                    if recording is not None and keep_prime:
+                        recording.copy(wav)
+            for clip, row in zip(clips[group.start :], ids, strict=True):
+                clip.feed(row)
+            heard = sum(clip.samples for clip in clips) / rate
+            on_event(AudioProgress(heard, num * total / rate, heard / (time.perf_counter() - began)))
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        for clip in clips:
+            clip.close()
+    took = time.perf_counter() - began
+    made = sum(clip.samples for clip in clips)
+    return SampleResult(
+        run=run.name,
+        checkpoint=step,
+        seed=seed,
+        engine=frame.engine.name,
+        samples=[str(path) for path in target[: len(clips)]] if isinstance(target, list) else [],
+        tokens=made,
+        seconds=took,
+        tokens_per_second=made / took,
+        interrupted=interrupted,
+        sample_rate=rate,
+        audio_seconds=made / rate,
+        times_real_time=made / rate / took,
+        leading_silence=None if recording is not None else [clip.silent / rate for clip in clips],
+    )
+
+
+def _text_opening(model: Model, prompt: str, on_event: OnEvent) -> NDArray[np.int64]:
+    """What a text model reads first. Without a boundary and a prompt there must still be something to
+    continue."""
+    codec = cast(TextCodec, model.codec)
+    ids = codec.encode(prompt)
+    if not prompt and model.boundary is None:
+        newline = codec.id_of_newline
+        ids = np.array([0 if newline is None else newline])
+        on_event(Choice("prompt", repr(codec.decode(ids)), "something to begin with, since none was given"))
+    if len(ids) > model.context:
+        on_event(Note(f"the prompt has {len(ids):,} ids; the model sees the last {model.context:,}"))
+    return model.opening(ids)
+
+
+def _text_clip(
+    model: Model, prompt: str, stop: str | None, number: int, on_text: Callable[[int, str], None]
+) -> TextClip:
+    end = model.boundary if model.lines else None
+    return TextClip(number, cast(TextCodec, model.codec), prompt, end, stop, on_text)

@@ -1,0 +1,126 @@
+"""From logits to ids: which ids may be picked (`Filters`), how one is picked (`pick`), and where chance comes from
+(`Dice`).
+
+A pick is a pure function of the logits, the filters and one uniform number u in [0, 1), so that every engine,
+whatever it is written in, makes the same choice:
+
+1. temperature 0: the largest logit, the lowest id among equals. Nothing below applies.
+2. An id weighs exp((logit - largest logit) / temperature), in float32.
+3. top-k keeps exactly the k heaviest, the lower ids first among equals.
+4. top-p keeps, of these, the fewest heaviest whose sum reaches the share p of theirs, the lower ids first among equals.
+   Never less than one.
+5. min-p drops what weighs less than min-p (the heaviest weighs 1).
+6. The pick is the first id at which the running sum of the weights, in order of id and in float64, exceeds u times the
+   whole sum. What was dropped weighs 0.
+
+An engine whose logits or exponentials differ in the last bits of float32 makes the same pick except where u falls
+within about 1e-7 of the border between two ids.
+
+Sources: top-k: Fan et al. 2018 (arXiv 1805.04833); top-p: Holtzman et al. 2019 (1904.09751); min-p: Nguyen et al. 2024
+(2407.01082).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dfcli.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What may be picked. None leaves a filter out; `temperature` 0 always takes the most likely id.
+
+    Raises UsageError for a value that makes no sense.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise UsageError(
+                f"the temperature must be a number from 0 up, not {self.temperature}",
+                "0 is greedy, 1 as trained",
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise UsageError(f"top-k must be at least 1, not {self.top_k}", "leave it out to keep every id")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UsageError(f"top-p must be above 0 and at most 1, not {self.top_p}")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise UsageError(f"min-p must be from 0 to 1, not {self.min_p}")
+
+    def numbers(self, vocab_size: int) -> tuple[float, int, float, float]:
+        """(temperature, top_k, top_p, min_p) for a compiled loop: what is left out gets the value that
+        filters nothing.
+
+        Raises UsageError if top-k asks for more ids than there are.
+        """
+        top_k = vocab_size if self.top_k is None else self.top_k
+        if top_k > vocab_size:
+            raise UsageError(f"top-k is {top_k}, but the model knows only {vocab_size} ids")
+        return (
+            float(self.temperature),
+            top_k,
+            1.0 if self.top_p is None else float(self.top_p),
+            0.0 if self.min_p is None else float(self.min_p),
+        )
+
+
+def pick(logits: NDArray[np.float32], filters: Filters, uniforms: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Picks one id a row, by the rules at the head of this module: logits [B, V], uniforms [B] in [0, 1) -> ids [B].
+
+    In NumPy, because for one row of a small vocabulary its calls cost half of what PyTorch's do, and its sort of a
+    large one a tenth. Raises UsageError if top-k asks for more than V ids.
+    """
+    size = logits.shape[-1]
+    temperature, top_k, top_p, min_p = filters.numbers(size)
+    if temperature == 0:
+        return logits.argmax(-1)
+    weights = logits - logits.max(-1, keepdims=True)
+    weights /= np.float32(min(max(temperature, 1e-30), 1e30))  # what float32 holds; beyond it nothing changes
+    np.exp(weights, out=weights)
+    if top_k < size or top_p < 1:
+        largest = np.partition(weights, size - top_k, -1)[:, size - top_k :]
+        if top_p < 1:
+            largest = np.sort(largest, -1)[:, ::-1]
+            sums = np.cumsum(largest, -1, dtype=np.float64)
+            count = 1 + (sums[:, :-1] < top_p * sums[:, -1:]).sum(-1, keepdims=True)
+            smallest = np.take_along_axis(largest, count - 1, -1)
+        else:
+            count, smallest = top_k, largest[:, :1]  # where the partition puts the smallest
+        kept = weights >= smallest
+        for row, surplus in enumerate((kept.sum(-1, keepdims=True) - count)[:, 0]):
+            if surplus:  # of those level with the smallest kept one, the last
+                kept[row, np.flatnonzero(weights[row] == smallest[row])[-surplus:]] = False
+        weights *= kept
+    if min_p > 0:
+        weights *= weights >= np.float32(min_p)
+    sums = np.cumsum(weights, -1, dtype=np.float64)
+    return (sums <= uniforms[:, None] * sums[:, -1:]).sum(-1)
+
+
+class Dice:
+    """Streams of uniform numbers, one for each clip, so that a clip does not depend on how many others are
+    made.
+
+    Stream i is the Philox 4x64 generator with key (seed, i) (Salmon et al. 2011), the upper 53 bits of each
+    draw. Raises UsageError for a seed outside 0 .. 2**63 - 1.
+    """
+
+    def __init__(self, seed: int, clips: Iterable[int]) -> None:
+        if not 0 <= seed < 2**63:
+            raise UsageError(f"the seed must be from 0 to 2**63 - 1, not {seed}")
+        self._streams = [np.random.Philox(key=np.array([seed, clip], np.uint64)) for clip in clips]
+
+    def draw(self, count: int) -> NDArray[np.float64]:
+        """The next `count` numbers in [0, 1) of every stream: [clips, count] float64."""
+        raw = np.stack([stream.random_raw(count) for stream in self._streams])
+        return (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -1,0 +1,86 @@
+"""WaveNet generation on a CPU: µs a sample of the plain step and of the compiled engine, in one process.
+
+    python -m tests.benchmarks.generate_wavenet
+
+Prints JSON. Every figure is the best of several short runs that take turns, so that what else the machine
+does disturbs all alike. Weights are random: the speed does not depend on them.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import torch
+
+from dfcli.cores import WaveNet, WaveNetConfig
+from dfcli.generation import wavenet_cpu
+from dfcli.generation.plain import Plain
+from dfcli.generation.sampling import Dice, Filters
+from dfcli.system.device import Device
+
+PAPER = WaveNetConfig()
+SMALL = WaveNetConfig(cycles=2, residual=32, skip=128, head=128)
+ROUNDS = 15
+
+
+def best(jobs: dict[str, tuple[Any, int, int]], filters: Filters = Filters()) -> dict[str, float]:  # noqa: B008
+    """µs a sample of one clip, for jobs (engine, clips, samples): the best of `ROUNDS`, in turns."""
+    found = dict.fromkeys(jobs, float("inf"))
+    for engine, clips, _ in jobs.values():
+        engine.start(clips)
+        engine.prefill(torch.full((clips, 1), 128).numpy())
+    for _ in range(ROUNDS):
+        for name, (engine, clips, samples) in jobs.items():
+            uniforms = Dice(0, range(clips)).draw(samples)
+            began = time.perf_counter()
+            engine.generate(uniforms, filters)
+            found[name] = min(found[name], 1e6 * (time.perf_counter() - began) / samples / clips)
+    return found
+
+
+def cpu(threads: int) -> Device:
+    return Device(torch.device("cpu"), "cpu", "CPU", "float32", "", threads)
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    result: dict[str, Any] = {"threads": threads}
+    for name, config in {"paper": PAPER, "small": SMALL}.items():
+        core = WaveNet(config).eval()
+        torch.set_num_threads(1)
+        one = best(
+            {
+                "plain": (Plain(core, cpu(1)), 1, 100),
+                "float32": (wavenet_cpu.build(core, 1, cpu(1)), 1, 1000),
+                "bfloat16": (wavenet_cpu.build(core, 1, cpu(1), "bfloat16"), 1, 1000),
+            }
+        )
+        many = best(
+            {
+                "1 clip": (wavenet_cpu.build(core, 1, cpu(threads)), 1, 1000),
+                "16 clips": (wavenet_cpu.build(core, 16, cpu(threads)), 16, 200),
+                "16 clips, 1 thread": (wavenet_cpu.build(core, 16, cpu(1)), 16, 100),
+            }
+        )
+        engine = wavenet_cpu.build(core, 1, cpu(1))
+        filters = {
+            str(wanted): best({"one": (engine, 1, 1000)}, wanted)["one"]
+            for wanted in (Filters(), Filters(0.9, top_k=50), Filters(top_p=0.9), Filters(min_p=0.05))
+        }
+        torch.set_num_threads(threads)
+        result[name] = {
+            "parameters": config.parameters(),
+            "us_a_sample": {key: round(value, 1) for key, value in one.items()},
+            "times_plain": {key: round(one["plain"] / value, 1) for key, value in one.items()},
+            "samples_per_second": {key: round(1e6 / value) for key, value in (one | many).items()},
+            "16_clips_over_1": round(many["1 clip"] / many["16 clips"], 2),
+            "us_with_filters": {key: round(value, 1) for key, value in filters.items()},
+        }
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
