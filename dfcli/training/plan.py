@@ -1,0 +1,327 @@
+"""What would be trained: every value resolved, each with its reason, before anything is allocated or left behind.
+
+The order matters: whatever can be refused from the options alone (device, preset, name, values) is refused before data
+is prepared.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dfcli import cores
+from dfcli.codecs import Codec
+from dfcli.data.builtin import builtin_sources
+from dfcli.data.dataset import Dataset, find_dataset
+from dfcli.data.download import corpus_path
+from dfcli.data.prepare import prepare
+from dfcli.errors import DfError, UsageError
+from dfcli.runs.run import Run, runs_home
+from dfcli.system.device import Device, resolve
+from dfcli.system.events import Choice, OnEvent, ignore
+from dfcli.system.files import check_name, free_bytes, same_name
+from dfcli.training import recipes
+from dfcli.training.presets import PRESETS, preset
+from dfcli.training.settings import Recipe, change, override
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a caller of `train` or `plan` asked for; None where nothing was said."""
+
+    kind: str
+    data: tuple[str, ...] = ()
+    preset: str | None = None
+    name: str | None = None
+    steps: int | None = None
+    minutes: float | None = None
+    device: str = "auto"
+    batch_size: int | None = None
+    lr: float | None = None
+    seed: int | None = None
+    init: str | None = None
+    overrides: dict[str, str] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raise UsageError for what makes no sense whatever the data."""
+        if self.kind not in PRESETS:
+            raise UsageError(f"there is no kind of model `{self.kind}`", f"there are {', '.join(PRESETS)}")
+        if self.steps is not None and self.minutes is not None:
+            raise UsageError("--steps and --minutes exclude each other", "give one of them")
+        if self.steps is not None and not 1 <= self.steps <= 10**9:
+            raise UsageError(f"--steps must be from 1 to 1,000,000,000, not {self.steps}")
+        if self.minutes is not None and not 0 < self.minutes <= 10**6:  # false for NaN too
+            raise UsageError(f"--minutes must be above 0 and at most 1,000,000, not {self.minutes}")
+        if self.batch_size is not None and not 1 <= self.batch_size <= 10**6:
+            raise UsageError(f"--batch-size must be from 1 to 1,000,000, not {self.batch_size}")
+        if self.lr is not None and not 0 < self.lr <= 1000:
+            raise UsageError(f"--lr must be above 0 and at most 1,000, not {self.lr}")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise UsageError(f"--seed must be from 0 to 2^63 - 1, not {self.seed}")
+        if self.init is not None and self.preset is not None:
+            raise UsageError("--init takes the model of another run, --preset a published one", "give one of them")
+        if self.name is not None:
+            check_name(self.name, "run")
+        for option, value in self.options().items():
+            if option in self.overrides:
+                raise UsageError(f"{option} is given twice: by its option ({value}) and by --set", "give it once")
+
+    def options(self) -> dict[str, Any]:
+        """The recipe's values that were given by options of their own."""
+        values = {"steps": self.steps, "minutes": self.minutes, "batch_size": self.batch_size, "lr": self.lr}
+        return {key: value for key, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would be trained, and why. Nothing of it is allocated."""
+
+    kind: str
+    name: str | None  # of the run; None where only a look was asked for
+    preset: str | None
+    source: str  # where a preset's values are from; empty without a preset
+    published: str  # the figure to compare with
+    core: str
+    config: cores.CoreConfig
+    recipe: Recipe
+    seed: int
+    device: Device
+    data: tuple[str, ...]  # sources, as `prepare` takes them
+    protocol: dict[str, Any]  # how they are prepared: arguments of `prepare`
+    codec_name: str
+    dataset: Dataset | None  # None where a look at the preset needs no data
+    init: str | None
+    choices: tuple[Choice, ...]
+
+    @property
+    def dataset_name(self) -> str | None:
+        return self.dataset.name if self.dataset else None
+
+    @property
+    def parameters(self) -> int:
+        return self.config.parameters()
+
+    @property
+    def flops_per_token(self) -> int:
+        """Of a forward pass; training takes about three times as many."""
+        return self.config.flops_per_token()
+
+    @property
+    def memory(self) -> int:
+        """About how many bytes training takes."""
+        return recipes.memory_bytes(self.core, self.config, self.recipe, self.device)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `df train --show --json` prints."""
+        return {
+            "run": self.name,
+            "kind": self.kind,
+            "preset": self.preset,
+            "source": self.source or None,
+            "published": self.published or None,
+            "steps": self.recipe.steps or None,
+            "minutes": self.recipe.minutes or None,
+            "parameters": self.parameters,
+            "flops_per_token": self.flops_per_token,
+            "context": self.config.context,
+            "memory_bytes": self.memory,
+            "device": self.device.name,
+            "precision": self.device.precision,
+            "seed": self.seed,
+            "data": list(self.data),
+            "dataset": self.dataset_name,
+            "codec": self.codec_name,
+            "core": {"name": self.core, "config": asdict(self.config)},
+            "recipe": asdict(self.recipe),
+            "choices": [asdict(choice) for choice in self.choices],
+        }
+
+
+def make(request: Request, *, show: bool = False, on_event: OnEvent = ignore) -> Plan:
+    """Resolve a request. Raises UsageError for what is asked wrongly, DfError for data that cannot be prepared.
+
+    With `show` no data is prepared where the preset fixes the vocabulary, and no name is taken.
+    """
+    request.check()
+    device = resolve(request.device)
+    entry = preset(request.kind, request.preset) if request.preset else {}
+    parent = Run.open(request.init) if request.init else None
+    core = parent.info["core"]["name"] if parent else entry.get("core", request.kind)
+    config_values, recipe_values = override(core, request.overrides)
+    recipe_values |= request.options()
+    if request.name is not None and not show:
+        refuse_taken(request.name)
+    if parent:
+        _check_init(request, parent, config_values)
+        entry = {"config": parent.info["core"]["config"], "recipe": {}, "data": _protocol_of(parent)}
+    base = entry.get("config", {}) | config_values
+    # Bad values are refused before the data is looked at; what is not known yet stands in for itself.
+    _config(core, {"vocab_size": entry.get("vocab_size", 256)} | base)
+    base_recipe = change(change(Recipe(), entry.get("recipe", {})), recipe_values)
+
+    choices = [Choice("device", device.name, device.reason)]
+    if "steps" not in recipe_values and "minutes" not in recipe_values and not base_recipe.steps:
+        recipe_values["minutes"] = recipes.DEFAULT_MINUTES
+        choices.append(Choice("minutes", f"{recipes.DEFAULT_MINUTES:g}", "neither --steps nor --minutes was given"))
+
+    protocol = entry.get("data", {})
+    needed = not (show and not request.data and "vocab_size" in entry)
+    data = _sources(request, entry, parent, choices) if needed else ()
+    dataset = prepare_for(data, protocol, parent.codec if parent else None, on_event) if needed else None
+    vocab_size = dataset.codec.vocab_size if dataset else entry["vocab_size"]
+    codec_name = dataset.codec.name if dataset else protocol["codec"]
+
+    if request.preset:
+        values = {"vocab_size": vocab_size} | base
+        recipe = change(change(Recipe(), entry["recipe"]), recipe_values)
+        choices += [Choice("note", request.preset, note) for note in entry.get("notes", ())]
+    else:
+        assert dataset is not None
+        pinned = base | recipe_values
+        budget = change(Recipe(), recipe_values)
+        draft = recipes.default(
+            core, _corpus(dataset), device, budget.steps, budget.minutes, pinned, fixed=parent is not None
+        )
+        values, recipe = draft.config | base | {"vocab_size": vocab_size}, change(Recipe(), draft.recipe)
+        choices += draft.choices
+    config = _config(core, values)
+    recipe = _windowed(core, config, recipe)
+    seed = request.seed if request.seed is not None else entry.get("seed", 0)
+    if dataset is not None and "train" not in dataset.splits:
+        raise UsageError(f"dataset {dataset.name} has no training split")
+    name = None if show else request.name or _free_name(request, data)
+    return Plan(
+        kind=request.kind, name=name, preset=request.preset, source=entry.get("source", ""),
+        published=entry.get("published", ""), core=core, config=config, recipe=recipe, seed=seed, device=device,
+        data=data, protocol=protocol, codec_name=codec_name, dataset=dataset, init=parent.name if parent else None,
+        choices=tuple(choices),
+    )  # fmt: skip
+
+
+def refuse_taken(name: str) -> None:
+    """Raise UsageError where there is a run of that name."""
+    if taken := same_name(runs_home(), name):
+        raise UsageError(f"there is a run `{taken}` already", "go on with it by `--resume`, or choose another `--name`")
+
+
+def check_fits(plan: Plan) -> None:
+    """Raise DfError where training cannot fit into the memory, or its checkpoints onto the disk."""
+    _, total = plan.device.memory_bytes()
+    if plan.memory > total:
+        raise DfError(
+            f"training would take about {_size(plan.memory)} of memory, and there are {_size(total)}", fitting(plan)
+        )
+    tensors = {"sgd": 1 + bool(plan.recipe.momentum), "adamw": 3, "muon": 3}[plan.recipe.optimizer]
+    wanted = 4 * 4 * plan.parameters * tensors  # the best, the last two, and the one being written
+    home = runs_home()
+    while not home.exists():
+        home = home.parent
+    if free_bytes(home) < wanted:
+        raise DfError(
+            f"the checkpoints would take about {_size(wanted)}, and {home} has {_size(free_bytes(home))} free",
+            "free some space, or put DFCLI_HOME on another disk",
+        )
+
+
+def fitting(plan: Plan) -> str:
+    """What to lower so that training fits into the memory that is free now."""
+    free, _ = plan.device.memory_bytes()
+    rows = plan.recipe.batch_size
+    while rows > 1:
+        rows //= 2
+        recipe = change(plan.recipe, {"batch_size": rows})
+        memory = recipes.memory_bytes(plan.core, plan.config, recipe, plan.device)
+        if memory < 0.8 * free:
+            more = plan.recipe.batch_size // rows * plan.recipe.accumulate
+            return f"`--batch-size {rows} --set accumulate={more}` learns the same in about {_size(memory)}"
+    return "choose a smaller model: lower `--set layers=...` or `--set channels=...`, or `--set context=...`"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"
+
+
+def _config(core: str, values: dict[str, Any]) -> cores.CoreConfig:
+    try:
+        return cores.config(core, values)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _windowed(core: str, config: cores.CoreConfig, recipe: Recipe) -> Recipe:
+    """The recipe with its window: the core's context, if nothing else is said."""
+    recipe = change(recipe, {"window": recipe.window or config.context})
+    if core == "gpt" and recipe.window > config.context:
+        raise UsageError(f"window ({recipe.window}) must not be above the context ({config.context})")
+    return recipe
+
+
+def _check_init(request: Request, parent: Run, config_values: dict[str, Any]) -> None:
+    if parent.kind != request.kind:
+        raise UsageError(f"run `{parent.name}` is a {parent.kind}, not a {request.kind}")
+    for key, value in config_values.items():
+        if key != "dropout" and value != parent.info["core"]["config"].get(key):
+            raise UsageError(f"--init takes the model of run `{parent.name}` as it is: {key} cannot be changed")
+    parent.resolve("best")
+
+
+def _protocol_of(run: Run) -> dict[str, Any]:
+    return run.info["dataset"].get("protocol", {})
+
+
+def _sources(request: Request, entry: dict[str, Any], parent: Run | None, choices: list[Choice]) -> tuple[str, ...]:
+    """What is trained on: what was asked for, the preset's corpus, the other run's data, or the built-in corpus."""
+    if request.data:
+        return request.data
+    if parent:
+        sources = tuple(parent.info["dataset"]["sources"])
+        choices.append(Choice("data", ", ".join(sources), f"that of run `{parent.name}`"))
+        return sources
+    corpus = entry.get("corpus")
+    if corpus == "sc09":
+        raise UsageError(
+            f"preset `{request.preset}` was published on SC09, the spoken digits of Speech Commands",
+            "give recordings with `--data FOLDER`",
+        )
+    if corpus:
+        if find_dataset(corpus) is None and corpus_path(corpus) is None:
+            raise UsageError(
+                f"preset `{request.preset}` was published on the corpus `{corpus}`, which is not here yet",
+                f"fetch it with `df data get {corpus}`, or give other data with `--data`",
+            )
+        choices.append(Choice("data", corpus, "what the preset was published on"))
+        return (corpus,)
+    usual = "mulaw" if request.kind == "wavenet" else "chars"
+    kind = "audio" if entry.get("data", {}).get("codec", usual) == "mulaw" else "text"
+    what = "the Python standard library's sources" if kind == "text" else "melodies made by this project"
+    choices.append(Choice("data", what, "no --data was given"))
+    return tuple(str(path) for path in builtin_sources(kind))
+
+
+def prepare_for(data: Sequence[str], protocol: dict[str, Any], codec: Codec | None, on_event: OnEvent) -> Dataset:
+    """The data of a preset's protocol, or in the ids of an earlier run's codec."""
+    options: dict[str, Any] = dict(protocol)
+    if codec is not None:  # it says these itself
+        options = {key: value for key, value in protocol.items() if key not in ("sample_rate", "quantizer")}
+        options["codec"] = codec
+    return prepare(list(data), **options, on_event=on_event)
+
+
+def _corpus(dataset: Dataset) -> recipes.Corpus:
+    train = dataset.splits.get("train")
+    if train is None:
+        raise UsageError(f"dataset {dataset.name} has no training split")
+    return recipes.Corpus(train.tokens_count, train.documents, train.longest, dataset.codec.vocab_size, dataset.lines)
+
+
+def _free_name(request: Request, data: Sequence[str]) -> str:
+    """<kind>-<preset or data>-<number>: the first that is free."""
+    stem = request.preset or (Path(data[0]).stem if request.data else request.init or "builtin")
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", stem)[:60].strip("-.") or "data"
+    number = 1
+    while same_name(runs_home(), f"{request.kind}-{stem}-{number}"):
+        number += 1
+    return f"{request.kind}-{stem}-{number}"

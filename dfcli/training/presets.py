@@ -1,0 +1,208 @@
+"""The published models as data: one table, each entry with its source. `--set` changes any value.
+
+An entry holds
+- core, config: which core, and what differs from its config's defaults; vocab_size: of the published data
+- recipe: fields of `settings.Recipe`; seed: the published one
+- data: what the published protocol fixes (arguments of `data.prepare`); corpus: the name of the published data
+- source, published: where the values are from, and the figure to compare with; notes: what had to be chosen here
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dfcli.errors import UsageError
+
+_SHAKESPEARE = {"codec": "chars", "val_fraction": 0.1}
+_NANO = {
+    "position": "learned", "norm": "layernorm", "activation": "gelu", "bias": False, "qkv_bias": False,
+    "tied_head": True, "init": "gpt2",
+}  # fmt: skip
+_NANO_RECIPE = {
+    "optimizer": "adamw", "lr": 1e-3, "final_lr": 0.1, "schedule": "cosine", "warmup": 100, "betas": (0.9, 0.99),
+    "weight_decay": 0.1, "decay": "matrices", "clip": 1.0, "log_every": 10, "eval_every": 250, "checkpoint_every": 250,
+}  # fmt: skip
+_GPT2 = {
+    "context": 1024, "position": "learned", "norm": "layernorm", "activation": "gelu_tanh", "bias": True,
+    "qkv_bias": True, "tied_head": True, "init": "gpt2",
+}  # fmt: skip
+_GPT2_RECIPE = {
+    "batch_size": 12, "accumulate": 40, "steps": 600_000, "optimizer": "adamw", "lr": 6e-4, "final_lr": 0.1,
+    "schedule": "cosine", "warmup": 2000, "betas": (0.9, 0.95), "weight_decay": 0.1, "decay": "matrices", "clip": 1.0,
+    "log_every": 10, "eval_every": 1000, "eval_tokens": 2_457_600, "checkpoint_every": 1000,
+}  # fmt: skip
+_GPT2_NOTES = (
+    "a step is 491,520 tokens (batch_size 12 x accumulate 40 x 1024), as published: lower accumulate for small data",
+    "dropout 0, as nanoGPT trains it",
+)
+_NAMES = {"codec": "chars", "lines": True}
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "gpt": {
+        "makemore": {
+            "core": "gpt",
+            "vocab_size": 27,
+            "config": {
+                "context": 16, "layers": 4, "heads": 4, "channels": 64, "position": "learned", "norm": "layernorm",
+                "activation": "gelu_tanh", "bias": True, "qkv_bias": True, "tied_head": False, "init": "torch",
+            },
+            "recipe": {
+                "steps": 30_000, "batch_size": 32, "sampling": "documents", "optimizer": "adamw", "lr": 5e-4,
+                "betas": (0.9, 0.99), "weight_decay": 0.01, "decay": "all", "log_every": 100, "eval_every": 500,
+                "checkpoint_every": 5000,
+            },
+            "seed": 3407,
+            "data": _NAMES | {"split_rule": "makemore-transformer"},
+            "corpus": "names",
+            "source": "karpathy/makemore, makemore.py",
+            "published": "loss of about 1.92 on 1,000 test names",
+            "notes": ("the published run has no last step: 30,000 is this table's",),
+        },
+        "nano-cpu": {
+            "core": "gpt",
+            "vocab_size": 65,
+            "config": _NANO | {"context": 64, "layers": 4, "heads": 4, "channels": 128, "dropout": 0.0},
+            "recipe": _NANO_RECIPE | {"steps": 2000, "batch_size": 12, "eval_tokens": 15_360},
+            "seed": 1337,
+            "data": _SHAKESPEARE,
+            "corpus": "shakespeare",
+            "source": "karpathy/nanoGPT, README.md (the line for a laptop) and config/train_shakespeare_char.py",
+            "published": "validation loss 1.88 on 20 random batches",
+        },
+        "nano": {
+            "core": "gpt",
+            "vocab_size": 65,
+            "config": _NANO | {"context": 256, "layers": 6, "heads": 6, "channels": 384, "dropout": 0.2},
+            "recipe": _NANO_RECIPE | {"steps": 5000, "batch_size": 64},
+            "seed": 1337,
+            "data": _SHAKESPEARE,
+            "corpus": "shakespeare",
+            "source": "karpathy/nanoGPT, config/train_shakespeare_char.py",
+            "published": "validation loss 1.4697, the best over evaluations of 200 random batches",
+        },
+        "lecture": {
+            "core": "gpt",
+            "vocab_size": 65,
+            "config": {
+                "context": 256, "layers": 6, "heads": 6, "channels": 384, "position": "learned", "norm": "layernorm",
+                "activation": "relu", "bias": True, "qkv_bias": False, "head_bias": True, "tied_head": False,
+                "dropout": 0.2, "embedding_dropout": False, "init": "normal",
+            },
+            "recipe": {
+                "steps": 5000, "batch_size": 64, "optimizer": "adamw", "lr": 3e-4, "betas": (0.9, 0.999),
+                "weight_decay": 0.01, "decay": "all", "log_every": 10, "eval_every": 500, "checkpoint_every": 500,
+            },
+            "seed": 1337,
+            "data": _SHAKESPEARE,
+            "corpus": "shakespeare",
+            "source": "karpathy/ng-video-lecture, gpt.py",
+            "published": "validation loss of about 1.48",
+        },
+        "gpt2": {
+            "core": "gpt",
+            "vocab_size": 50_257,
+            "config": _GPT2 | {"layers": 12, "heads": 12, "channels": 768},
+            "recipe": _GPT2_RECIPE,
+            "seed": 1337,
+            "data": {"codec": "gpt2"},
+            "source": "Radford et al. 2019; training as karpathy/nanoGPT, config/train_gpt2.py",
+            "published": "124,439,808 parameters; validation loss of about 2.85 on OpenWebText",
+            "notes": _GPT2_NOTES,
+        },
+        "gpt2-medium": {
+            "core": "gpt",
+            "vocab_size": 50_257,
+            "config": _GPT2 | {"layers": 24, "heads": 16, "channels": 1024},
+            "recipe": _GPT2_RECIPE | {"lr": 3e-4},
+            "seed": 1337,
+            "data": {"codec": "gpt2"},
+            "source": "Radford et al. 2019; lr from Brown et al. 2020, table 2.1; the rest as `gpt2`",
+            "published": "354,823,168 parameters",
+            "notes": _GPT2_NOTES,
+        },
+        "gpt2-large": {
+            "core": "gpt",
+            "vocab_size": 50_257,
+            "config": _GPT2 | {"layers": 36, "heads": 20, "channels": 1280},
+            "recipe": _GPT2_RECIPE | {"lr": 2.5e-4},
+            "seed": 1337,
+            "data": {"codec": "gpt2"},
+            "source": "Radford et al. 2019; lr from Brown et al. 2020, table 2.1; the rest as `gpt2`",
+            "published": "774,030,080 parameters",
+            "notes": _GPT2_NOTES,
+        },
+        "gpt2-xl": {
+            "core": "gpt",
+            "vocab_size": 50_257,
+            "config": _GPT2 | {"layers": 48, "heads": 25, "channels": 1600},
+            "recipe": _GPT2_RECIPE | {"lr": 2e-4},
+            "seed": 1337,
+            "data": {"codec": "gpt2"},
+            "source": "Radford et al. 2019; lr from Brown et al. 2020, table 2.1; the rest as `gpt2`",
+            "published": "1,557,611,200 parameters",
+            "notes": _GPT2_NOTES,
+        },
+    },
+    "wavenet": {
+        "makemore": {
+            "core": "charwavenet",
+            "vocab_size": 27,
+            "config": {"levels": 3, "embedding": 24, "hidden": 128},
+            "recipe": {
+                "steps": 200_000, "batch_size": 32, "sampling": "last", "optimizer": "sgd", "lr": 0.1,
+                "schedule": "step", "decay_start": 0.75, "final_lr": 0.1, "log_every": 1000, "eval_every": 10_000,
+                "checkpoint_every": 10_000,
+            },
+            "seed": 42,
+            "data": _NAMES | {"split_rule": "makemore", "lead": 8},
+            "corpus": "names",
+            "source": "karpathy/nn-zero-to-hero, makemore part 5",
+            "published": "76,579 parameters; loss 1.769 on train and 1.9936 on validation",
+        },
+        "paper": {
+            "core": "wavenet",
+            "vocab_size": 256,
+            "config": {"cycles": 3, "kernel": 2, "residual": 64, "skip": 256, "head": 256},
+            "recipe": {
+                "steps": 200_000, "batch_size": 8, "window": 16_000, "optimizer": "adamw", "lr": 1e-3,
+                "log_every": 10, "eval_every": 1000, "eval_tokens": 1_600_000, "checkpoint_every": 1000,
+            },
+            "data": {"codec": "mulaw", "sample_rate": 16_000},
+            "source": "van den Oord et al. 2016, arXiv 1609.03499",
+            "published": "receptive field 3,070 samples (3 x 1023 + 1)",
+            "notes": (
+                "the paper gives no channel counts: 64 residual, 256 skip and 256 head are this table's",
+                "the paper gives no optimiser, batch or steps: Adam at 1e-3 on 8 x 16,000 samples is nv-wavenet's, the "
+                "200,000 steps are kan-bayashi/PytorchWaveNetVocoder's",
+            ),
+        },
+        "sc09": {
+            "core": "wavenet",
+            "vocab_size": 256,
+            "config": {
+                "cycles": 4, "kernel": 2, "residual": 64, "skip": 1024, "head": 512, "embedding": 256, "decoder": 256,
+                "bias": False,
+            },
+            "recipe": {
+                "steps": 780_000, "batch_size": 8, "window": 20_093, "sampling": "documents", "optimizer": "adamw",
+                "lr": 1e-3, "betas": (0.9, 0.999), "schedule": "plateau", "final_lr": 0.2, "patience": 5,
+                "log_every": 10, "eval_every": 3895, "checkpoint_every": 3895,
+            },
+            "data": {"codec": "mulaw", "quantizer": "s4", "sample_rate": 16_000, "normalize": "minmax", "lead": 4093},
+            "corpus": "sc09",
+            "source": "state-spaces/s4, configs/model/baseline/wavenet.yaml and experiment/audio/wavenet-sc09.yaml",
+            "published": "4,244,480 parameters; 1.925 bits a sample on SC09 (Goel et al. 2022, arXiv 2202.09729)",
+            "notes": (
+                "an epoch of SC09 is 3,895 steps: 200 epochs, validated after each",
+                "each clip is scaled to -1..1 before mu-law: its bits compare only with those of clips scaled so",
+            ),
+        },
+    },
+}  # fmt: skip
+
+
+def preset(kind: str, name: str) -> dict[str, Any]:
+    """The entry `name` of `kind` ("gpt" or "wavenet"). Raises UsageError listing those there are."""
+    if name not in PRESETS[kind]:
+        raise UsageError(f"{kind} has no preset `{name}`", f"there are {', '.join(PRESETS[kind])}")
+    return PRESETS[kind][name]

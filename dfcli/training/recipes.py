@@ -1,0 +1,215 @@
+"""The default recipes: what is trained, and how, when no preset is asked for.
+
+Every choice depends on the data, the kind of device and the budget, and is told with its reason. With a number of steps
+nothing depends on a measured speed, so the same line gives the same run on every machine of that kind; with a time,
+the size of the model follows from the device's rate.
+
+GPT: RMSNorm, rotary positions, QK-norm, squared ReLU, no biases, untied head, projections that start at zero; Muon for
+the matrices and AdamW for the rest; a short rise, then a linear fall to zero over the last 70 % (scaled down from
+KellerJordan/modded-nanogpt, records/track_3_optimization/train_gpt_simple.py).
+WaveNet: two cycles of dilations 1 to 512, RMSNorm before each layer, residual projections and last layer that
+start at zero, Muon for the matrices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from dfcli import cores
+from dfcli.system.device import Device
+from dfcli.system.events import Choice
+from dfcli.training.settings import Recipe
+
+DEFAULT_MINUTES = 5.0
+
+GPT_SIZES = ((3, 3, 96), (4, 4, 128), (6, 6, 192), (6, 8, 256), (6, 6, 384), (8, 8, 512), (12, 12, 768))
+WAVENET_SIZES = ((2, 32, 128), (2, 64, 256), (3, 64, 256), (3, 128, 512))  # cycles, residual, skip
+TOKENS_PER_PARAMETER = {"gpt": 4.0, "wavenet": 12.0}  # a model that sees fewer is too large for its budget
+PARAMETERS_PER_TOKEN = 10.0  # a model with more than that for each token of the corpus only learns it by heart
+EFFICIENCY = 0.4  # the share of a device's peak rate that a small model's training reaches
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What the choices depend on: the training split's size and shape."""
+
+    tokens: int
+    documents: int
+    longest: int  # ids of the longest document
+    vocab_size: int
+    lines: bool
+
+
+@dataclass
+class Draft:
+    """A default recipe in the making: values for the core's config and for the recipe, and the reasons."""
+
+    core: str
+    config: dict[str, Any]
+    recipe: dict[str, Any]
+    choices: list[Choice] = field(default_factory=list)
+
+    def choose(self, what: str, value: str, reason: str) -> None:
+        self.choices.append(Choice(what, value, reason))
+
+
+def default(
+    kind: str, corpus: Corpus, device: Device, steps: int, minutes: float, pinned: dict[str, Any], fixed: bool = False
+) -> Draft:
+    """The default recipe of `kind` ("gpt" or "wavenet") for a budget of `steps` or else `minutes`.
+
+    `pinned` holds the config values and recipe values that are given and so not chosen here; `fixed` says that they
+    are the whole config (that of a model trained before).
+    """
+    draft = (_gpt if kind == "gpt" else _wavenet)(corpus, device, steps, minutes, pinned, fixed)
+    given = {name: value for name, value in pinned.items() if name in Recipe.__dataclass_fields__}
+    draft.recipe |= given
+    draft.choices = [choice for choice in draft.choices if choice.what not in given]
+    _cadence(draft, device, steps)
+    return draft
+
+
+def _gpt(corpus: Corpus, device: Device, steps: int, minutes: float, pinned: dict[str, Any], fixed: bool) -> Draft:
+    long = device.kind == "cuda" or steps > 2000 or minutes > 1
+    context = 256 if device.kind == "cuda" else 128 if long else 64
+    reason = f"what pays on {_article(device)} with this budget"
+    if corpus.lines and corpus.longest <= context:
+        context, reason = corpus.longest, "the longest line"
+    config: dict[str, Any] = {
+        "vocab_size": corpus.vocab_size, "context": context, "position": "rotary", "norm": "rmsnorm",
+        "activation": "relu2", "bias": False, "qkv_bias": False, "qk_norm": True, "tied_head": False, "init": "zero",
+    }  # fmt: skip
+    recipe: dict[str, Any] = {
+        "optimizer": "muon", "lr": 0.02, "adam_lr": 0.005, "momentum": 0.95, "betas": (0.9, 0.95), "eps": 1e-10,
+        "schedule": "linear", "warmup": 10, "decay_start": 0.3, "final_lr": 0.0,
+        "eval_tokens": 1_000_000 if device.kind == "cuda" else 32_768,
+    }  # fmt: skip
+    draft = Draft("gpt", config, recipe)
+    if not fixed:
+        draft.choose("context", str(context), reason)
+        sizes = [
+            config | {"layers": layers, "heads": heads, "channels": channels} for layers, heads, channels in GPT_SIZES
+        ]
+        _size(draft, sizes, 4 if device.kind == "cuda" else 1, corpus, device, steps, minutes, pinned)
+    config |= {name: value for name, value in pinned.items() if name not in Recipe.__dataclass_fields__}
+    if corpus.lines and corpus.longest <= config["context"]:
+        recipe["sampling"] = "documents"
+        draft.choose("sampling", "documents", "every line fits a sequence")
+    tokens = 16_384 if device.kind == "cuda" else 2048 if long else 1024
+    length = max(1, corpus.tokens // corpus.documents) if recipe.get("sampling") == "documents" else config["context"]
+    recipe["batch_size"] = max(1, tokens // length)
+    draft.choose("batch_size", str(recipe["batch_size"]), f"about {tokens:,} ids a step on {_article(device)}")
+    if "dropout" not in pinned:
+        _dropout(draft, corpus, device, steps, minutes, pinned)
+    return draft
+
+
+def _wavenet(corpus: Corpus, device: Device, steps: int, minutes: float, pinned: dict[str, Any], fixed: bool) -> Draft:
+    config: dict[str, Any] = {
+        "vocab_size": corpus.vocab_size, "kernel": 2, "norm": "rmsnorm", "init": "zero",
+    }  # fmt: skip
+    cuda = device.kind == "cuda"
+    recipe: dict[str, Any] = {
+        "optimizer": "muon", "lr": 0.02, "adam_lr": 0.004, "momentum": 0.95, "betas": (0.9, 0.95), "eps": 1e-10,
+        "schedule": "linear", "warmup": 20, "decay_start": 0.3, "final_lr": 0.0, "clip": 1.0,
+        "window": 8192 if cuda else 4096, "batch_size": 8 if cuda else 2,
+        "eval_tokens": 1_000_000 if cuda else 65_536,
+    }  # fmt: skip
+    draft = Draft("wavenet", config, recipe)
+    if not fixed:
+        sizes = [
+            config | {"cycles": cycles, "residual": residual, "skip": skip, "head": skip}
+            for cycles, residual, skip in WAVENET_SIZES
+        ]
+        _size(draft, sizes, 2 if cuda else 0, corpus, device, steps, minutes, pinned)
+    config |= {name: value for name, value in pinned.items() if name not in Recipe.__dataclass_fields__}
+    many = recipe["window"] * recipe["batch_size"]
+    draft.choose("batch_size", str(recipe["batch_size"]), f"{many:,} samples a step on {_article(device)}")
+    return draft
+
+
+def _size(
+    draft: Draft,
+    sizes: list[dict[str, Any]],
+    usual: int,
+    corpus: Corpus,
+    device: Device,
+    steps: int,
+    minutes: float,
+    pinned: dict[str, Any],
+) -> None:
+    """Take the largest of `sizes` that the budget and the corpus feed; with a number of steps, at most the `usual`."""
+    if any(name in pinned for name in ("layers", "heads", "channels", "cycles", "dilations", "residual", "skip")):
+        draft.config |= sizes[usual]
+        return
+    counts = [cores.config(draft.core, size).parameters() for size in sizes]
+    most = PARAMETERS_PER_TOKEN * corpus.tokens
+    fed = [i for i, count in enumerate(counts) if count <= most] or [0]
+    rate = None if steps else device.peak_flops()
+    if rate is None:
+        chosen = min(usual, fed[-1])
+        reason = "usual on " + _article(device) if chosen == usual else "small, as the corpus is"
+    else:
+        wanted = TOKENS_PER_PARAMETER[draft.core]
+        flops = 60 * minutes * rate * EFFICIENCY
+        costs = [3 * cores.config(draft.core, size).flops_per_token() for size in sizes]
+        chosen = max((i for i in fed if flops / costs[i] >= wanted * counts[i]), default=0)
+        reason = f"the largest that sees about {wanted:.0f} tokens per parameter in {minutes:g} minutes here"
+        if chosen == 0:
+            reason = f"the smallest, for {minutes:g} minutes here"
+        elif chosen == fed[-1] < len(sizes) - 1:
+            reason = "as large as the corpus feeds"
+    draft.config |= sizes[chosen]
+    draft.choose("size", f"{counts[chosen] / 1e6:.2g}M parameters", reason)
+
+
+def _dropout(draft: Draft, corpus: Corpus, device: Device, steps: int, minutes: float, pinned: dict[str, Any]) -> None:
+    """Dropout where the corpus is read so often that the model would learn it by heart."""
+    recipe = draft.recipe | pinned
+    length = draft.config["context"]
+    if steps:
+        tokens = steps * recipe["batch_size"] * recipe.get("accumulate", 1) * length
+    else:
+        rate = device.peak_flops() or 0.0
+        tokens = rate * EFFICIENCY * 60 * minutes / (3 * cores.config("gpt", draft.config).flops_per_token())
+    epochs = tokens / max(1, corpus.tokens)
+    # A model that is small beside its corpus cannot learn it by heart, however often it reads it.
+    small = cores.config("gpt", draft.config).parameters() < 2 * corpus.tokens
+    dropout = 0.0 if epochs < (20 if small else 6) else 0.1 if epochs < 40 else 0.2
+    draft.config["dropout"] = dropout
+    times = f"about {epochs:.0f} times" if epochs >= 1 else "less than once"
+    draft.choose("dropout", f"{dropout:g}", f"the budget reads the corpus {times}")
+
+
+def _cadence(draft: Draft, device: Device, steps: int) -> None:
+    """How often to log, evaluate and save: by steps where the budget is steps, else by time."""
+    if steps:
+        chosen = {
+            "log_every": max(1, min(100, steps // 100)),
+            "eval_every": max(1, steps // 10),
+            "checkpoint_every": max(1, steps // 10),
+        }
+        draft.recipe = chosen | draft.recipe
+
+
+def _article(device: Device) -> str:
+    return {"cpu": "a CPU", "cuda": "a CUDA GPU", "mps": "an Apple GPU"}[device.kind]
+
+
+def memory_bytes(core: str, config: cores.CoreConfig, recipe: Recipe, device: Device) -> int:
+    """About how much memory training takes, in bytes: weights, gradients and optimiser state in float32, and what a
+    micro-batch keeps for its backward pass, counted from the tensors that each layer saves."""
+    optimizer = {"sgd": int(recipe.momentum > 0), "adamw": 2, "muon": 2}[recipe.optimizer]
+    weights = 4 * config.parameters() * (2 + optimizer)
+    window = recipe.window or config.context
+    c: Any = config
+    if core == "gpt":
+        kept = c.layers * c.channels * (18 + 2 * c.qk_norm + 8 * (c.dropout > 0))
+    elif core == "wavenet":
+        kept = c.layers * c.residual * (5 + c.kernel + (c.norm != "none")) + c.skip + c.head
+    else:
+        kept = c.levels * 4 * c.hidden
+        window = 1 if recipe.sampling == "last" else window
+    wide = 2 if device.precision == "bfloat16" else 4
+    return weights + recipe.batch_size * window * (kept * wide + 3 * 4 * c.vocab_size)

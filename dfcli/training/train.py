@@ -1,0 +1,386 @@
+"""Train a model: from what was asked for to a run on disk and its figures. `df train` is a thin skin over this."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dfcli import cores
+from dfcli.codecs import TextCodec
+from dfcli.data.batches import Batches
+from dfcli.data.dataset import Dataset, find_dataset
+from dfcli.data.download import corpus_path
+from dfcli.errors import CorruptError, DfError, UsageError
+from dfcli.evaluation.sweep import sweep
+from dfcli.generation.plain import Plain
+from dfcli.generation.sampling import Dice, Filters
+from dfcli.runs import run as runs
+from dfcli.runs.run import Run
+from dfcli.system.device import resolve
+from dfcli.system.events import Choice, Note, OnEvent, ignore
+from dfcli.system.files import read_json, same_name, write_json
+from dfcli.training import plan as plans
+from dfcli.training.events import Finished, Started
+from dfcli.training.plan import Plan, Request
+from dfcli.training.settings import Recipe, override
+from dfcli.training.trainer import State, Trainer
+
+RESULT = "result.json"  # of a run that is finished
+PREVIEW_TOKENS = 120
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What came of a training. Its fields are the keys of `df train --json`."""
+
+    run: str
+    path: str
+    preset: str | None
+    steps: int  # updates made
+    tokens_seen: int  # targets the updates were made on
+    train_seconds: float  # from just before the first step, evaluations and checkpoints included
+    tokens_per_second: float  # tokens_seen / train_seconds
+    val_loss: float | None  # nats a token, of the checkpoint that sample and eval use by default: over the whole
+    # validation split of a finished run, over the part of it that the recipe says of one that was stopped
+    best_step: int | None  # that checkpoint's step
+    parameters: int
+    device: str
+    seed: int
+    skipped: int  # batches left out because their loss or gradient was not finite
+    stopped: str | None  # why it ended early: "interrupted", "terminated"; None when it is finished
+
+
+def plan(
+    kind: str,
+    data: Sequence[str] = (),
+    *,
+    preset: str | None = None,
+    steps: int | None = None,
+    minutes: float | None = None,
+    device: str = "auto",
+    batch_size: int | None = None,
+    lr: float | None = None,
+    seed: int | None = None,
+    init: str | None = None,
+    overrides: dict[str, str] | None = None,
+    on_event: OnEvent = ignore,
+) -> Plan:
+    """What `train` with these arguments would train, and why. Allocates nothing, and prepares no data where the preset
+    fixes the vocabulary. Raises as `train` does."""
+    request = Request(
+        kind, tuple(data), preset, None, steps, minutes, device, batch_size, lr, seed, init, overrides or {}
+    )
+    return plans.make(request, show=True, on_event=on_event)
+
+
+def train(
+    kind: str,
+    data: Sequence[str] = (),
+    *,
+    preset: str | None = None,
+    name: str | None = None,
+    steps: int | None = None,
+    minutes: float | None = None,
+    device: str = "auto",
+    batch_size: int | None = None,
+    lr: float | None = None,
+    seed: int | None = None,
+    resume: bool = False,
+    init: str | None = None,
+    overrides: dict[str, str] | None = None,
+    previews: bool = False,
+    on_event: OnEvent = ignore,
+    stop: Callable[[], str | None] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> TrainResult:
+    """Train a "gpt" or a "wavenet" and keep it as a run.
+
+    `data`: names of datasets or corpora, files, folders; none: a built-in corpus, or the preset's. The budget is
+    `steps` or `minutes`; else the preset's steps, else 5 minutes. `overrides` are `--set`'s: field of the core's
+    config or of the recipe to its value as text. `resume` goes on with the run called `name` (else the newest of
+    this kind), starts it where it has no checkpoint, and does nothing where it is finished. `init` starts from the
+    best weights of another run. `previews` makes short texts for Sample events. `stop` is asked before each step: a
+    reason ends the training after a checkpoint, and comes back in the result.
+
+    Raises UsageError for what is asked wrongly, before anything is prepared or left behind; DfError for data that
+    cannot be prepared, a loss that is not finite, memory or disk that do not suffice; CorruptError for damaged files.
+    """
+    request = Request(
+        kind, tuple(data), preset, name, steps, minutes, device, batch_size, lr, seed, init, overrides or {}
+    )
+    request.check()
+    session = Session(previews, on_event, stop, clock)
+    run = _existing(request, on_event) if resume else None
+    if run is not None:
+        return _resume(run, request, session)
+
+    made = plans.make(request, on_event=on_event)
+    assert made.dataset is not None
+    with made.dataset as dataset:
+        for choice in made.choices:
+            on_event(choice)
+        _warn(made, on_event)
+        plans.check_fits(made)
+        run = Run.create(str(made.name), _info(made, dataset), dataset.codec)
+        try:
+            with run.lock():
+                return session.run(run, made, dataset, None)
+        except BaseException:
+            if not run.steps():  # nothing was reached that could be gone on with
+                runs.remove(run.name)
+            raise
+
+
+@dataclass(frozen=True)
+class Session:
+    """One call of `train`: whom to tell, whom to ask, and what time it is."""
+
+    previews: bool
+    on_event: OnEvent
+    stop: Callable[[], str | None]
+    clock: Callable[[], float]
+
+    def run(self, run: Run, plan: Plan, dataset: Dataset, state: State | None) -> TrainResult:
+        """Train a run, whose lock is held, from its last checkpoint (`state`) or from the start, and close it."""
+        device, recipe = plan.device, plan.recipe
+        gpus = [device.torch_device] if device.kind == "cuda" else []
+        with _memory(plan), torch.random.fork_rng(devices=gpus):
+            torch.manual_seed(plan.seed)
+            core = cores.build(plan.core, asdict(plan.config))
+            if state is None and plan.init:
+                core.load_state_dict(Run.open(plan.init).load("best").model)
+            core.to(device.torch_device)
+            batches = Batches(
+                dataset.splits["train"], batch_size=recipe.batch_size, window=recipe.window, seed=plan.seed,
+                sampling=recipe.sampling, boundary=dataset.boundary, lines=dataset.lines, lead=dataset.lead,
+            )  # fmt: skip
+            val = dataset.splits.get("val")
+            if val is not None and val.longest + dataset.lines < 2:
+                val = None  # nothing in it follows anything
+            trainer = Trainer(
+                core, recipe, batches, run, device, seed=plan.seed, state=state,
+                validate=self._validator(core, plan, dataset, recipe.eval_tokens or None) if val else None,
+                validation_tokens=min(recipe.eval_tokens or val.tokens_count, val.tokens_count) if val else 0,
+                preview=_preview(core, plan, dataset) if self.previews else None,
+                on_event=self.on_event, stop=self.stop, clock=self.clock,
+            )  # fmt: skip
+            if state is not None:
+                saved = run.load(state.step, optimizer=True)
+                core.load_state_dict(saved.model)
+                trainer.optimizer.load_state_tensors(saved.optimizer or {})
+            reached = trainer.state
+            self.on_event(Started(plan, run.path, reached.step, reached.best_val_loss))
+            stopped = trainer.run()
+            val_loss = reached.best_val_loss
+            if stopped is None and val is not None:
+                val_loss = self._close(run, plan, dataset, core, reached)
+        if reached.best_step is not None and reached.best_step < reached.step and stopped is None:
+            of = f"step {reached.best_step} of {reached.step}"
+            self.on_event(Note(f"the validation loss was lowest at {of}: sample and eval use that checkpoint"))
+        result = TrainResult(
+            run=run.name, path=str(run.path), preset=plan.preset, steps=reached.step, tokens_seen=reached.tokens,
+            train_seconds=reached.seconds, tokens_per_second=reached.tokens / max(1e-9, reached.seconds),
+            val_loss=val_loss, best_step=reached.best_step or reached.step, parameters=plan.parameters,
+            device=device.name, seed=plan.seed, skipped=reached.skipped, stopped=stopped,
+        )  # fmt: skip
+        if stopped is None:
+            write_json(run.path / RESULT, {"format": 1, **asdict(result)})
+        self.on_event(Finished(result))
+        return result
+
+    def _validator(self, core: cores.Core, plan: Plan, dataset: Dataset, limit: int | None) -> Callable[[], float]:
+        return lambda: sweep(core, dataset, "val", plan.device, limit=limit, on_event=self.on_event).mean
+
+    def _close(self, run: Run, plan: Plan, dataset: Dataset, core: cores.Core, reached: State) -> float | None:
+        """The loss of the best checkpoint over the whole validation split."""
+        limit = plan.recipe.eval_tokens
+        if reached.best_val_loss is not None and (not limit or limit >= dataset.splits["val"].tokens_count):
+            return reached.best_val_loss  # measured over the whole split already
+        core.load_state_dict(run.load("best").model)
+        return self._validator(core, plan, dataset, None)()
+
+
+def _existing(request: Request, on_event: OnEvent) -> Run | None:
+    """The run that --resume means: the one of that name, else the newest of the kind; None where there is none."""
+    if request.name is not None:
+        found = same_name(runs.runs_home(), request.name)
+        return Run.open(runs.runs_home() / found) if found else None
+    there = [run for run in runs.list_runs() if run.kind == request.kind]
+    if not there:
+        return None
+    newest = max(there, key=lambda run: (str(run.info.get("created")), run.name))
+    on_event(Choice("run", newest.name, f"the newest {request.kind} run; --name says which one to resume"))
+    return newest
+
+
+def _resume(run: Run, request: Request, session: Session) -> TrainResult:
+    if option := changed_option(run, request):
+        raise UsageError(
+            f"run `{run.name}` was started with another {option}, which would change its result",
+            f"leave {option} out, or start a new run from its weights with `--init {run.name}`",
+        )
+    if (run.path / RESULT).exists():
+        return _finished(run, session.on_event)
+    made = _plan_of(run, request)
+    with run.lock(), _dataset_of(run, session.on_event) as dataset:
+        # One that finished while this one waited is not trained again.
+        if (run.path / RESULT).exists():
+            return _finished(run, session.on_event)
+        _warn(made, session.on_event)
+        state = None
+        if run.steps():
+            # Loading shows which checkpoint is sound; with the optimiser, since both are needed.
+            last = run.load("last", optimizer=True, fallback=True, on_event=session.on_event)
+            state = State.from_json(last.state)
+        run.truncate_metrics(state.step if state else -1)
+        began, here = run.info.get("device"), made.device.name
+        if began != here:
+            session.on_event(Note(f"the run began on {began}: on {here} it goes on, but not bit for bit"))
+        return session.run(run, made, dataset, state)
+
+
+def _finished(run: Run, on_event: OnEvent) -> TrainResult:
+    values = read_json(run.path / RESULT)
+    try:
+        result = TrainResult(**{name: values[name] for name in TrainResult.__dataclass_fields__})
+    except KeyError as error:
+        raise CorruptError(f"{run.path / RESULT} lacks {error}") from None
+    on_event(Note(f"run `{run.name}` is finished already"))
+    return result
+
+
+def changed_option(run: Run, request: Request) -> str:
+    """The option of `request` that differs from what the run was started with, or "" where there is none."""
+    info = run.info
+    if request.kind != run.kind:
+        raise UsageError(f"run `{run.name}` is a {run.kind}, not a {request.kind}")
+    for name in ("preset", "seed", "init"):
+        wanted = getattr(request, name)
+        if wanted is not None and wanted != info[name]:
+            return f"--{name}"
+    for name, wanted in request.options().items():
+        if wanted != info["recipe"][name]:
+            return "--" + name.replace("_", "-")
+    tables = (info["core"]["config"], info["recipe"])
+    for table, values in zip(tables, override(info["core"]["name"], request.overrides), strict=True):
+        for name, wanted in values.items():
+            if (list(wanted) if isinstance(wanted, tuple) else wanted) != table[name]:
+                return f"--set {name}"
+    data = [identity(source) for source in request.data]
+    if data and data not in (info["dataset"]["sources"], [info["dataset"]["name"]]):
+        return "--data"
+    return ""
+
+
+def identity(source: str) -> str:
+    """A source as it stays the same in every folder: names of datasets and corpora as they are, else absolute paths."""
+    if source == "-" or find_dataset(source) is not None or corpus_path(source) is not None:
+        return source
+    return str(Path(source).absolute())
+
+
+def _info(plan: Plan, dataset: Dataset) -> dict[str, Any]:
+    """What run.json says, beside what `Run.create` adds."""
+    return {
+        "kind": plan.kind,
+        "preset": plan.preset,
+        "core": {"name": plan.core, "config": asdict(plan.config)},
+        "recipe": asdict(plan.recipe),
+        "seed": plan.seed,
+        "init": plan.init,
+        "device": plan.device.name,
+        "precision": plan.device.precision,
+        "parameters": plan.parameters,
+        "dataset": {
+            "name": dataset.name,
+            "path": str(dataset.path),
+            "fingerprint": dataset.fingerprint,
+            "boundary": dataset.boundary,
+            "lines": dataset.lines,
+            "lead": dataset.lead,
+            "sources": [identity(source) for source in plan.data],
+            "protocol": plan.protocol,
+        },
+        "choices": [asdict(choice) for choice in plan.choices],
+    }
+
+
+def _plan_of(run: Run, request: Request) -> Plan:
+    """The plan that a run was started with, on the device asked for now."""
+    info = run.info
+    try:
+        return Plan(
+            kind=run.kind, name=run.name, preset=info["preset"], source="", published="", core=info["core"]["name"],
+            config=cores.config(info["core"]["name"], info["core"]["config"]), recipe=Recipe(**info["recipe"]),
+            seed=info["seed"], device=resolve(request.device), data=tuple(info["dataset"]["sources"]),
+            protocol=info["dataset"]["protocol"], codec_name=info["codec"]["name"], dataset=None, init=info["init"],
+            choices=(),
+        )  # fmt: skip
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptError(f"{run.path / runs.RUN} does not describe a training: {error}") from None
+
+
+def _dataset_of(run: Run, on_event: OnEvent) -> Dataset:
+    """The dataset that a run is trained on, prepared again where it was removed."""
+    record = run.info["dataset"]
+    if find_dataset(record["name"]) is not None:
+        dataset = Dataset.open(record["name"])
+    elif find_dataset(record["path"]) is not None:
+        dataset = Dataset.open(record["path"])
+    else:
+        dataset = plans.prepare_for(record["sources"], record["protocol"], run.codec, on_event)
+    if dataset.fingerprint != record["fingerprint"]:
+        dataset.close()
+        raise DfError(
+            f"the data of run `{run.name}` is not what it was: dataset {record['name']} has changed",
+            f"restore its sources, or start a new run from its weights with `--init {run.name}`",
+        )
+    return dataset
+
+
+def _preview(core: cores.Core, plan: Plan, dataset: Dataset) -> Callable[[], str] | None:
+    """Makes a short text with the model as it is; None for audio."""
+    codec = dataset.codec
+    if not isinstance(codec, TextCodec):
+        return None
+    first = dataset.boundary if dataset.boundary is not None else codec.id_of_newline
+    opening = np.full((1, dataset.lead), 0 if first is None else first, np.int64)
+
+    def preview() -> str:
+        core.eval()
+        try:
+            engine = Plain(core, plan.device)
+            engine.start(1)
+            engine.prefill(opening[:, -core.context :])
+            return codec.decode(engine.generate(Dice(plan.seed, [0]).draw(PREVIEW_TOKENS), Filters(0.8))[0])
+        finally:
+            core.train()
+
+    return preview
+
+
+def _warn(plan: Plan, on_event: OnEvent) -> None:
+    free, _ = plan.device.memory_bytes()
+    if plan.memory > free:
+        text = f"training takes about {plan.memory / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free"
+        on_event(Note(f"{text}: {plans.fitting(plan)}"))
+
+
+@contextmanager
+def _memory(plan: Plan) -> Iterator[None]:
+    """Say what to lower where memory runs out."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        cpu = ("can't allocate memory", "not enough memory")
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(part in str(error) for part in cpu):
+            raise
+        message = f"there is not enough memory on {plan.device.name} for this training"
+        raise DfError(message, plans.fitting(plan)) from None

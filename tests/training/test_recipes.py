@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dfcli import cores
+from dfcli.system.device import Device
+from dfcli.training.optim import Optimizer
+from dfcli.training.recipes import Corpus, Draft, default, memory_bytes
+from dfcli.training.settings import Recipe
+
+SHAKESPEARE = Corpus(tokens=1_003_854, documents=1, longest=1_003_854, vocab_size=65, lines=False)
+NAMES = Corpus(tokens=182_625, documents=25_626, longest=16, vocab_size=27, lines=True)
+SPEECH = Corpus(tokens=6_700_000, documents=1800, longest=18_000, vocab_size=256, lines=False)
+
+
+class Machine(Device):
+    """A CPU of a given rate."""
+
+    rate: float | None = 100e9
+
+    def peak_flops(self) -> float | None:
+        return self.rate
+
+
+def machine(rate: float | None = 100e9, kind: str = "cpu") -> Device:
+    device = Machine(torch.device("cpu"), kind, "test", "float32", "", 2)
+    object.__setattr__(device, "rate", rate)
+    return device
+
+
+def parts(draft: Draft) -> tuple[cores.CoreConfig, Recipe]:
+    return cores.config(draft.core, draft.config), Recipe(**draft.recipe)
+
+
+@pytest.mark.parametrize("corpus", [SHAKESPEARE, NAMES, SPEECH])
+@pytest.mark.parametrize("kind", ["gpt", "wavenet"])
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+@pytest.mark.parametrize(("steps", "minutes"), [(1, 0.0), (5000, 0.0), (0, 0.01), (0, 5.0), (0, 1000.0)])
+def test_every_default_is_valid_and_told(kind: str, corpus: Corpus, device: str, steps: int, minutes: float) -> None:
+    draft = default(kind, corpus, machine(kind=device), steps, minutes, {})
+    config, recipe = parts(draft)
+    assert config.parameters() > 0
+    assert recipe.window <= config.context or kind == "wavenet"
+    assert all(choice.reason for choice in draft.choices)
+    assert {"size", "batch_size"} <= {choice.what for choice in draft.choices}
+    if steps:
+        assert min(recipe.eval_every, recipe.checkpoint_every, recipe.log_every) >= 1
+
+
+@pytest.mark.parametrize("kind", ["gpt", "wavenet"])
+def test_with_steps_nothing_depends_on_the_machines_speed(kind: str) -> None:
+    drafts = [default(kind, SHAKESPEARE, machine(rate), 1000, 0.0, {}) for rate in (1e9, 1e13, None)]
+    assert drafts[0] == drafts[1] == drafts[2]
+
+
+@pytest.mark.parametrize("kind", ["gpt", "wavenet"])
+def test_with_minutes_the_size_grows_with_time_and_speed(kind: str) -> None:
+    corpus = replace(SHAKESPEARE, tokens=10**9)
+
+    def size(rate: float, minutes: float) -> int:
+        return parts(default(kind, corpus, machine(rate), 0, minutes, {}))[0].parameters()
+
+    sizes = [size(100e9, minutes) for minutes in (0.1, 3, 60, 10_000)]
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[-1]
+    assert size(1e12, 3) >= size(100e9, 3)
+
+
+def test_a_small_corpus_does_not_get_a_large_model() -> None:
+    small = replace(SHAKESPEARE, tokens=20_000)
+    config, _ = parts(default("gpt", small, machine(1e15), 0, 600.0, {}))
+    assert config.parameters() < 2e6
+
+
+def test_what_is_given_is_not_chosen() -> None:
+    pinned = {"layers": 2, "heads": 2, "channels": 32, "context": 32, "batch_size": 5, "lr": 0.5, "dropout": 0.3}
+    draft = default("gpt", SHAKESPEARE, machine(), 100, 0.0, pinned)
+    draft.config |= {key: value for key, value in pinned.items() if key in ("layers", "heads", "channels", "context")}
+    assert (draft.recipe["batch_size"], draft.recipe["lr"], draft.config["dropout"]) == (5, 0.5, 0.3)
+    assert not {"size", "batch_size", "dropout"} & {choice.what for choice in draft.choices}
+
+
+def test_lines_that_fit_are_read_whole() -> None:
+    config, recipe = parts(default("gpt", NAMES, machine(), 100, 0.0, {}))
+    assert config.context == 16
+    assert recipe.sampling == "documents"
+
+
+def test_a_corpus_read_many_times_gets_dropout() -> None:
+    small = replace(SHAKESPEARE, tokens=5_000)
+    assert parts(default("gpt", small, machine(), 5000, 0.0, {}))[0].dropout > 0  # pyright: ignore
+    assert parts(default("gpt", SHAKESPEARE, machine(), 100, 0.0, {}))[0].dropout == 0  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    ("core", "values"),
+    [
+        ("gpt", {"vocab_size": 65, "context": 64, "layers": 4, "heads": 4, "channels": 128, "activation": "relu2"}),
+        ("wavenet", {"vocab_size": 256, "cycles": 1, "residual": 32, "skip": 64, "head": 64}),
+    ],
+)
+def test_the_memory_estimate_is_what_autograd_keeps(core: str, values: dict[str, object]) -> None:
+    """Against the bytes of the tensors saved for the backward pass: right within a third."""
+    config = cores.config(core, values)
+    recipe = Recipe(batch_size=8, window=64 if core == "gpt" else 1024)
+    module = cores.build(core, values)
+    kept: dict[int, int] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    ids = torch.randint(config.vocab_size, (recipe.batch_size, recipe.window))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        logits = module(ids)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
+    weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    activations = sum(size for place, size in kept.items() if place not in weights)
+    loss.backward()
+    optimizer = Optimizer(module, recipe)
+    optimizer.step(1.0)
+    state = sum(tensor.nbytes for tensor in optimizer.state_tensors().values())
+    expected = activations + logits.nbytes + 2 * 4 * config.parameters() + state
+    estimate = memory_bytes(core, config, recipe, machine())
+    assert 0.75 < estimate / expected < 1.34
