@@ -1,0 +1,73 @@
+"""The command tree and its root: what `df --help` shows."""
+
+from __future__ import annotations
+
+from typing import Annotated, cast
+
+import typer
+from typer.core import TyperGroup
+from typer.main import get_command
+
+import dfcli
+from dfcli.cli import data, eval, runs, sample, train
+
+SETTINGS = {"help_option_names": ["-h", "--help"]}
+
+
+class Ordered(TyperGroup):
+    """The root: its commands stand in the order in which a newcomer needs them."""
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return ["train", "sample", "eval", "data", "runs"]
+
+
+def build(completion: bool) -> TyperGroup:
+    """The command tree. `completion` adds --install-completion and --show-completion.
+
+    They are for the name `dfcli` only: outside this environment a completion of `df` would run the disk tool.
+    """
+    app = typer.Typer(
+        cls=Ordered,
+        context_settings=SETTINGS,
+        add_completion=completion,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+    )
+    app.callback(invoke_without_command=True)(root)
+    app.command("train")(train.train)
+    app.add_typer(sample.app, name="sample")
+    app.command("eval")(eval.evaluate)
+    app.add_typer(data.app, name="data")
+    app.add_typer(runs.app, name="runs")
+    return cast(TyperGroup, get_command(app))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dfcli {dfcli.__version__}")
+        raise typer.Exit
+
+
+def root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", "-V", callback=_version, is_eager=True, metavar="", help="Print the version.")
+    ] = False,
+) -> None:
+    """Train, hear, read and measure a small GPT or WaveNet.
+
+    Any text or audio becomes token ids; a GPT or a WaveNet learns to predict
+    the next one; its predictions become text or sound again.
+
+    Examples:
+      df train gpt --minutes 1                   learn from built-in text
+      df sample gpt                              read what the newest GPT writes
+      df train wavenet --data recordings/        learn from your own audio
+      df sample wavenet --seconds 4 -o out.wav   hear the newest WaveNet
+      df eval                                    measure it, beside baselines
+      df runs list                               see what was trained
+
+    The disk tool of the same name is `command -p df`.
+    """
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), nl=False)

@@ -1,0 +1,175 @@
+"""`df data`: prepare, list, show, fetch and remove datasets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from dfcli.cli import output
+from dfcli.cli.figures import count, size
+from dfcli.cli.options import Yes, confirmed, mention_terminal
+
+app = typer.Typer(no_args_is_help=True, help="Prepare, list, show, fetch and remove data.")
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The dataset's name.")]
+
+
+@app.command()
+def prepare(
+    sources: Annotated[list[str], typer.Argument(metavar="SOURCE", help="Files and folders; `-` is standard input.")],
+    name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="What to call it.")] = None,
+    codec: Annotated[
+        Literal["chars", "bytes", "gpt2", "mulaw"] | None,
+        typer.Option("--codec", help="How it becomes token ids; characters for text, mulaw for audio."),
+    ] = None,
+    bpe: Annotated[
+        str | None,
+        typer.Option("--bpe", metavar="DIR", help="Folder of GPT-2's encoder.json and vocab.bpe."),
+    ] = None,
+    lines: Annotated[bool, typer.Option("--lines", metavar="", help="Each line is one document.")] = False,
+    sample_rate: Annotated[
+        int | None,
+        typer.Option("--sample-rate", metavar="HZ", help="Of the audio; the sources' own by default."),
+    ] = None,
+    val_fraction: Annotated[
+        float, typer.Option("--val-fraction", metavar="F", help="Share held out to validate.")
+    ] = 0.1,
+    test_fraction: Annotated[float, typer.Option("--test-fraction", metavar="F", help="Share held out to test.")] = 0.0,
+    val: Annotated[
+        list[str] | None, typer.Option("--val", metavar="SOURCE", help="Validate on this source instead.")
+    ] = None,
+    test: Annotated[
+        list[str] | None, typer.Option("--test", metavar="SOURCE", help="Test on this source instead.")
+    ] = None,
+) -> None:
+    """Turn text or audio into a dataset of token ids, ready to train on.
+
+    `df train --data` does this by itself; prepare first to give it a name or to
+    choose how.
+
+    Examples:
+      df data prepare shakespeare.txt
+      df data prepare names.txt --lines --name names
+      df data prepare recordings/ --sample-rate 8000
+      cat *.md | df data prepare - --name notes --codec bytes
+    """
+    from dfcli.data.prepare import prepare
+
+    mention_terminal(sources)
+    with (
+        output.Listener() as listener,
+        prepare(
+            sources,
+            name=name,
+            codec=codec,
+            bpe=bpe,
+            lines=lines,
+            sample_rate=sample_rate,
+            val_fraction=val_fraction,
+            test_fraction=test_fraction,
+            val=val or [],
+            test=test or [],
+            on_event=listener,
+        ) as dataset,
+    ):
+        listener.close()
+        splits = ", ".join(f"{split.name} {count(split.tokens_count)}" for split in dataset.splits.values())
+        output.say(f"dataset {dataset.name}: {splits} tokens")
+        kind = "gpt" if dataset.kind == "text" else "wavenet"
+        output.say(f"next: df train {kind} --data {dataset.name}", style="bold")
+
+
+@app.command("list")
+def list_() -> None:
+    """List all prepared datasets.
+
+    Examples:
+      df data list
+    """
+    from dfcli.data.dataset import list_datasets
+
+    with output.Listener() as listener:
+        datasets = list_datasets(listener)
+    if not datasets:
+        output.say("there are no datasets yet; `df data prepare` makes one, and so does `df train`")
+        return
+    rows = [
+        (
+            dataset.name,
+            dataset.kind,
+            dataset.info["codec"]["name"],
+            *(count(dataset.splits[s].tokens_count) if s in dataset.splits else "-" for s in ("train", "val")),
+            count(sum(split.documents for split in dataset.splits.values())),
+            size(sum(file.stat().st_size for file in dataset.path.iterdir() if file.is_file())),
+        )
+        for dataset in datasets
+    ]
+    right = ("TRAIN", "VAL", "DOCUMENTS", "SIZE")
+    output.table(("NAME", "KIND", "CODEC", "TRAIN", "VAL", "DOCUMENTS", "SIZE"), rows, right)
+
+
+@app.command()
+def show(name: Annotated[str, typer.Argument(metavar="NAME", help="A dataset's name or folder.")]) -> None:
+    """Show a dataset: its codec, splits and sources.
+
+    Examples:
+      df data show names
+    """
+    from dfcli.data.dataset import Dataset
+
+    with Dataset.open(name) as dataset:
+        items: list[tuple[str, object]] = [
+            ("dataset", dataset.name),
+            ("path", dataset.path),
+            ("kind", dataset.kind),
+            ("codec", f"{dataset.info['codec']['name']}, {count(dataset.vocab_size)} ids"),
+            ("documents", "one a line" if dataset.lines else "one a source"),
+            ("boundary", "none" if dataset.boundary is None else f"id {dataset.boundary}"),
+        ]
+        items += [
+            (name, f"{count(split.tokens_count)} tokens, documents: {count(split.documents)}")
+            for name, split in dataset.splits.items()
+        ]
+        items += [(name, dataset.info[name]) for name in ("split_rule", "created", "fingerprint")]
+        output.pairs(items)
+
+
+@app.command()
+def get(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="shakespeare, names or gpt2-bpe.")],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Also write the plain file here.")
+    ] = None,
+) -> None:
+    """Fetch a public corpus or vocabulary, checked against its known hash.
+
+    Afterwards its name works as `--data`: tiny shakespeare (1.1 MB), makemore's
+    names (0.2 MB). gpt2-bpe is the vocabulary of `--codec gpt2`.
+
+    Examples:
+      df data get shakespeare -o shakespeare.txt
+      df train gpt --data shakespeare.txt
+    """
+    from dfcli.data.download import get
+
+    with output.Listener() as listener:
+        path = get(name, out=out, on_event=listener)
+    output.write(f"{path}\n")
+
+
+@app.command()
+def remove(name: Name, yes: Yes = False) -> None:
+    """Remove a prepared dataset. Its sources are not touched.
+
+    Examples:
+      df data remove names
+    """
+    from dfcli.data.dataset import remove_dataset
+
+    if not confirmed(f"remove the dataset `{name}`?", yes):
+        output.say("nothing was removed")
+        raise typer.Exit(1)
+    remove_dataset(name)
+    output.say(f"removed the dataset `{name}`")

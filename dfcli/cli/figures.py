@@ -1,0 +1,91 @@
+"""Figures as a person reads them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+
+def count(n: float) -> str:
+    """1234567 -> "1,234,567"."""
+    return f"{n:,.0f}"
+
+
+def short(n: float) -> str:
+    """Three digits and a prefix: 803456 -> "803k", 12345678 -> "12.3M"."""
+    for limit, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(n) >= limit * 0.9995:
+            return f"{n / limit:.3g}{prefix}" if abs(n) < 999.5 * limit else f"{n / limit:.0f}{prefix}"
+    return f"{n:.3g}"
+
+
+def si(n: float) -> str:
+    """A figure with a prefix for the unit that follows: 12345 -> "12.3 k", 61.2e9 -> "61.2 G"."""
+    for limit, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(n) >= limit:
+            return f"{n / limit:.1f} {prefix}"
+    return f"{n:.1f} "
+
+
+def size(n: float) -> str:
+    """Bytes as a person reads them: 1536000 -> "1.5 MB" (powers of 1000)."""
+    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if n >= limit:
+            return f"{n / limit:.1f} {unit}"
+    return f"{n:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """83 -> "1:23", 5025 -> "1:23:45"."""
+    whole = max(0, round(seconds))
+    hours, rest = divmod(whole, 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+
+
+def age(seconds: float) -> str:
+    """How long ago, in one unit: 83 -> "1 min", 90000 -> "1 day"."""
+    for length, unit in ((86400, "day"), (3600, "h"), (60, "min")):
+        if seconds >= length:
+            n = int(seconds // length)
+            return f"{n} {unit}{'s' if unit == 'day' and n > 1 else ''}"
+    return f"{max(0, int(seconds))} s"
+
+
+def sparkline(values: Sequence[float], width: int = 40, unicode: bool = True) -> str:
+    """The course of `values` in at most `width` block characters, the lowest value as the lowest block."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return ""
+    if len(finite) > width:  # means of equal parts
+        edges = [round(i * len(finite) / width) for i in range(width + 1)]
+        finite = [sum(finite[a:b]) / (b - a) for a, b in pairwise(edges)]
+    blocks = "▁▂▃▄▅▆▇█" if unicode else "_.-=+*#@"
+    low, high = min(finite), max(finite)
+    scale = (len(blocks) - 1) / (high - low) if high > low else 0.0
+    return "".join(blocks[round((value - low) * scale)] for value in finite)
+
+
+class Course:
+    """A series of any length kept as at most `limit` means of equally many values, for a sparkline."""
+
+    def __init__(self, limit: int = 256) -> None:
+        self.limit = limit
+        self.values: list[float] = []
+        self._each = 1  # values that one mean stands for
+        self._sum = 0.0
+        self._count = 0  # values in `_sum`, which are not yet a mean
+
+    def add(self, value: float) -> None:
+        """Append a value; one that is not finite is left out."""
+        if not math.isfinite(value):
+            return
+        self._sum += value
+        self._count += 1
+        if self._count == self._each:
+            self.values.append(self._sum / self._count)
+            self._sum, self._count = 0.0, 0
+            if len(self.values) == self.limit:
+                pairs = zip(self.values[::2], self.values[1::2], strict=True)
+                self.values = [(a + b) / 2 for a, b in pairs]
+                self._each *= 2

@@ -1,0 +1,288 @@
+"""The view of a training run on stderr: live on a terminal, one key=value line per interval elsewhere.
+
+Training only hands over events; a thread of Rich draws what was last said, four times a second.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from dfcli.cli import output
+from dfcli.cli.figures import Course, count, duration, short, si, size, sparkline
+from dfcli.cli.signals import Stop
+from dfcli.system.events import Progress
+from dfcli.training.events import Finished, Sample, Saved, Started, Step
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.live import Live
+    from rich.text import Text
+
+    from dfcli.system.stats import Sampler, Stats
+
+WIDTH = 100  # of the picture, at most
+
+
+class TrainView:
+    """Shows training's events. A context manager, so that the cursor comes back whatever happens."""
+
+    def __init__(self, stop: Stop, quiet: bool = False) -> None:
+        self.stop = stop
+        self.quiet = quiet
+        self.listener = output.Listener(quiet)
+        self.animated = not quiet and output.animated()
+        self.makes_sound = False
+        self.title = ""
+        self.peak: float | None = None
+        self.step: Step | None = None
+        self.losses = Course()
+        self.val_losses = Course()
+        self.val_loss: float | None = None
+        self.best: float | None = None
+        self.best_step = 0
+        self.saved: Saved | None = None
+        self.saved_at = 0.0
+        self.sample: Sample | None = None
+        self.progress: Progress | None = None
+        self._sampler: Sampler | None = None
+        self._live: Live | None = None
+        self._line_due = 0.0
+
+    def __enter__(self) -> TrainView:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the last picture on the screen, and end the threads."""
+        self.listener.close()
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        if self._sampler is not None:
+            self._sampler.stop()
+            self._sampler = None
+
+    def __call__(self, event: object) -> None:
+        if isinstance(event, Started):
+            self._start(event)
+        elif isinstance(event, Step):
+            self._take(event)
+        elif isinstance(event, Saved):
+            self.saved, self.saved_at = event, time.monotonic()
+        elif isinstance(event, Sample):
+            self.sample = event
+        elif isinstance(event, Finished):
+            self.close()
+        elif isinstance(event, Progress) and self._live is not None:
+            self.progress = event if event.done != event.total else None
+        else:
+            self.listener(event)
+
+    def _start(self, event: Started) -> None:
+        from dfcli.system.stats import Sampler
+
+        self.listener.close()
+        plan = event.plan
+        self.best = event.best
+        self.best_step = event.step
+        self.title = title(plan)
+        self.makes_sound = plan.codec_name == "mulaw"
+        if self.quiet:
+            return
+        self.peak = plan.device.peak_flops()
+        self._sampler = Sampler(plan.device).start()
+        if not self.animated:
+            self._line_due = time.monotonic()
+            return
+        from rich.live import Live
+
+        self._live = Live(console=output.stderr(), get_renderable=self.picture, refresh_per_second=4, auto_refresh=True)
+        self.stop.announce = False  # the picture says it
+        self._live.start()
+
+    def _take(self, step: Step) -> None:
+        self.step = step
+        self.progress = None
+        self.losses.add(step.train_loss)
+        if step.val_loss is not None:
+            self.val_losses.add(step.val_loss)
+            self.val_loss = step.val_loss
+            if self.best is None or step.val_loss < self.best:
+                self.best, self.best_step = step.val_loss, step.step
+        now = time.monotonic()
+        if self._live is None and not self.quiet and (step.val_loss is not None or now >= self._line_due):
+            self._line_due = now + output.LINE_SECONDS
+            output.say(self.line(step))
+
+    # ------------------------------------------------------------------------------------------ one line
+
+    def line(self, step: Step) -> str:
+        """The figures of a step as key=value, for logs."""
+        of = f"/{step.steps}" if step.steps else ""
+        figures: dict[str, object] = {"step": f"{step.step}{of}", "loss": f"{step.train_loss:.4f}"}
+        if step.val_loss is not None:
+            figures["val_loss"] = f"{step.val_loss:.4f}"
+        figures |= {
+            "lr": f"{step.lr:.2e}",
+            "tokens_per_second": f"{step.tokens_per_second:.0f}",
+            "flops_per_second": f"{step.flops_per_second:.3g}",
+        }
+        if self.peak:
+            figures["share_of_peak"] = f"{step.flops_per_second / self.peak:.3f}"
+        figures["done"] = f"{step.fraction:.3f}"
+        figures["seconds"] = f"{step.seconds:.1f}"
+        if step.eta_seconds is not None:
+            figures["eta_seconds"] = f"{step.eta_seconds:.0f}"
+        if step.skipped:
+            figures["skipped"] = step.skipped
+        if self.saved is not None:
+            figures["saved_step"] = self.saved.step
+        return " ".join(f"{key}={value}" for key, value in figures.items())
+
+    # ----------------------------------------------------------------------------------------- the picture
+
+    def picture(self) -> RenderableType:
+        """What the terminal shows now."""
+        from rich.console import Group
+        from rich.panel import Panel
+        from rich.table import Table
+        from rich.text import Text
+
+        console = output.stderr()
+        outside = min(console.width - 2, WIDTH)  # two columns stay free for the ^C that a terminal echoes
+        width = outside - 4
+        rows = Table.grid(padding=(0, 2))
+        rows.add_column(style="dim", min_width=5, no_wrap=True)
+        rows.add_column(no_wrap=True, overflow="ellipsis")
+        for name, text in self._rows(max(10, min(48, width - 45))):
+            rows.add_row(name, text)
+        parts: list[RenderableType] = [self._bar(width), Text(), rows]
+        height = console.height - len(rows.rows) - 6
+        if self.sample is not None and height >= 3:
+            parts += [Text(), *self._sample_lines(min(7, height))]
+        return Panel(
+            Group(*parts),
+            title=Text(self.title, style="bold", overflow="ellipsis"),
+            title_align="left",
+            width=outside,
+            border_style="dim",
+        )
+
+    def _bar(self, width: int) -> RenderableType:
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        step = self.step
+        fraction = min(1.0, step.fraction) if step else 0.0
+        where = Text("the first step", style="dim")
+        if step:
+            of = f" / {count(step.steps)}" if step.steps else ""
+            clock = f"{duration(step.seconds)} so far"
+            if step.eta_seconds is not None and fraction < 1:
+                clock = f"{duration(step.eta_seconds)} left"
+            where = Text.assemble((f"{fraction:4.0%}", "bold"), f"  step {count(step.step)}{of}  ", (clock, "cyan"))
+        grid = Table.grid(padding=(0, 2))
+        grid.add_row(ProgressBar(total=1.0, completed=fraction, width=max(8, width - len(where) - 2)), where)
+        return grid
+
+    def _rows(self, spark: int) -> list[tuple[str, Text]]:
+        from rich.text import Text
+
+        rows: list[tuple[str, Text]] = []
+        step = self.step
+        if step is not None:
+            line = sparkline(self.losses.values, spark, output.unicode())
+            rows.append(("loss", Text.assemble((f"{step.train_loss:.4f}", "bold"), "  ", (line, "cyan"))))
+        if self.val_loss is not None:
+            line = sparkline(self.val_losses.values, spark, output.unicode())
+            text = Text.assemble((f"{self.val_loss:.4f}", "bold green"), "  ", (line, "green"))
+            if self.best is not None:
+                text.append(f"  best {self.best:.4f} at step {count(self.best_step)}", style="dim")
+            rows.append(("val", text))
+        if step is not None:
+            text = Text(f"{short(step.tokens_per_second)} tokens/s   {si(step.flops_per_second)}FLOP/s")
+            if self.peak:
+                text.append(f", {step.flops_per_second / self.peak:.0%} of peak")
+            text.append(f"   lr {step.lr:.2e}", style="dim")
+            rows.append(("speed", text))
+        if self._sampler is not None:
+            rows += machine_rows(self._sampler.latest)
+        if self.saved is not None:
+            text = Text(f"step {count(self.saved.step)}, {ago(time.monotonic() - self.saved_at)} ago")
+            rows.append(("saved", text))
+        now = self._now()
+        if now:
+            rows.append(("now", now))
+        return rows
+
+    def _now(self) -> Text | None:
+        from rich.text import Text
+
+        if self.stop.exit_code:
+            return Text(
+                "stopping: this step is finished and saved first; Ctrl-C again stops at once",
+                style="bold yellow",
+            )
+        if self.step is not None and self.step.skipped:
+            return Text(f"{self.step.skipped} batches skipped: their loss was not finite", style="yellow")
+        if self.progress is not None:
+            done = self.progress
+            share = f" {done.done / done.total:.0%}" if done.total else ""
+            return Text(output.one_line(done.what) + share, style="dim")
+        return None
+
+    def _sample_lines(self, height: int) -> list[Text]:
+        from rich.text import Text
+
+        assert self.sample is not None
+        lines = output.printable(self.sample.text).expandtabs(4).strip("\n").split("\n")
+        return [
+            Text(f"a sample at step {count(self.sample.step)}", style="dim"),
+            *(Text(line, style="italic", no_wrap=True, overflow="ellipsis") for line in lines[: height - 1]),
+        ]
+
+
+def title(plan: Any) -> str:
+    """Run, data, size and device in a line."""
+    return " · ".join(
+        output.one_line(part)
+        for part in (plan.name, plan.dataset_name, f"{short(plan.parameters)} parameters", plan.device.name)
+        if part
+    )
+
+
+def ago(seconds: float) -> str:
+    """A short time: "12 s", then "3:05"."""
+    return f"{seconds:.0f} s" if seconds < 60 else duration(seconds)
+
+
+def machine_rows(stats: Stats) -> list[tuple[str, Text]]:
+    """The rows on GPU, CPU and memory; what is not known is left out."""
+    from rich.text import Text
+
+    rows: list[tuple[str, Text]] = []
+    gpu: list[str] = []
+    if stats.gpu_percent is not None:
+        gpu.append(f"{stats.gpu_percent:.0f}% busy")
+    if stats.gpu_memory_used is not None and stats.gpu_memory_total is not None:
+        gpu.append(f"{size(stats.gpu_memory_used)} of {size(stats.gpu_memory_total)}")
+    if stats.gpu_temperature is not None:
+        gpu.append(f"{stats.gpu_temperature:.0f} °C")
+    if stats.gpu_power_watts is not None:
+        gpu.append(f"{stats.gpu_power_watts:.0f} W")
+    if gpu:
+        rows.append(("gpu", Text("   ".join(gpu))))
+    cpu: list[str] = []
+    if stats.cpu_percent is not None:
+        cpu.append(f"{stats.cpu_percent:.0f}% busy")
+    if stats.memory_used is not None and stats.memory_total is not None:
+        cpu.append(f"{size(stats.memory_used)} of {size(stats.memory_total)} memory used")
+    if stats.process_memory is not None:
+        cpu.append(f"{size(stats.process_memory)} by this run")
+    if cpu:
+        rows.append(("cpu", Text("   ".join(cpu))))
+    return rows

@@ -1,0 +1,148 @@
+"""`df runs`: what was trained, and where it is kept."""
+
+from __future__ import annotations
+
+import math
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dfcli.cli import output
+from dfcli.cli.figures import age, count, duration, size, sparkline
+from dfcli.cli.options import Yes, confirmed
+from dfcli.errors import DfError
+
+if TYPE_CHECKING:
+    from dfcli.runs import Run
+
+app = typer.Typer(no_args_is_help=True, help="List, show and remove trained runs.")
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="A run's name, or the path of its folder.")]
+
+
+@app.command("list")
+def list_() -> None:
+    """List all runs: kind, data, steps, validation loss, age and size.
+
+    Examples:
+      df runs list
+    """
+    from dfcli.runs import list_runs
+
+    with output.Listener() as listener:
+        runs = list_runs(listener)
+    if not runs:
+        output.say("there are no runs yet; `df train gpt` makes one")
+        return
+    rows = [
+        (
+            run.name,
+            run.kind,
+            run.info.get("dataset", {}).get("name", ""),
+            count(run.steps()[-1]) if run.steps() else "-",
+            loss(best(run).get("val_loss")),
+            age(seconds_since(run)),
+            size(run.size_bytes()),
+        )
+        for run in sorted(runs, key=lambda run: (str(run.info.get("created")), run.name))
+    ]
+    right = ("STEPS", "VAL LOSS", "AGE", "SIZE")
+    output.table(("NAME", "KIND", "DATA", "STEPS", "VAL LOSS", "AGE", "SIZE"), rows, right)
+
+
+@app.command()
+def show(name: Name) -> None:
+    """Show a run: what was trained on what, how far, and the course of its losses.
+
+    Examples:
+      df runs show shakespeare
+    """
+    from dfcli.runs import Run
+
+    run = Run.open(name)
+    rows = run.metrics()
+    last = rows[-1] if rows else {}
+    steps = run.steps()
+    state = best(run)
+    data = run.info.get("dataset", {})
+    items: list[tuple[str, object]] = [
+        ("run", run.name),
+        ("path", run.path),
+        ("kind", run.kind),
+        ("preset", run.info.get("preset") or "none (default recipe)"),
+        ("data", f"{data.get('name', '')}  {data.get('path', '')}"),
+        ("codec", run.info["codec"].get("name", "")),
+        ("core", named(run.info["core"]["config"])),
+        ("recipe", named(run.info.get("recipe", {}))),
+        ("seed", run.info.get("seed", "")),
+        ("created", f"{run.info.get('created', '')}  ({age(seconds_since(run))} ago)"),
+        ("checkpoints", ", ".join(count(step) for step in steps) or "none yet"),
+        ("size", size(run.size_bytes())),
+    ]
+    if steps:
+        items.append(("best", f"step {count(run.resolve('best'))}, val loss {loss(state.get('val_loss'))}"))
+    if last:
+        items.append(
+            ("last", f"step {count(last['step'])}, {count(last['tokens'])} tokens, {duration(last['seconds'])}")
+        )
+    for key, title in (("train_loss", "train loss"), ("val_loss", "val loss")):
+        course = [row[key] for row in rows if isinstance(row.get(key), float)]
+        if course:
+            line = sparkline(course, 48, output.unicode())
+            items.append((title, f"{line}  {course[0]:.4f} -> {course[-1]:.4f}, lowest {min(course):.4f}"))
+    output.pairs(items)
+
+
+@app.command()
+def path(name: Name) -> None:
+    """Print the folder of a run.
+
+    Examples:
+      cp -r "$(df runs path shakespeare)" /media/stick/
+    """
+    from dfcli.runs import Run
+
+    output.write(f"{Run.open(name).path}\n")
+
+
+@app.command()
+def remove(name: Annotated[str, typer.Argument(metavar="NAME", help="The run's name.")], yes: Yes = False) -> None:
+    """Remove a run and its checkpoints.
+
+    Examples:
+      df runs remove shakespeare
+    """
+    from dfcli import runs
+
+    if not confirmed(f"remove the run `{name}` and all its checkpoints?", yes):
+        output.say("nothing was removed")
+        raise typer.Exit(1)
+    runs.remove(name)
+    output.say(f"removed the run `{name}`")
+
+
+def best(run: Run) -> dict[str, Any]:
+    """The state of the best checkpoint; empty where there is none or it is damaged."""
+    try:
+        return run.state(run.resolve("best"))
+    except DfError:
+        return {}
+
+
+def loss(value: object) -> str:
+    """A loss for a table."""
+    return f"{value:.4f}" if isinstance(value, float) and math.isfinite(value) else "-"
+
+
+def seconds_since(run: Run) -> float:
+    """Since the run was created; 0 where it does not say."""
+    try:
+        return (datetime.now(UTC) - datetime.fromisoformat(str(run.info.get("created")))).total_seconds()
+    except (ValueError, TypeError):
+        return 0.0
+
+
+def named(values: dict[str, Any]) -> str:
+    """`{"layers": 4}` -> "layers=4"."""
+    return "  ".join(f"{key}={value}" for key, value in values.items())

@@ -1,0 +1,289 @@
+"""`df sample`: text to stdout while it is made, or sound to a wav."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
+
+import typer
+
+from dfcli.cli import output
+from dfcli.cli.figures import short
+from dfcli.cli.options import Checkpoint, Device, Json, RunName
+from dfcli.cli.signals import INTERRUPTED
+from dfcli.errors import DfError, UsageError
+
+if TYPE_CHECKING:
+    from dfcli.generation.sample import SampleResult
+
+app = typer.Typer(no_args_is_help=True, help="Let a trained model write text or make sound.")
+
+STDIN_SECONDS = 1.0  # of silence on standard input before saying that it is being read
+
+Num = Annotated[int, typer.Option("--num", metavar="N", help="How many samples.")]
+Temperature = Annotated[
+    float, typer.Option("--temperature", metavar="T", help="Above 1 wilder, below 1 safer, 0 greedy.")
+]
+TopK = Annotated[int | None, typer.Option("--top-k", metavar="K", help="Choose among the K likeliest only.")]
+TopP = Annotated[
+    float | None,
+    typer.Option("--top-p", metavar="P", help="Choose among the likeliest that make up P."),
+]
+MinP = Annotated[
+    float | None,
+    typer.Option("--min-p", metavar="P", help="Drop what is below P times the likeliest."),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option("--seed", metavar="N", help="The same seed gives the same samples."),
+]
+Engine = Annotated[
+    Literal["auto", "plain", "fast"], typer.Option("--engine", help="What runs the model; auto says its choice.")
+]
+
+
+@app.command()
+def gpt(
+    run: RunName = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="What to go on from.")] = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option("--prompt-file", metavar="FILE", help="Go on from this file; `-` is standard input."),
+    ] = None,
+    tokens: Annotated[int | None, typer.Option("--tokens", metavar="N", help="How much to write, at most.")] = None,
+    stop: Annotated[str | None, typer.Option("--stop", metavar="TEXT", help="End before this text.")] = None,
+    num: Num = 1,
+    temperature: Temperature = 1.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    engine: Engine = "auto",
+    checkpoint: Checkpoint = "best",
+    json: Json = False,
+) -> None:
+    """Write text with a trained GPT, on stdout, as it is made.
+
+    The prompt may also come through a pipe; one final line break of a file or a
+    pipe is dropped. Several samples are divided by a line of `---`, except where
+    each is one line.
+
+    Examples:
+      df sample gpt
+      df sample gpt --prompt "ROMEO:" --tokens 300 --temperature 0.8
+      echo "To be" | df sample gpt --run shakespeare --seed 1
+      df sample gpt --run names --num 20
+    """
+    from dfcli.runs import Run, newest
+
+    with output.Listener() as listener:
+        found = Run.open(run) if run else newest("gpt", listener)
+        _write_text(
+            found,
+            _prompt(prompt, prompt_file),
+            json,
+            listener,
+            tokens=tokens,
+            stop=stop,
+            num=num,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
+            device=device,
+            engine=engine,
+            checkpoint=checkpoint,
+        )
+
+
+@app.command()
+def wavenet(
+    run: RunName = None,
+    seconds: Annotated[float | None, typer.Option("--seconds", metavar="S", help="How much sound to make.")] = None,
+    out: Annotated[
+        str | None, typer.Option("-o", "--output", metavar="FILE", help="The wav to write; `-` is stdout.")
+    ] = None,
+    num: Num = 1,
+    prime: Annotated[Path | None, typer.Option("--prime", metavar="CLIP", help="Go on from this recording.")] = None,
+    keep_prime: Annotated[
+        bool, typer.Option("--keep-prime", metavar="", help="Put the recording before what was made.")
+    ] = False,
+    temperature: Temperature = 1.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    engine: Engine = "auto",
+    checkpoint: Checkpoint = "best",
+    json: Json = False,
+) -> None:
+    """Make sound with a trained WaveNet, into a wav that grows while it is made.
+
+    `--num 3 -o out.wav` writes out-01.wav, out-02.wav and out-03.wav. A WaveNet
+    of text writes text on stdout instead, and needs neither --seconds nor -o.
+
+    Examples:
+      df sample wavenet --seconds 4 -o out.wav
+      df sample wavenet --seconds 10 -o - | ffplay -nodisp -autoexit -
+      df sample wavenet --seconds 2 -o more.wav --prime clip.wav --keep-prime
+    """
+    from dfcli.runs import Run, newest
+
+    with output.Listener() as listener:
+        found = Run.open(run) if run else newest("wavenet", listener)
+        options: dict[str, Any] = {
+            "num": num, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed,
+            "device": device, "engine": engine, "checkpoint": checkpoint,
+        }  # fmt: skip
+        if found.codec.kind == "text":
+            if seconds is not None or out is not None or prime is not None or keep_prime:
+                raise UsageError(
+                    f"the run `{found.name}` makes text: --seconds, -o and --prime are for sound",
+                    f"type `df sample wavenet --run {found.name}`",
+                )
+            _write_text(found, "", json, listener, **options)
+        else:
+            _write_sound(found, seconds, out, json, listener, prime=prime, keep_prime=keep_prime, **options)
+
+
+def _write_text(run: Any, prompt: str, json: bool, listener: output.Listener, **options: Any) -> None:
+    with output.loading():
+        from dfcli.generation.sample import sample_text
+
+    lines = bool(run.info.get("dataset", {}).get("lines"))
+    texts = Texts("" if lines else "---\n")
+    output.say(f"run {run.name}", style="dim")
+    result = sample_text(run, prompt, on_text=(lambda i, text: None) if json else texts, on_event=listener, **options)
+    listener.close()
+    if json:
+        output.write_json(dataclasses.asdict(result))
+    else:
+        texts.finish()
+    _tell(result)
+    if result.interrupted:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _write_sound(
+    run: Any, seconds: float | None, out: str | None, json: bool, listener: output.Listener, **options: Any
+) -> None:
+    if seconds is None or out is None:
+        missing = " and ".join(name for name, value in (("--seconds", seconds), ("-o", out)) if value is None)
+        raise UsageError(
+            f"{missing} must be given: how much sound to make, and where to",
+            "for example `df sample wavenet --seconds 4 -o out.wav`",
+        )
+    if out == "-" and json:
+        raise UsageError("`-o -` and `--json` exclude each other", "both would write to stdout")
+    if out == "-" and sys.stdout.isatty():
+        raise UsageError("a terminal cannot play a wav", "pipe it to a player, or give a file: `-o out.wav`")
+    with output.loading():
+        from dfcli.generation.sample import AudioProgress, sample_audio
+
+    def show(event: object) -> None:
+        if isinstance(event, AudioProgress):
+            figures = f"{event.seconds:.1f} / {event.total:.1f} s  {event.times_real_time:.2f} × real time"
+            listener.bar("sound", event.seconds, event.total, figures)
+        else:
+            listener(event)
+
+    output.say(f"run {run.name}", style="dim")
+    target: str | BinaryIO = sys.stdout.buffer if out == "-" else out
+    result = sample_audio(run, seconds, target, on_event=show, **options)
+    listener.close()
+    if json:
+        output.write_json(dataclasses.asdict(result))
+    for path in result.samples:
+        output.say(f"wrote {output.one_line(path)}")
+    if result.leading_silence and max(result.leading_silence) >= 0.1:
+        waits = ", ".join(f"{silent:.1f}" for silent in result.leading_silence)
+        output.say(f"silent at first: {waits} s")
+    _tell(result)
+    if result.interrupted:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _tell(result: SampleResult) -> None:
+    figures = [f"{short(result.tokens_per_second)} tokens/s"]
+    if result.audio_seconds is not None and result.times_real_time is not None:
+        figures = [
+            f"{result.audio_seconds:.1f} s of sound at {result.sample_rate:,} Hz",
+            f"{result.times_real_time:.2f} × real time",
+        ]
+    figures += [f"{result.engine} engine", f"seed {result.seed}"]
+    if result.interrupted:
+        figures.insert(0, "stopped early; what was made is kept")
+    output.say(" · ".join(figures), style="dim")
+
+
+class Texts:
+    """Writes samples to stdout: the first as it is made, the others after it, `divider` between them."""
+
+    def __init__(self, divider: str) -> None:
+        self.divider = divider
+        self.show = output.printable if sys.stdout.isatty() else str  # a file gets the model's text as it is
+        self.later: dict[int, list[str]] = {}
+        self.last = ""
+
+    def __call__(self, i: int, text: str) -> None:
+        if not text:
+            return
+        if i == 0:
+            self.last = text
+            output.write(self.show(text))
+        else:
+            self.later.setdefault(i, []).append(text)
+
+    def finish(self) -> None:
+        """Write what is left."""
+        self._end(self.last)
+        for i in sorted(self.later):
+            text = "".join(self.later[i])
+            output.write(self.divider + self.show(text))
+            self._end(text)
+
+    @staticmethod
+    def _end(text: str) -> None:
+        if not text.endswith("\n"):
+            output.write("\n")
+
+
+def _prompt(text: str | None, file: Path | None) -> str:
+    """The prompt, from the one place where it is given; empty where it is not."""
+    if text is not None and file is not None:
+        raise UsageError("`--prompt` and `--prompt-file` exclude each other")
+    if text is not None:
+        return text
+    if file is not None and str(file) != "-":
+        try:
+            return _decode(file.read_bytes(), str(file))
+        except OSError as error:
+            raise DfError(f"could not read {file}: {error.strerror}") from None
+    if sys.stdin is None or (file is None and sys.stdin.isatty()):
+        return ""
+    waiting = threading.Timer(
+        STDIN_SECONDS, output.say, ["reading the prompt from standard input; end it, or give --prompt"]
+    )
+    waiting.daemon = True
+    waiting.start()
+    try:
+        return _decode(sys.stdin.buffer.read(), "standard input")
+    except OSError as error:
+        raise DfError(f"could not read standard input: {os.strerror(error.errno or 0)}") from None
+    finally:
+        waiting.cancel()
+
+
+def _decode(data: bytes, source: str) -> str:
+    """UTF-8 without its byte order mark and one final line break, which editors and `echo` add."""
+    try:
+        return data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise DfError(f"{source} is not UTF-8 text: see byte {error.start:,}") from None

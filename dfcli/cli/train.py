@@ -1,0 +1,198 @@
+"""`df train`: plan, train with a live view, and say what to type next."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shlex
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from dfcli.cli import output
+from dfcli.cli.figures import count, duration, short, size
+from dfcli.cli.options import Device, Json, mention_terminal
+from dfcli.errors import UsageError
+
+if TYPE_CHECKING:
+    from dfcli.cli.live import TrainView
+    from dfcli.training.plan import Plan
+    from dfcli.training.train import TrainResult
+
+
+def train(
+    context: typer.Context,
+    kind: Annotated[
+        Literal["gpt", "wavenet"],
+        typer.Argument(metavar="KIND", help="What to train: a GPT on text, a WaveNet on audio or text."),
+    ],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data", metavar="NAME|PATH", help="What to learn from; may be repeated. Built-in data by default."
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option("--preset", metavar="NAME", help="A published model and its protocol.")
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="What to call the run.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", metavar="N", help="Train for this many steps.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option("--minutes", metavar="M", help="Train for this time; 5 by default.")
+    ] = None,
+    device: Device = "auto",
+    batch_size: Annotated[int | None, typer.Option("--batch-size", metavar="N", help="Sequences a step.")] = None,
+    lr: Annotated[float | None, typer.Option("--lr", metavar="X", help="Peak learning rate.")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option("--seed", metavar="N", help="The same seed gives the same run."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", metavar="", help="Go on with the run of this name, or start it.")
+    ] = False,
+    init: Annotated[str | None, typer.Option("--init", metavar="RUN", help="Start from another run's weights.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a field of the model or the recipe."),
+    ] = None,
+    show: Annotated[
+        bool, typer.Option("--show", metavar="", help="Show what would be trained, and stop there.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", metavar="", help="Only errors on stderr.")] = False,
+    json: Json = False,
+) -> None:
+    """Train a GPT or a WaveNet, and keep the run.
+
+    Without a preset, a recipe is chosen for the data, the device and the time,
+    and each choice is told with its reason. Ctrl-C saves and says how to go on:
+    a line with --resume can be repeated until it is done.
+
+    Examples:
+      df train gpt --minutes 1
+      df train gpt --data shakespeare.txt --device cuda
+      df train gpt --preset nano-cpu --name nano --resume
+      df train wavenet --data recordings/ --minutes 30
+      df train gpt --data notes/ --set layers=6 --set dropout=0.2 --show
+    """
+    options: dict[str, Any] = {
+        "preset": preset, "name": name, "steps": steps, "minutes": minutes, "device": device,
+        "batch_size": batch_size, "lr": lr, "seed": seed, "init": init, "overrides": _overrides(set_ or []),
+    }  # fmt: skip
+    mention_terminal(data or [])
+    if show:
+        if resume:
+            raise UsageError("`--show` and `--resume` exclude each other")
+        _show(kind, data or [], json, quiet, options)
+    else:
+        _train(kind, data or [], resume, json, quiet, options, context.find_root().obj["arguments"])
+
+
+def _show(kind: str, data: list[str], json: bool, quiet: bool, options: dict[str, Any]) -> None:
+    with output.loading():
+        from dfcli.training.train import plan
+
+    options.pop("name")
+    with output.Listener(quiet) as listener:
+        made = plan(kind, data, on_event=listener, **options)
+    if json:
+        output.write_json(made.to_json())
+        return
+    output.pairs(
+        [
+            ("core", f"{made.core}  {_values(made.config)}"),
+            ("recipe", _values(made.recipe)),
+            ("codec", made.codec_name),
+            ("parameters", count(made.parameters)),
+            ("context", f"{count(made.config.context)} ids"),
+            ("FLOPs per token", f"{count(made.flops_per_token)} forward"),
+            ("memory", f"about {size(made.memory)}"),
+            ("seed", made.seed),
+            *([("source", made.source), ("published", made.published)] if made.source else []),
+        ]
+    )
+    output.write("\n")
+    output.table(("CHOICE", "VALUE", "REASON"), [(c.what, c.value, c.reason) for c in made.choices])
+
+
+def _train(
+    kind: str, data: list[str], resume: bool, json: bool, quiet: bool, options: dict[str, Any], line: list[str]
+) -> None:
+    with output.loading():
+        from dfcli.cli.live import TrainView
+        from dfcli.cli.signals import Stop
+        from dfcli.training.events import Started
+        from dfcli.training.train import train
+
+    stop = Stop(announce=not quiet)
+    plan: Plan | None = None
+
+    with ExitStack() as stack:
+        view = stack.enter_context(TrainView(stop, quiet))
+
+        def on_event(event: object) -> None:
+            nonlocal plan
+            if isinstance(event, Started):  # until here Ctrl-C ends the program at once; now there is a run to save
+                plan = event.plan
+                stack.enter_context(stop)
+            view(event)
+
+        try:
+            result = train(kind, data, resume=resume, previews=view.animated, on_event=on_event, stop=stop, **options)
+        except KeyboardInterrupt:
+            view.close()
+            if plan is not None:
+                _tell_resume(line, plan)
+            raise
+    if json:
+        output.write_json(dataclasses.asdict(result))
+    if not quiet:
+        _tell(result, kind, view)
+    if result.stopped and plan is not None:
+        _tell_resume(line, plan)
+    if stop.exit_code:
+        raise typer.Exit(stop.exit_code)
+
+
+def _tell(result: TrainResult, kind: str, view: TrainView) -> None:
+    """Where the run is, its figures, and what to type next."""
+    reached = f"{count(result.steps)} steps, {short(result.tokens_seen)} tokens in {duration(result.train_seconds)}"
+    output.say(f"{result.run}: {reached} ({short(result.tokens_per_second)} tokens/s)", style="bold")
+    if result.val_loss is not None:
+        bits = result.val_loss / math.log(2)
+        at = "" if result.best_step is None else f" (step {count(result.best_step)})"
+        output.say(f"validation loss {result.val_loss:.4f} nats a token, {bits:.3f} bits{at}")
+    output.say(f"kept in {output.one_line(result.path)}", fold=False)
+    if result.stopped is None:
+        run = shlex.quote(result.run)
+        sample = f"{kind} --run {run}"
+        if view.makes_sound:
+            sample = f"wavenet --run {run} --seconds 4 -o out.wav"
+        output.say(f"next: df sample {sample}\n      df eval --run {run}", style="cyan", fold=False)
+
+
+def _tell_resume(line: list[str], plan: Plan) -> None:
+    """The exact line that goes on with the run."""
+    words = ["df", *line]
+    if not any(word == "--name" or word.startswith("--name=") for word in words):
+        words += ["--name", str(plan.name)]
+    if "--resume" not in words:
+        words.append("--resume")
+    output.say(f"to go on: {shlex.join(words)}", style="cyan", fold=False)
+
+
+def _overrides(items: list[str]) -> dict[str, str]:
+    """`["layers=4"]` -> {"layers": "4"}. Raises UsageError for what is not key=value, or is given twice."""
+    found: dict[str, str] = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals or not key.strip():
+            raise UsageError(f"`--set {item}` is not key=value", "for example `--set layers=4`")
+        if key.strip() in found:
+            raise UsageError(f"`--set {key.strip()}` is given twice")
+        found[key.strip()] = value
+    return found
+
+
+def _values(fields: Any) -> str:
+    return "  ".join(f"{key}={value}" for key, value in dataclasses.asdict(fields).items())

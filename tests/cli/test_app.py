@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+import dfcli
+from dfcli.cli import app
+from dfcli.errors import CorruptError, DfError, UsageError
+
+COMMANDS = [
+    "train", "sample gpt", "sample wavenet", "eval", "data prepare", "data list", "data show", "data get",
+    "data remove", "runs list", "runs show", "runs path", "runs remove",
+]  # fmt: skip
+
+
+def test_help_by_every_name(df):
+    whole = df("--help")
+    assert whole.code == 0
+    assert df("-h").out == whole.out
+    assert df().out.strip() == whole.out.strip()
+    assert df().code == 0
+    assert whole.err == ""
+    positions = [whole.out.index(f"│ {command} ") for command in ("train", "sample", "eval", "data", "runs")]
+    assert positions == sorted(positions)
+    assert "command -p df" in whole.out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(df, command: str):
+    shown = df(*command.split(), "-h")
+    assert shown.code == 0
+    assert "Examples:" in shown.out
+    assert f"df {command.split()[0]}" in shown.out
+    assert shown.out == df(*command.split(), "--help").out
+
+
+def test_options_are_those_of_the_design(df):
+    expected = {
+        "train": "data preset name steps minutes device batch-size lr seed resume init set show quiet json",
+        "sample gpt": "run prompt prompt-file tokens stop num temperature top-k top-p min-p seed device engine "
+        "checkpoint json",
+        "sample wavenet": "run seconds output num prime keep-prime temperature top-k top-p min-p seed device engine "
+        "checkpoint json",
+        "eval": "run data split stride checkpoint device json",
+        "data prepare": "name codec bpe lines sample-rate val-fraction test-fraction val test",
+        "data get": "output",
+        "data remove": "yes",
+        "runs remove": "yes",
+    }
+    for command, options in expected.items():
+        shown = df(*command.split(), "--help", COLUMNS="200").out
+        found = set(re.findall(r"^│ --([a-z-]+)", shown, re.MULTILINE))
+        assert found == {*options.split(), "help"}, command
+
+
+def test_groups_without_a_command_show_their_help_and_exit_2(df):
+    for group in ("data", "runs", "sample"):
+        shown = df(group)
+        assert shown.code == 2
+        assert "Commands" in shown.out + shown.err
+
+
+def test_version(df):
+    assert df("--version").out == df("-V").out == f"dfcli {dfcli.__version__}\n"
+    assert df("--version", program="dfcli").out == f"dfcli {dfcli.__version__}\n"
+    module = subprocess.run([sys.executable, "-m", "dfcli", "--version"], capture_output=True, text=True, check=True)
+    assert module.stdout == f"dfcli {dfcli.__version__}\n"
+
+
+def test_help_imports_nothing_heavy_and_is_fast():
+    code = (
+        "import sys; from dfcli.cli.app import run; code = run(['--help']); import dfcli; dir(dfcli);"
+        "print(code, [m for m in ('torch', 'numpy', 'torchaudio', 'soundfile') if m in sys.modules], file=sys.stderr)"
+    )
+    seconds = []
+    for _ in range(3):
+        before = os.times()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        after = os.times()
+        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
+        assert done.stderr == "0 []\n"
+    assert min(seconds) < 0.4  # of the processor, so that a busy machine does not fail it
+
+
+def test_completion_is_offered_for_dfcli_only(df):
+    assert "--install-completion" in df("--help", program="dfcli").out
+    assert "--install-completion" not in df("--help", program="df").out
+    assert df("--show-completion", program="df").code == 2
+    completed = df(program="dfcli", _DFCLI_COMPLETE="complete_bash", COMP_WORDS="dfcli tr", COMP_CWORD="1")
+    assert completed.out.split() == ["train"]
+
+
+@pytest.mark.parametrize("words", [["/home"], ["-T"], ["-k", "."], ["--total"], ["-h", "/home"], ["."]])
+def test_what_the_disk_tool_would_take_gets_a_hint_to_it(df, words: list[str]):
+    shown = df(*words)
+    assert shown.code == 2
+    assert shown.out == ""
+    assert f"`command -p df {' '.join(words)}`" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("line", "message", "hint"),
+    [
+        ("trian", "Did you mean 'train'?", "`df --help`"),
+        ("train", "missing argument 'KIND'. Choose from: gpt, wavenet", "`df train --help`"),
+        ("train mlp", "'mlp' is not one of 'gpt', 'wavenet'", "`df train --help`"),
+        ("train gpt --foo", "no such option: --foo", "`df train --help`"),
+        ("train gpt --data", "option '--data' requires an argument", "`df train --help`"),
+        ("train gpt --steps many", "'--steps'", "`df train --help`"),
+        ("train gpt --set layers", "`--set layers` is not key=value", "--set layers=4"),
+        ("train gpt --set a=1 --set a=2", "`--set a` is given twice", ""),
+        ("train gpt --show --resume", "`--show` and `--resume` exclude each other", ""),
+        ("sample wavenet --engine warp", "'warp' is not one of", "`df sample wavenet --help`"),
+        ("data prepare", "missing argument 'SOURCE'", "`df data prepare --help`"),
+        ("runs show nothing-here", "there is no run `nothing-here`", "df train gpt"),
+        ("runs remove ../x", "cannot be the name of a run", "letters"),
+        ("sample gpt", "there is no gpt run", "df train gpt"),
+        ("sample wavenet", "there is no wavenet run", "df train wavenet"),
+    ],
+)
+def test_what_is_asked_wrongly_is_a_sentence_with_exit_2(df, line: str, message: str, hint: str):
+    shown = df(*line.split())
+    assert shown.code == 2, shown.err
+    assert shown.out == ""
+    assert shown.err.startswith("error: ")
+    assert message in shown.err
+    assert hint in shown.err
+
+
+def test_control_characters_of_arguments_are_made_inert(df):
+    shown = df("runs", "show", "a\x1b[2J\nb")
+    assert shown.code == 2
+    assert "\x1b" not in shown.err
+    assert "a\\x1b[2J\\x0ab" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (DfError("no room", "make some"), 1, "error: no room\n\nhint: make some\n"),
+        (UsageError("bad value"), 2, "error: bad value\n"),
+        (CorruptError("file x is torn"), 1, "error: file x is torn\n"),
+        (MemoryError(), 1, "lower `--batch-size`"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "lower `--batch-size`"),
+        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), 1, "lower `--batch-size`"),
+        (ValueError("seven"), 1, "an unexpected ValueError: seven"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_every_failure_has_its_exit_code_and_sentence(
+    error: BaseException, code: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def fail(_: list[str]) -> int:
+        raise error
+
+    monkeypatch.setattr(app, "_command", fail)
+    assert app.run([]) == code
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert "Traceback" not in shown.err
+    assert shown.out == ""
+
+
+def test_a_defect_shows_its_traceback_on_request(monkeypatch: pytest.MonkeyPatch):
+    def fail(_: list[str]) -> int:
+        raise ValueError("seven")
+
+    monkeypatch.setattr(app, "_command", fail)
+    monkeypatch.setenv("DFCLI_DEBUG", "1")
+    with pytest.raises(ValueError, match="seven"):
+        app.run([])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell as on POSIX")
+@pytest.mark.parametrize(
+    ("redirect", "code", "message"),
+    [
+        (">&-", 0, ""),  # closed: nothing to say
+        ("2>&-", 0, ""),
+        ("> /dev/full", 1, "could not write to standard output: No space left on device"),
+        ("| true", None, ""),
+    ],
+)
+def test_streams_that_cannot_be_written(redirect: str, code: int | None, message: str, tmp_path):
+    if "/dev/full" in redirect and not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    code_text = (
+        "from dfcli.cli import app, output; app._command = lambda a: output.write('x' * 100000) or 0; app.main()"
+    )
+    command = ["bash", "-c", f"'{sys.executable}' -c \"$0\" {redirect}", code_text]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr
+    assert message in done.stderr
+    if code is not None:
+        assert done.returncode == code
+    else:
+        assert done.stderr == ""
+
+
+def test_the_python_api_is_lazy_and_whole():
+    for name in dfcli.__all__:
+        assert name in dir(dfcli)
+        assert callable(getattr(dfcli, name))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        dfcli.nothing  # noqa: B018

@@ -1,0 +1,195 @@
+"""The live view, seen as a terminal shows it (pyte), and as a log gets it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+pyte = pytest.importorskip("pyte")
+pexpect = pytest.importorskip("pexpect")
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
+
+WORK = r"""
+import sys, time
+from pathlib import Path
+from types import SimpleNamespace
+from dfcli.cli.app import run
+from dfcli.cli import app
+from dfcli.cli.live import TrainView
+from dfcli.cli.signals import Stop
+from dfcli.system.events import Choice, Note, Progress
+from dfcli.training.events import Sample, Saved, Started, Step
+
+device = SimpleNamespace(kind="cpu", name="CPU, 2 threads", peak_flops=lambda: 100e9)
+plan = SimpleNamespace(name="play\x1b[2J", dataset_name="data-1", parameters=803456, device=device, codec_name="chars")
+
+def work(words):
+    stop = Stop()
+    with TrainView(stop, quiet="quiet" in words) as view, stop:
+        view(Note("prepared data-1"))
+        view(Choice("layers", "4", "fits the time"))
+        view(Started(plan, Path("."), 0, None))
+        for i in range(1, 41):
+            view(Step(i * 50, 2000, i / 40, i * 1000, i * 0.5, 4 - i * 0.05, 1e-3, 12345.0, 61e9,
+                      4.1 - i * 0.05 if i % 10 == 0 else None, 20 - i * 0.5, 2 if "skipped" in words else 0))
+            if i == 20:
+                view(Saved(1000, Path("step-00001000"), True))
+                view(Sample(1000, "To be,\x1b[31m or\nnot \u202eto be"))
+            if i == 30 and "fail" in words:
+                raise ValueError("seven")
+            if i == 35:
+                view(Progress("validation", 3, 4, "tokens"))
+                if "wait" in words:
+                    for _ in range(1000):
+                        time.sleep(0.02)
+                        if stop() and "stubborn" not in words:
+                            time.sleep(0.6)
+                            return stop.exit_code
+            time.sleep(0.01)
+    return 0
+
+app._command = work
+sys.exit(run(sys.argv[1:]))
+"""
+
+
+class Terminal:
+    """A child on a pseudo-terminal, and the screen it draws."""
+
+    def __init__(self, *words: str, rows: int = 30, columns: int = 100, **environment: str) -> None:
+        self.screen = pyte.Screen(columns, rows)
+        self.stream = pyte.ByteStream(self.screen)
+        self.raw = b""
+        env = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES", "NO_COLOR")}
+        env |= {"TERM": "xterm-256color", **environment}
+        command = ["-c", WORK, *words]
+        self.child = pexpect.spawn(sys.executable, command, dimensions=(rows, columns), env=env, timeout=20)
+
+    def read(self, until: str = "", seconds: float = 20) -> str:
+        """Feed the screen until it shows `until`, or the child has ended; what it shows."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not (until and until in self.text):
+            try:
+                data = self.child.read_nonblocking(65536, timeout=0.1)
+            except pexpect.TIMEOUT:
+                continue
+            except pexpect.EOF:
+                break
+            self.raw += data
+            self.stream.feed(data)
+        return self.text
+
+    @property
+    def text(self) -> str:
+        return "\n".join(line.rstrip() for line in self.screen.display)
+
+    def end(self) -> int:
+        self.read()
+        self.child.close()
+        return self.child.exitstatus if self.child.exitstatus is not None else -self.child.signalstatus
+
+
+def test_the_picture_and_its_figures():
+    terminal = Terminal("wait")
+    shown = terminal.read(until="validation 75%")
+    for part in (
+        "prepared data-1", "layers", "fits the time", "play\\x1b[2J · data-1 · 803k parameters · CPU, 2 threads",
+        "88%", "step 1,750 / 2,000", "0:02 left", "2.2500", "2.6000", "best 2.6000 at step 1,500", "█", "▁",
+        "12.3k tokens/s", "61.0 GFLOP/s, 61% of peak", "lr 1.00e-03", "step 1,000, ", " ago",
+        "a sample at step 1,000", "To be,\\x1b[31m or", "not \\u202eto be", "validation 75%",
+    ):  # fmt: skip
+        assert part in shown, part
+    assert re.search(r"cpu .*\d+% busy .* of .* memory used", terminal.read(until="% busy"))
+    terminal.child.kill(15)
+    assert terminal.end() == 143
+    assert not terminal.screen.cursor.hidden
+
+
+def test_interrupt_says_so_at_once_and_restores_the_cursor():
+    terminal = Terminal("wait")
+    terminal.read(until="validation 75%")
+    assert terminal.screen.cursor.hidden
+    terminal.child.sendintr()
+    assert "stopping: this step is finished and saved first" in terminal.read(until="stopping")
+    assert terminal.end() == 130
+    assert not terminal.screen.cursor.hidden
+
+
+def test_a_second_interrupt_ends_at_once_and_restores_the_cursor():
+    terminal = Terminal("wait", "stubborn")
+    terminal.read(until="validation 75%")
+    terminal.child.sendintr()
+    terminal.read(until="stopping")
+    terminal.child.sendintr()
+    assert terminal.end() == 130
+    assert not terminal.screen.cursor.hidden
+
+
+def test_a_failure_restores_the_cursor_and_keeps_the_picture():
+    terminal = Terminal("fail")
+    assert terminal.end() == 1
+    assert "an unexpected ValueError: seven" in terminal.text
+    assert "tokens/s" in terminal.text
+    assert not terminal.screen.cursor.hidden
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(10, 60), (24, 40), (60, 200)])
+def test_the_picture_fits_any_terminal(rows: int, columns: int):
+    terminal = Terminal("skipped", rows=rows, columns=columns)
+    assert terminal.end() == 0
+    assert "loss" in terminal.text
+    assert terminal.text.count("╭") <= 1  # drawn over itself, not below itself
+
+
+def test_no_color_means_none():
+    terminal = Terminal(NO_COLOR="1")
+    assert terminal.end() == 0
+    colours = re.findall(rb"\x1b\[[0-9;]*m", terminal.raw)
+    assert not any(re.search(rb"\b(3[0-7]|9[0-7]|38;|48;)", colour) for colour in colours)
+    assert "step 2,000 / 2,000" in terminal.text
+
+
+@pytest.mark.parametrize("environment", [{"TERM": "dumb"}, {"TTY_INTERACTIVE": "0"}])
+def test_a_terminal_that_cannot_animate_gets_lines(environment: dict[str, str]):
+    terminal = Terminal(**environment)
+    assert terminal.end() == 0
+    assert b"\x1b[?25l" not in terminal.raw
+    assert b"\x1b[1A" not in terminal.raw
+    assert "step=2000/2000" in terminal.text.replace("\n", "")
+
+
+def piped(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", WORK, *words], capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_log_gets_plain_lines():
+    done = piped()
+    assert done.returncode == 0
+    assert done.stdout == ""
+    assert "\x1b" not in done.stderr
+    assert "\r" not in done.stderr
+    lines = done.stderr.splitlines()
+    assert lines[0] == "prepared data-1"
+    steps = [dict(pair.split("=") for pair in line.split()) for line in lines if line.startswith("step=")]
+    assert [line["step"] for line in steps] == ["50/2000", "500/2000", "1000/2000", "1500/2000", "2000/2000"]
+    assert steps[-1] == {
+        "step": "2000/2000", "loss": "2.0000", "val_loss": "2.1000", "lr": "1.00e-03", "tokens_per_second": "12345",
+        "flops_per_second": "6.1e+10", "share_of_peak": "0.610", "done": "1.000", "seconds": "20.0", "eta_seconds": "0",
+        "saved_step": "1000",
+    }  # fmt: skip
+
+
+def test_quiet_says_nothing():
+    done = piped("quiet")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_log_whose_reader_is_gone_does_not_end_the_work():
+    script = f"exec 3>&1; ( '{sys.executable}' -c \"$0\" 2>&1 >/dev/null; echo ended $? >&3 ) | true"
+    done = subprocess.run(["bash", "-c", script, WORK], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "ended 0\n"

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dfcli
+
+TINY = []
+for pair in ("layers=1", "heads=2", "channels=16", "context=16", "compile=off"):
+    TINY += ["--set", pair]
+TINY += ["--batch-size", "4"]
+LINE = ["train", "gpt", "--data", "talk.txt", *TINY]
+
+
+@pytest.fixture
+def talk(tmp_path: Path) -> Path:
+    (tmp_path / "talk.txt").write_text("It was the best of times, it was the worst of times.\n" * 60)
+    return tmp_path / "talk.txt"
+
+
+def test_json_and_its_figures(here, talk):
+    shown = here(*LINE, "--steps", 10, "--name", "a", "--json")
+    assert shown.code == 0, shown.err
+    result = json.loads(shown.out)
+    assert {
+        "run",
+        "preset",
+        "steps",
+        "tokens_seen",
+        "train_seconds",
+        "tokens_per_second",
+        "val_loss",
+        "parameters",
+    } <= set(result)
+    assert (result["run"], result["preset"], result["steps"]) == ("a", None, 10)
+    assert result["tokens_seen"] == 10 * 4 * 16
+    assert result["tokens_per_second"] == pytest.approx(result["tokens_seen"] / result["train_seconds"])
+    core, _ = dfcli.Run.open("a").build()
+    assert result["parameters"] == sum(p.numel() for p in core.parameters())
+    measured = json.loads(here("eval", "--run", "a", "--json").out)
+    assert measured["loss"] == pytest.approx(result["val_loss"], abs=1e-6)
+    assert measured["checkpoint"] == result["best_step"]
+
+
+def test_what_a_log_shows(here, talk):
+    shown = here(*LINE, "--steps", 6, "--name", "a")
+    assert shown.code == 0
+    assert shown.out == ""
+    assert "\x1b" not in shown.err
+    assert "device " in shown.err  # a choice, with its reason
+    assert "step=6/6 " in shown.err
+    loss = json.loads(here(*LINE, "--steps", 6, "--name", "a", "--resume", "--json").out)["val_loss"]
+    assert f"validation loss {loss:.4f} nats a token, {loss / math.log(2):.3f} bits (step " in shown.err
+    assert f"kept in {dfcli.Run.open('a').path}" in shown.err
+    assert "next: df sample gpt --run a\n      df eval --run a" in shown.err
+
+
+def test_quiet_is_silent(here, talk):
+    shown = here(*LINE, "--steps", 2, "--quiet")
+    assert (shown.code, shown.out, shown.err) == (0, "", "")
+
+
+def test_a_name_that_is_taken_and_a_finished_run(here, trained):
+    data = ["--data", trained / "talk.txt"]
+    taken = here("train", "gpt", *data, *TINY, "--name", "talk", "--steps", 12)
+    assert taken.code == 2
+    assert "--resume" in taken.err
+    again = here("train", "gpt", *data, *TINY, "--name", "talk", "--steps", 12, "--resume")
+    assert again.code == 0
+    assert "is finished already" in again.err
+    other = here("train", "gpt", *data, *TINY, "--name", "talk", "--steps", 13, "--resume")
+    assert other.code == 2
+    assert "--steps" in other.err
+
+
+def test_show_trains_nothing(here, talk, home):
+    shown = here(*LINE, "--steps", 10, "--show")
+    assert shown.code == 0
+    for part in ("channels=16", "parameters", "FLOPs per token", "memory", "CHOICE", "REASON", "device"):
+        assert part in shown.out
+    result = json.loads(here(*LINE, "--steps", 10, "--show", "--json").out)
+    assert {"preset", "steps", "parameters"} <= set(result)
+    assert not (home / "runs").exists()
+
+
+def test_show_of_a_preset_needs_no_data(here, home):
+    shown = here("train", "gpt", "--preset", "gpt2", "--show", "--json")
+    assert shown.code == 0, shown.err
+    assert json.loads(shown.out)["parameters"] == 124_439_808
+    assert not home.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_no_cuda_is_one_sentence_and_leaves_nothing_behind(here, talk, home):
+    shown = here("train", "gpt", "--data", "talk.txt", "--device", "cuda")
+    assert shown.code == 2
+    assert shown.err == "error: no CUDA device was found\n\nhint: use `--device auto` to take what this machine has\n"
+    assert not home.exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--steps", "0"], ["--steps", "-1"], ["--steps", "1e9"], ["--minutes", "0"], ["--minutes", "nan"],
+        ["--minutes", "-inf"], ["--lr", "nan"], ["--lr", "-1"], ["--lr", "0"], ["--batch-size", "0"],
+        ["--batch-size", "9" * 30], ["--seed", "-1"], ["--seed", "9" * 30], ["--device", "quantum"], ["--name", "../x"],
+        ["--name", "a\x1b"], ["--preset", "none"], ["--init", "none"], ["--set", "none=1"], ["--set", "layers=x"],
+        ["--set", "dropout=nan"], ["--set", "layers=-1"], ["--steps", "1", "--minutes", "1"], ["--data", "none.txt"],
+        ["--set", "channels=999999999999"],
+    ],
+)  # fmt: skip
+def test_values_out_of_range_are_refused_before_anything_is_made(here, talk, home, words: list[str]):
+    shown = here("train", "gpt", *([] if "--data" in words else ["--data", "talk.txt"]), *words)
+    assert shown.code == 2, shown.err
+    assert shown.err.startswith("error: ")
+    assert len(shown.err.splitlines()[0]) > 10
+    assert "unexpected" not in shown.err
+    assert "\x1b" not in shown.err
+    assert not (home / "runs").exists()
+
+
+def start(tmp_path: Path, *words: str) -> subprocess.Popen[str]:
+    """A training in a process of its own that has begun its steps."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dfcli", *LINE, *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("step="):
+            return process
+    raise AssertionError("it did not start")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals as on POSIX")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)])
+def test_a_signal_saves_and_the_line_it_gives_goes_on(df, here, talk, number: int, code: int):
+    process = start(talk.parent, "--steps", "3000", "--json")
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    result = json.loads(out)
+    run = dfcli.Run.open(result["run"])
+    assert run.steps()[-1] == result["steps"] < 3000
+    line = re.search(r"^to go on: df (.*)$", err, re.MULTILINE)
+    assert line is not None, err
+    words = shlex.split(line[1])
+    assert words == [*LINE, "--steps", "3000", "--json", "--name", run.name, "--resume"]
+    more = here(*words, "--device", "cpu")
+    assert more.code == 0, more.err
+    assert json.loads(more.out)["steps"] == 3000
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals as on POSIX")
+def test_a_second_interrupt_stops_at_once(talk):
+    process = start(talk.parent, "--steps", "1000000", "--set", "checkpoint_every=5", "--name", "a")
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+
+
+def test_the_built_in_corpus_needs_nothing(here):
+    shown = here("train", "gpt", "--steps", 1, *TINY)
+    assert shown.code == 0, shown.err
+    assert "standard library" in shown.err
