@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dfcli.cli import output
-from dfcli.cli.figures import short
+from dfcli.cli.figures import count, short
 from dfcli.cli.options import Checkpoint, Device, Json, RunName
 
 if TYPE_CHECKING:
@@ -79,8 +79,7 @@ def _print(found: Evaluation) -> None:
     ]
     columns = ["MODEL", *(UNITS[unit] for unit in units), "PERPLEXITY"]
     output.table(columns, rows, right=columns[1:])
-    output.write(
-        f"\ndataset {output.one_line(found.dataset)}, split {found.split}, checkpoint of step {found.checkpoint:,}\n"
-    )
-    output.write(output.one_line(found.protocol) + "\n")
+    output.write("\n")
+    output.paragraph(f"dataset {found.dataset}, split {found.split}, checkpoint of step {count(found.checkpoint)}")
+    output.paragraph(found.protocol)
     output.say(f"{short(found.tokens_per_second)} tokens/s", style="dim")

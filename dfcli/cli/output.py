@@ -23,7 +23,7 @@ from dfcli.errors import DfError
 from dfcli.system.events import Choice, Note, Progress
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
@@ -95,7 +95,7 @@ def stdout() -> Console:
 
 def _wide(console: Console) -> Console:
     if not console.is_terminal:
-        console.width = 1000
+        console.width = 100_000
     return console
 
 
@@ -181,22 +181,33 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], right: Seque
         grid.add_column(column, justify=side, no_wrap=True, overflow="ellipsis")
     for row in rows:
         grid.add_row(*(Text(one_line(cell)) for cell in row))
-    with stdout().capture() as captured:
-        stdout().print(grid)
-    write("".join(line.rstrip() + "\n" for line in captured.get().splitlines()))
+    _write_rich(grid)
 
 
 def pairs(items: Iterable[tuple[str, object]]) -> None:
     """Names and values on stdout, one a line, aligned."""
+    from rich.table import Table
     from rich.text import Text
 
-    items = list(items)
-    width = max((len(name) for name, _ in items), default=0)
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in items:
+        grid.add_row(name, Text(one_line(value)))
+    _write_rich(grid)
+
+
+def paragraph(text: str) -> None:
+    """A sentence on stdout, broken between words on a terminal."""
+    from rich.text import Text
+
+    _write_rich(Text(one_line(text)))
+
+
+def _write_rich(drawing: RenderableType) -> None:
     with stdout().capture() as captured:
-        for name, value in items:
-            line = Text.assemble((f"{name:<{width}}", "bold"), "  ", one_line(value))
-            stdout().print(line, soft_wrap=True)
-    write(captured.get())
+        stdout().print(drawing)
+    write("".join(line.rstrip() + "\n" for line in captured.get().splitlines()))
 
 
 class Listener:

@@ -76,7 +76,7 @@ def show(name: Name) -> None:
         ("core", named(run.info["core"]["config"])),
         ("recipe", named(run.info.get("recipe", {}))),
         ("seed", run.info.get("seed", "")),
-        ("created", f"{run.info.get('created', '')}  ({age(seconds_since(run))} ago)"),
+        ("created", f"{str(run.info.get('created'))[:19].replace('T', ' ')} UTC  ({age(seconds_since(run))} ago)"),
         ("checkpoints", ", ".join(count(step) for step in steps) or "none yet"),
         ("size", size(run.size_bytes())),
     ]

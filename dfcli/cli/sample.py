@@ -165,7 +165,7 @@ def _write_text(run: Any, prompt: str, json: bool, listener: output.Listener, **
     if json:
         output.write_json(dataclasses.asdict(result))
     else:
-        texts.finish()
+        texts.finish(result.samples)
     _tell(result)
     if result.interrupted:
         raise typer.Exit(INTERRUPTED)
@@ -229,30 +229,16 @@ class Texts:
     def __init__(self, divider: str) -> None:
         self.divider = divider
         self.show = output.printable if sys.stdout.isatty() else str  # a file gets the model's text as it is
-        self.later: dict[int, list[str]] = {}
-        self.last = ""
 
     def __call__(self, i: int, text: str) -> None:
-        if not text:
-            return
         if i == 0:
-            self.last = text
             output.write(self.show(text))
-        else:
-            self.later.setdefault(i, []).append(text)
 
-    def finish(self) -> None:
-        """Write what is left."""
-        self._end(self.last)
-        for i in sorted(self.later):
-            text = "".join(self.later[i])
-            output.write(self.divider + self.show(text))
-            self._end(text)
-
-    @staticmethod
-    def _end(text: str) -> None:
-        if not text.endswith("\n"):
-            output.write("\n")
+    def finish(self, samples: list[str]) -> None:
+        """Write what is left of `samples`; each ends with a line break."""
+        for i, text in enumerate(samples):
+            rest = "" if text.endswith("\n") else "\n"
+            output.write(rest if i == 0 else self.divider + self.show(text) + rest)
 
 
 def _prompt(text: str | None, file: Path | None) -> str:

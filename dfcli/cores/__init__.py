@@ -34,4 +34,5 @@ def config(name: str, values: dict[str, Any]) -> CoreConfig:
 
 def build(name: str, values: dict[str, Any]) -> Core:
     """A freshly initialised core on torch's default device. Raises ValueError as `config` does."""
-    return CORES[name][1](config(name, values))
+    checked = config(name, values)
+    return CORES[name][1](checked)

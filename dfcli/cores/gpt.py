@@ -69,7 +69,8 @@ class GPTConfig:
             raise ValueError("rotary positions need an even number of channels a head")
         if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be from 0 to below 1, not {self.dropout!r}")
-        checks.affordable(self.parameters())
+        table = self.context * self.channels // self.heads if self.position == "rotary" else 0
+        checks.affordable(self.parameters() + table)
 
     def parameters(self) -> int:
         """Trainable parameters: tied weights once, position table included."""

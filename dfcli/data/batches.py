@@ -75,6 +75,7 @@ class Batches:
         if split.longest <= self._unpaired:
             raise DfError(f"the {split.name} split holds nothing to predict", "give it more data")
         if sampling == "packed":
+            self._any_longer = split.longest - self._unpaired + self._extra > window
             # Where every document fills a row, a row is one piece.
             self._whole_rows = split.shortest - self._unpaired + self._extra >= window
             sample = self._pieces(np.random.Generator(np.random.Philox(key=0)), 1000)
@@ -142,7 +143,7 @@ class Batches:
         start = self._offsets[k]
         pairs = self._offsets[k + 1] - start - self._unpaired + self._extra
         length = np.minimum(pairs, self._window)
-        return start, length, random.integers(pairs - length + 1)
+        return start, length, random.integers(pairs - length + 1) if self._any_longer else np.zeros_like(start)
 
     def _gather(self, start: np.ndarray, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and targets (int64) at the `place`-th pairs of the documents stored from `start`."""

@@ -104,8 +104,7 @@ D = TypeVar("D")
 
 
 class Build:
-    """One preparation. `groups` are the sources of train, val and test; `skipped` grows by what cannot be
-    used."""
+    """One preparation. `groups` are the sources of train, val and test; `skipped` grows by what cannot be used."""
 
     def __init__(
         self,
@@ -274,8 +273,7 @@ class Build:
         return Made(codec, boundary, self._complete(rule, "texts"), facts)
 
     def _scan(self, source: Source, alphabet: Alphabet | None, total: int) -> Text | None:
-        """Read a text for the first time. None where it cannot be used; raises BadText if the user named
-        it."""
+        """Read a text for the first time. None where it cannot be used; raises BadText if the user named it."""
         digest = hashlib.sha256()
         found = Alphabet()
         lines = Lines() if self._options.lines else None
@@ -441,8 +439,7 @@ class Build:
     def _decode(
         self, source: Source, recording: Recording, codec: MuLaw, ids: IO[bytes], seconds: float
     ) -> Sound | None:
-        """Append the ids of a recording to the file of all. None, and nothing appended, where it cannot be
-        used."""
+        """Append the ids of a recording to the file of all. None, and nothing appended, where it cannot be used."""
         start = ids.tell()
         try:
             self._sha256[source] = source.sha256()
@@ -595,7 +592,9 @@ def _merge(codec: GPT2, text: str) -> np.ndarray:
 def _unknown_character(source: Source, codec: Chars, error: DfError) -> DfError:
     """The error for a character that the alphabet lacks, with its place in the file."""
     known = {*codec.alphabet, "\r"}  # of line breaks, a "\r" may have been dropped
-    place, line = 0, 1
+    with source.open() as file:
+        place = 3 if file.read(3) == codecs.BOM_UTF8 else 0
+    line = 1
     for chunk in read_text(source, lambda data: None):
         found = next((i for i, character in enumerate(chunk) if character not in known), None)
         before = chunk[:found]

@@ -54,6 +54,10 @@ def datasets_folder() -> Path:
     return data_home() / "datasets"
 
 
+class Busy(DfError):
+    """Another process is preparing or removing the dataset."""
+
+
 class Split:
     """One split of a dataset. Blocks are checked against their checksum when they are first read.
 
@@ -87,8 +91,7 @@ class Split:
 
     @property
     def offsets(self) -> np.ndarray:
-        """int64 [documents + 1], memory-mapped and read-only. Raises CorruptError when the file was
-        changed."""
+        """int64 [documents + 1], memory-mapped and read-only. Raises CorruptError when the file was changed."""
         if not self._offsets_checked:
             if hashlib.sha256(self._offsets.data).hexdigest() != self._offsets_sha256:
                 raise _changed(self._offsets_file)
@@ -117,8 +120,7 @@ class Split:
         return self._tokens[start:stop]
 
     def take(self, places: np.ndarray) -> np.ndarray:
-        """The ids at `places` (int64, any shape, each in [0, tokens_count)) in the codec's dtype; errors as
-        `read`."""
+        """The ids at `places` (int64, any shape, each in [0, tokens_count)) in the codec's dtype; errors as `read`."""
         if self._unread:
             blocks = places // self._block
             for block in np.unique(blocks[self._verified_array[blocks] == 0]):
@@ -193,8 +195,7 @@ class SplitWriter:
         return True
 
     def append_documents(self, ids: np.ndarray, starts: np.ndarray) -> None:
-        """Append ids [n] that go on with the open document and begin others at the places `starts` [k]
-        among them."""
+        """Append ids [n] that go on with the open document and begin others at the places `starts` [k] among them."""
         bounds = np.concatenate([[self._start], starts + self.tokens])
         self.append(ids)
         if len(starts):
@@ -261,7 +262,7 @@ class SplitWriter:
 
 
 class Dataset:
-    """A prepared dataset, opened. Use `Dataset.open` or `dfcli.data.prepare`; close it or use it as a
+    """A prepared dataset, opened. Use `Dataset.open` or `prepare.prepare`; close it or use it as a
     context manager.
 
     Attributes: `name`, `path` (its folder), `kind` ("text" or "audio"), `boundary` (id or None), `lines`,
@@ -389,7 +390,7 @@ def remove_dataset(name: str) -> None:
 @contextlib.contextmanager
 def preparation_lock(name: str, wait: float = -1) -> Iterator[None]:
     """Held while the dataset `name` is prepared or removed. Waits `wait` seconds (-1: as long as it
-    takes)."""
+    takes), then raises Busy."""
     import filelock  # takes 40 ms, and those who only read need no lock
 
     root = datasets_folder()
@@ -401,7 +402,7 @@ def preparation_lock(name: str, wait: float = -1) -> Iterator[None]:
             lock.acquire(timeout=wait)
         except filelock.Timeout:
             message = f"the dataset {name} is being prepared by another process"
-            raise DfError(message, "wait until it is done") from None
+            raise Busy(message, "wait until it is done") from None
     try:
         yield
     finally:
@@ -483,8 +484,7 @@ def _hold(file: Path) -> IO[bytes] | None:
 
 @contextlib.contextmanager
 def _exclusively(folder: Path) -> Iterator[None]:
-    """Raises DfError unless nobody holds the dataset. Half a second is granted to those who only look at
-    it."""
+    """Raises DfError unless nobody holds the dataset. Half a second is granted to those who only look at it."""
     with contextlib.ExitStack() as stack:
         for file in sorted(folder.glob("*.tokens")):
             if fcntl is None:

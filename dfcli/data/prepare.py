@@ -19,6 +19,7 @@ from dfcli.data.audio import NORMALIZE
 from dfcli.data.build import SOURCES, Build, Options
 from dfcli.data.dataset import (
     FORMAT,
+    Busy,
     Dataset,
     datasets_folder,
     find_dataset,
@@ -239,9 +240,13 @@ def _key(paths: list[list[str]], groups: list[list[Source]], options: Options) -
 
 
 def _stem(items: Sequence[str]) -> str:
-    first = "stdin" if items[0] == STDIN else Path(os.path.abspath(items[0])).stem
-    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", first).strip("-")[:60] or "data"
-    return stem if len(items) == 1 else f"{stem}-and-{len(items) - 1}"
+    """The readable part of a name: of the file or folder, or of the folder that holds them all."""
+    places = ["stdin" if item == STDIN else os.path.abspath(item) for item in items]
+    try:
+        stem = Path(os.path.commonpath(places)).stem
+    except ValueError:  # they have nothing in common
+        stem = Path(places[0]).stem
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", stem).strip("-")[:60] or "data"
 
 
 # Using again ---------------------------------------------------------------------------------------------------------
@@ -325,7 +330,7 @@ def _locked(name: str, on_event: OnEvent) -> Iterator[None]:
     try:
         lock = preparation_lock(name, wait=0)
         lock.__enter__()
-    except DfError as error:
+    except Busy as error:
         on_event(Note(f"{error.message}: waiting"))
         lock = preparation_lock(name)
         lock.__enter__()

@@ -250,8 +250,7 @@ def nothing_usable(skipped: Sequence[Skipped]) -> DfError:
 
 
 def note_skipped(skipped: dict[str, Any], on_event: OnEvent) -> None:
-    """Tell what was left out, as dataset.json has it: {"count": n, "files": [{"name": ..., "reason":
-    ...}]}."""
+    """Tell what was left out, as dataset.json has it: {"count": n, "files": [{"name": ..., "reason": ...}]}."""
     if skipped["count"]:
         files = [f"{file['name']} ({file['reason']})" for file in skipped["files"]]
         what = "file was" if skipped["count"] == 1 else "files were"

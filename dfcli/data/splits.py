@@ -87,8 +87,7 @@ def by_shuffle(n: int, val: float, test: float, what: str) -> tuple[Labels, str]
 
 
 def makemore(n: int) -> tuple[Labels, str]:
-    """The split of Karpathy's makemore lectures: words shuffled by Python's random with seed 42, then
-    80/10/10."""
+    """The split of Karpathy's makemore lectures: words shuffled by Python's random with seed 42, then 80/10/10."""
     order = list(range(n))
     random.Random(42).shuffle(order)
     labels = np.full(n, TRAIN, np.uint8)

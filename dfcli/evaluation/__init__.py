@@ -1,0 +1,1 @@
+"""Loss over whole splits, and what it is worth: `sweep`, `baselines`, `evaluate`."""

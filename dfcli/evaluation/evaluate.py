@@ -195,16 +195,16 @@ def _bits(nats_per_token: float, sizes: dict[str, int]) -> dict[str, float]:
 
 
 def _protocol(loss: Loss, dataset: Dataset, split: str, others: dict[str, float]) -> str:
+    """How the figures were measured, in a sentence's words."""
     documents = dataset.splits[split].documents
-    unit = "lines" if dataset.lines else "recordings" if dataset.kind == "audio" else "texts"
-    where = f"of {documents:,} {unit}" if documents > 1 else f"of one {unit[:-1]}"
+    unit = "line" if dataset.lines else "recording" if dataset.kind == "audio" else "text"
+    where = f"one {unit}" if documents == 1 else f"{documents:,} {unit}s"
     if loss.stride == 1:
-        seen = f"each with all of the {loss.context:,} ids before it that the model can see"
+        seen = f"seeing the newest {loss.context:,} ids of its {unit} (fewer at its start)"
     elif loss.stride == loss.context:
-        seen = f"in windows of {loss.context:,} ids that do not overlap"
+        seen = f"in windows of {loss.context:,} ids that do not overlap, from the start of its {unit}"
     else:
         least = loss.context - loss.stride + 1
-        seen = f"each with {least:,} to {loss.context:,} ids before it"
-    start = "where its text has them" if dataset.boundary is None else f"none from before its {unit[:-1]}"
+        seen = f"seeing the newest {least:,} to {loss.context:,} ids of its {unit} (fewer at its start)"
     counts = "; n-grams are counted on the train split, with add-one smoothing" if len(others) > 1 else ""
-    return f"each of {loss.tokens:,} targets {where} is scored once, {seen}, {start}{counts}"
+    return f"each of the {loss.tokens:,} targets in {where} is scored once, {seen}{counts}"

@@ -23,7 +23,11 @@ import platformdirs
 # Sums keep their order, so that a clip does not depend on how its steps were cut into calls; a product and
 # a sum may be fused.
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "nsz"}}
-jit = numba.njit(**OPTIONS, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
+# For functions that only compiled ones call. Without the door for Python, which a second of compilation
+# would go into, a call from there crashes.
+inner = numba.njit(**OPTIONS, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
 _LIST = "checksums.json"
 
 
@@ -38,6 +42,7 @@ class Compiled:
         digest = hashlib.sha256(b"".join(Path(source).read_bytes() for source in sources)).hexdigest()
         base = os.environ.get("NUMBA_CACHE_DIR") or platformdirs.user_cache_path("dfcli") / "compiled"
         self.folder = Path(base) / f"{function.__name__}-{digest[:16]}"
+        self._keep = False
         self._dispatcher: Any = None
 
     def ready(self) -> bool:
@@ -45,28 +50,30 @@ class Compiled:
         return _sound(self.folder)
 
     def load(self, *arguments: Any) -> None:
-        """The first call, with arguments that make it do nothing: compiles, or loads what is kept."""
-        keep = _usable(self.folder)
+        """The first call with arguments of these types, which should make it do nothing: compiles, or loads what is
+        kept."""
+        if self._dispatcher is None:
+            self._keep = _usable(self.folder)
+            self._dispatcher = self._dispatch(self._keep)
         try:
-            self._start(keep)
             self._dispatcher(*arguments)
         except Exception:
-            if not keep:
+            if not self._keep:
                 raise
-            self._start(keep=False)  # whatever the folder did to numba, the function itself may be well
+            self._keep = False  # whatever the folder did to numba, the function itself may be well
+            self._dispatcher = self._dispatch(keep=False)
             self._dispatcher(*arguments)
-            return
-        if keep:
+        if self._keep and not _sound(self.folder):
             _write_list(self.folder)
 
     def __call__(self, *arguments: Any) -> Any:
         return self._dispatcher(*arguments)
 
-    def _start(self, keep: bool) -> None:
+    def _dispatch(self, keep: bool) -> Any:
         before = numba.config.CACHE_DIR  # type: ignore[attr-defined]
         numba.config.CACHE_DIR = str(self.folder)  # type: ignore[attr-defined]
         try:
-            self._dispatcher = numba.njit(cache=keep, **OPTIONS)(self._function)
+            return numba.njit(cache=keep, **OPTIONS)(self._function)
         finally:
             numba.config.CACHE_DIR = before  # type: ignore[attr-defined]
 

@@ -21,15 +21,17 @@ import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
+from numpy import uintp
 from numpy.typing import NDArray
 
-from dfcli.generation.compiled import OPTIONS, jit
+from dfcli.generation.compiled import OPTIONS, inner
 
 TILE = 32  # outputs of one tile; numbers of channels are padded to multiples of it
 _WIDTH = 8  # floats of one vector
 _VECTORS = TILE // _WIDTH
 _FLOATS, _WORDS = ir.VectorType(ir.FloatType(), _WIDTH), ir.VectorType(ir.IntType(32), _WIDTH)
 _I64, _I32 = ir.IntType(64), ir.IntType(32)
+_NEAR = 128  # inputs of a tile whose weights take 16 KiB
 
 
 # ---- layout, in NumPy
@@ -181,36 +183,58 @@ def _two_rows(
 # ---- compiled functions
 
 
-@jit
-def multiply(out, out_step, x, x_step, rows, weights, w, N, K):
-    """out[r out_step + n] += the matrix [N, K] times x[r x_step :], for each row r.
+@inner
+def multiply(out, o, out_step, x, i, x_step, rows, weights, w, N, K):
+    """out[o + r out_step + n] += the matrix [N, K] times x[i + r x_step :], for each row r.
 
     out, x float32, flat; the matrix lies at weights[w:] in tiles (float32, or packed uint32, of which w
     counts the elements). N is whole tiles, K even and at least 2. Returns where the next matrix begins.
     """
-    for n in range(0, N, TILE):
-        for r in range(0, rows - 1, 2):
-            o, i = r * out_step + n, r * x_step
-            _two_rows(out, o, o + out_step, x, i, i + x_step, weights, w, K)
-        if rows % 2 == 1:
-            _one_row(out, (rows - 1) * out_step + n, x, (rows - 1) * x_step, weights, w, K)
-        w += TILE * K
+    for n in range(o, o + N, TILE):
+        begin = 0
+        while begin < K:  # of a tile, as much as stays in the nearest cache while the rows pass
+            size = K - begin if rows <= 2 else min(K - begin, _NEAR)
+            place = i + begin
+            for r in range(0, rows - 1, 2):
+                a, b = r, r + 1
+                _two_rows(
+                    out, n + a * out_step, n + b * out_step, x, place + a * x_step, place + b * x_step, weights, w, size
+                )
+            if rows % 2 == 1:
+                r = rows - 1
+                _one_row(out, n + r * out_step, x, place + r * x_step, weights, w, size)
+            w += TILE * size
+            begin += size
     return w
 
 
-@jit
-def copy(out, x):
-    for i in range(x.size):
-        out[i] = x[i]
+# Arrays come with the place where to begin, not as slices, and indices are unsigned: numba would count
+# references to every slice, by atomic operations, and look at the sign of every index, which forbids vector
+# code.
 
 
-@jit
-def add(out, x):
-    for i in range(x.size):
-        out[i] += x[i]
+@inner
+def copy(out, o, x, i, n):
+    """out[o : o + n] = x[i : i + n]"""
+    for k in range(n):
+        out[uintp(o + k)] = x[uintp(i + k)]
 
 
-@jit
+@inner
+def copy_to_rows(out, o, rows, x, i, n):
+    """Puts x[i : i + n] into each of the `rows` rows of n that begin at out[o]."""
+    for r in range(rows):
+        copy(out, o + r * n, x, i, n)
+
+
+@inner
+def add(out, o, x, i, n):
+    """out[o : o + n] += x[i : i + n]"""
+    for k in range(n):
+        out[uintp(o + k)] += x[uintp(i + k)]
+
+
+@inner
 def relu(x):
     for i in range(x.size):
         x[i] = max(x[i], np.float32(0))
@@ -226,7 +250,7 @@ _ONE, _TWO, _HALF, _TEN = np.float32(1), np.float32(2), np.float32(0.5), np.floa
 _LARGEST = np.float32(87)  # exp of it, and of its negative, are normal numbers
 
 
-@jit
+@inner
 def exp(x):
     """exp of a float32 in [-87, 87], to 2 units of the last place; a loop over it becomes vector code.
 
@@ -239,13 +263,13 @@ def exp(x):
     return (p * r * r + r + _ONE) * power
 
 
-@jit
+@inner
 def clamp(x, most):
     """x within [-most, most]; not a number stays so."""
     return -most if x < -most else (most if x > most else x)
 
 
-@jit
+@inner
 def tanh_sigmoid(a, b):
     """tanh(a) * sigmoid(b) with one division, to 1e-7."""
     e = exp(-_TWO * clamp(a, _TEN))
@@ -263,7 +287,7 @@ def _from(weights, keys, least):
     return count, mass
 
 
-@jit
+@inner
 def _keep_heaviest(weights, least_count, least_mass):
     """Drops all but the fewest heaviest ids that are at least so many and weigh at least so much.
 
@@ -294,7 +318,7 @@ def _keep_heaviest(weights, least_count, least_mass):
             weights[i] = 0
 
 
-@jit
+@inner
 def pick(logits, u, temperature, top_k, top_p, min_p, weights):
     """`sampling.pick` of one row: logits [V] float32 -> id; weights float32 [V] is scratch."""
     best = 0

@@ -26,15 +26,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy import uintp
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dfcli.cores.wavenet import WaveNet, WaveNetState
 from dfcli.errors import DfError
 from dfcli.generation import compiled, kernels
-from dfcli.generation.compiled import Compiled, jit
+from dfcli.generation.compiled import Compiled, inner
 from dfcli.generation.engines import Unavailable
-from dfcli.generation.kernels import add, copy, multiply, padded, pick, relu, tanh_sigmoid, tiles
+from dfcli.generation.kernels import add, copy, copy_to_rows, multiply, padded, pick, relu, tanh_sigmoid, tiles
 from dfcli.generation.sampling import Filters
 from dfcli.system.device import Device
 
@@ -56,7 +57,7 @@ class _Model(NamedTuple):
 
 
 class _State(NamedTuple):
-    """What changes while B clips advance together. Rows of all clips at one moment lie together."""
+    """What changes while B clips advance together. All arrays are flat; the clips' rows at one moment lie together."""
 
     clock: NDArray[np.int64]  # [1]: samples read since the queues were filled
     queues: NDArray[np.float32]  # [places, B, R]: per layer a ring of its inputs
@@ -68,89 +69,84 @@ class _State(NamedTuple):
     gates: NDArray[np.float32]  # [B, L, R]
     skip: NDArray[np.float32]  # [B, S]
     head: NDArray[np.float32]  # [B, H]
-    chances: NDArray[np.float32]  # [V]
+    weights: NDArray[np.float32]  # [V]: of the pick
 
 
-@jit
-def _set_rows(out, x):
-    """Puts x [n] into every row of the flat `out` [rows, n]."""
-    for start in range(0, out.size, x.size):
-        copy(out[start : start + x.size], x)
-
-
-@jit
-def _norm(out, x, channels):
-    """RMSNorm without gain, as torch's: x / sqrt(mean of squares + the smallest step above 1)."""
+@inner
+def _norm(out, x, o, channels, R):
+    """RMSNorm without gain, as torch's, of x[o : o + R] into `out`: x / sqrt(mean square + smallest step above 1)."""
     total = np.float32(0)
     for i in range(channels):
-        total += x[i] * x[i]
+        total += x[uintp(o + i)] * x[uintp(o + i)]
     scale = np.float32(1 / np.sqrt(total / np.float32(channels) + np.float32(2**-23)))
-    for i in range(x.size):
-        out[i] = x[i] * scale
-
-
-@jit
-def _gate(out, sums):
-    """tanh of the first half of `sums` times sigmoid of the second."""
-    R = out.size
-    a, b = sums[:R], sums[R : 2 * R]
     for i in range(R):
-        out[i] = tanh_sigmoid(a[i], b[i])
+        out[uintp(o + i)] = x[uintp(o + i)] * scale
 
 
-@jit
-def _step(model, state):
-    """Reads one sample a clip, which stands in state.stream: leaves its logits in the state."""
-    B, R = state.stream.shape
-    L, S, H, V = len(model.layers), state.skip.shape[1], state.head.shape[1], state.logits.shape[1]
-    queues, sums, stream, inputs = state.queues.ravel(), state.sums.ravel(), state.stream.ravel(), state.inputs.ravel()
-    gates, skip, head, logits = state.gates.ravel(), state.skip.ravel(), state.head.ravel(), state.logits.ravel()
-    t, w, past, c = state.clock[0], np.int64(0), 0, 0  # a literal 0 would make numba compile `multiply` twice
+@inner
+def _gate(out, o, sums, s, R):
+    """out[o : o + R] = tanh of R sums times sigmoid of the next R."""
+    for i in range(R):
+        out[uintp(o + i)] = tanh_sigmoid(sums[uintp(s + i)], sums[uintp(s + R + i)])
+
+
+@inner
+def _step(model, state, B):
+    """Reads one sample a clip, whose embedding stands in state.stream, and leaves the logits after it."""
+    queues, sums, stream, inputs = state.queues, state.sums, state.stream, state.inputs
+    gates, skip, head, logits = state.gates, state.skip, state.head, state.logits
+    weights, biases, layers, taps = model.weights, model.biases, model.layers, model.taps
+    L, R, S, H, W = len(layers), stream.size // B, skip.size // B, head.size // B, logits.size // B
+    t, c = state.clock[0], 0
+    w = past = np.int64(0)  # a literal 0 would be a type of its own and compile `multiply` twice
     for layer in range(L):
-        dilation, ahead, length, queue, sum_ = model.layers[layer]
-        for b in range(B):
-            if model.normed:
-                _norm(inputs[b * R : (b + 1) * R], stream[b * R : (b + 1) * R], model.channels)
-            else:
-                copy(inputs[b * R : (b + 1) * R], stream[b * R : (b + 1) * R])
-        block = sums[sum_ * B * 2 * R : (sum_ + ahead) * B * 2 * R]
+        dilation, ahead, length = layers[layer, 0], layers[layer, 1], layers[layer, 2]
+        queue, block = layers[layer, 3] * B * R, layers[layer, 4] * B * 2 * R
+        if model.normed:
+            for b in range(B):
+                _norm(inputs, stream, b * R, model.channels, R)
+        else:
+            copy(inputs, 0, stream, 0, B * R)
         if t % ahead == 0:
-            _set_rows(block, model.biases[c : c + 2 * R])
-            for tap in range(model.taps - 1):
-                oldest = queue + (t + tap * dilation) % length  # `ahead` places from here on: it divides both
-                x = queues[oldest * B * R :]
-                multiply(block, 2 * R, x, R, ahead * B, model.past, past + tap * 2 * R * R, 2 * R, R)
-        place = (queue + t % length) * B * R
-        copy(queues[place : place + B * R], inputs)
-        now = block[t % ahead * B * 2 * R : (t % ahead + 1) * B * 2 * R]
-        w = multiply(now, 2 * R, inputs, R, B, model.weights, w, 2 * R, R)
+            copy_to_rows(sums, block, ahead * B, biases, c, 2 * R)
+            for tap in range(taps - 1):
+                x = queue + (t + tap * dilation) % length * B * R  # `ahead` rows lie there: it divides both
+                multiply(
+                    sums, block, 2 * R, queues, x, R, ahead * B, model.past, past + tap * 2 * R * R, 2 * R, R
+                )
+        copy(queues, queue + t % length * B * R, inputs, 0, B * R)
+        now = block + t % ahead * B * 2 * R
+        w = multiply(sums, now, 2 * R, inputs, np.int64(0), R, B, weights, w, 2 * R, R)
         for b in range(B):
-            _gate(gates[(b * L + layer) * R : (b * L + layer + 1) * R], now[b * 2 * R : (b + 1) * 2 * R])
+            _gate(gates, (b * L + layer) * R, sums, now + b * 2 * R, R)
         if layer + 1 < L:
             for b in range(B):
-                add(stream[b * R : (b + 1) * R], model.biases[c + 2 * R : c + 3 * R])
-            w = multiply(stream, R, gates[layer * R :], L * R, B, model.weights, w, R, R)
-        past += (model.taps - 1) * 2 * R * R
+                add(stream, b * R, biases, c + 2 * R, R)
+            w = multiply(stream, np.int64(0), R, gates, layer * R, L * R, B, weights, w, R, R)
+        past += (taps - 1) * 2 * R * R
         c += 3 * R
-    _set_rows(skip, model.biases[c : c + S])
-    w = multiply(skip, S, gates, L * R, B, model.weights, w, S, L * R)
+    copy_to_rows(skip, 0, B, biases, c, S)
+    w = multiply(skip, np.int64(0), S, gates, np.int64(0), L * R, B, weights, w, S, L * R)
     relu(skip)
-    _set_rows(head, model.biases[c + S : c + S + H])
-    w = multiply(head, H, skip, S, B, model.weights, w, H, S)
+    copy_to_rows(head, 0, B, biases, c + S, H)
+    w = multiply(head, np.int64(0), H, skip, np.int64(0), S, B, weights, w, H, S)
     relu(head)
-    _set_rows(logits, model.biases[c + S + H :])
-    multiply(logits, V, head, H, B, model.weights, w, V, H)
+    copy_to_rows(logits, 0, B, biases, c + S + H, W)
+    multiply(logits, np.int64(0), W, head, np.int64(0), H, B, weights, w, W, H)
     state.clock[0] = t + 1
 
 
 def wavenet_samples(model, state, uniforms, temperature, top_k, top_p, min_p, ids):
-    """Picks and reads uniforms.shape[1] samples of each clip: uniforms [B, n] -> ids [B, n]."""
-    for j in range(uniforms.shape[1]):
-        for b in range(uniforms.shape[0]):
-            logits = state.logits[b, : model.vocab_size]
-            ids[b, j] = pick(logits, uniforms[b, j], temperature, top_k, top_p, min_p, state.chances)
-            copy(state.stream[b], model.table[ids[b, j]])
-        _step(model, state)
+    """Picks and reads n samples of each clip: uniforms [B, n] -> ids [B, n]."""
+    B, n = uniforms.shape
+    R, W = model.table.shape[1], state.logits.size // B
+    table = model.table.ravel()
+    for j in range(n):
+        for b in range(B):
+            logits = state.logits[b * W : b * W + model.vocab_size]
+            ids[b, j] = pick(logits, uniforms[b, j], temperature, top_k, top_p, min_p, state.weights)
+            copy(state.stream, b * R, table, ids[b, j] * R, R)
+        _step(model, state, B)
 
 
 _samples = Compiled(wavenet_samples, [__file__, kernels.__file__, compiled.__file__])
@@ -179,20 +175,20 @@ class FastWaveNet:
         self._threads = device.threads
         self._model = _model(core, packed=weights == "bfloat16")
         self._lanes: list[_State] = []  # the clips, in shares that are worked on at the same time
+        self._sizes: list[int] = []  # of the lanes, in clips
         state = _state(self._model, core, 1)
         _samples.load(self._model, state, np.empty((1, 0)), 1.0, 1, 1.0, 0.0, np.empty((1, 0), np.int64))
 
     def start(self, batch: int) -> None:
         lanes = min(self._threads, batch)
-        sizes = [(batch + lane) // lanes for lane in range(lanes)]
-        self._lanes = [_state(self._model, self._core, size) for size in sizes]
+        self._sizes = [(batch + lane) // lanes for lane in range(lanes)]
+        self._lanes = [_state(self._model, self._core, size) for size in self._sizes]
 
     @torch.inference_mode()
     def prefill(self, ids: NDArray[np.int64]) -> None:
         for lane, part in zip(self._lanes, self._split(ids), strict=True):
             logits, state = self._core.prefill(torch.from_numpy(part), self._core.init_state(len(part)))
-            lane.logits[:, : logits.shape[1]] = logits.numpy()
-            _fill(self._model, lane, state)
+            _fill(self._model, lane, state, logits)
 
     def generate(self, uniforms: NDArray[np.float64], filters: Filters) -> NDArray[np.int64]:
         ids = np.empty(uniforms.shape, np.int64)
@@ -214,8 +210,8 @@ class FastWaveNet:
         return ids
 
     def _split(self, rows: NDArray[Any]) -> list[NDArray[Any]]:
-        ends = np.cumsum([len(lane.stream) for lane in self._lanes])
-        return np.split(rows, ends[:-1])
+        """The rows of each lane."""
+        return np.split(rows, np.cumsum(self._sizes)[:-1])
 
 
 def _array(tensor: Tensor) -> NDArray[np.float32]:
@@ -278,27 +274,30 @@ def _model(core: WaveNet, packed: bool) -> _Model:
 
 def _state(model: _Model, core: WaveNet, batch: int) -> _State:
     """Empty queues for `batch` clips."""
-    R, (_, ahead, length, queue, sum_) = model.table.shape[1], model.layers[-1]
+    L, R, (_, ahead, length, queue, sum_) = len(model.layers), model.table.shape[1], model.layers[-1]
 
-    def zeros(*shape: int) -> NDArray[np.float32]:
-        return np.zeros(shape, np.float32)
+    def zeros(size: int) -> NDArray[np.float32]:
+        return np.zeros(batch * size, np.float32)
 
     return _State(
         clock=np.zeros(1, np.int64),
-        queues=zeros(queue + length, batch, R),
-        sums=zeros(sum_ + ahead, batch, 2 * R),
-        logits=zeros(batch, padded(model.vocab_size)),
-        stream=zeros(batch, R),
-        inputs=zeros(batch, R),
-        gates=zeros(batch, len(model.layers), R),
-        skip=zeros(batch, padded(core.config.skip)),
-        head=zeros(batch, padded(core.config.head)),
-        chances=zeros(model.vocab_size),
+        queues=zeros((queue + length) * R),
+        sums=zeros((sum_ + ahead) * 2 * R),
+        logits=zeros(padded(model.vocab_size)),
+        stream=zeros(R),
+        inputs=zeros(R),
+        gates=zeros(L * R),
+        skip=zeros(padded(core.config.skip)),
+        head=zeros(padded(core.config.head)),
+        weights=np.zeros(model.vocab_size, np.float32),
     )
 
 
-def _fill(model: _Model, lane: _State, state: WaveNetState) -> None:
-    """Takes over the queues [B, P, R] of a core's state just after its `prefill`: the oldest entry is the first."""
-    lane.clock[0] = 0
+def _fill(model: _Model, lane: _State, state: WaveNetState, logits: Tensor) -> None:
+    """Takes over logits [B, V] and queues [B, P, R] from the core just after its `prefill`: there the oldest entry of a
+    queue is its first."""
+    B, V = logits.shape
+    lane.logits.reshape(B, -1)[:, :V] = logits.numpy()
+    queues = lane.queues.reshape(-1, B, model.table.shape[1])
     for (_, _, _, place, _), queue in zip(model.layers, state.queues, strict=True):
-        lane.queues[place : place + queue.shape[1], :, : model.channels] = queue.transpose(0, 1).numpy()
+        queues[place : place + queue.shape[1], :, : model.channels] = queue.transpose(0, 1).numpy()

@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import filelock
 
 from dfcli.errors import DfError
-from dfcli.system.files import os_errors, read_json, write_json
+from dfcli.system.files import os_errors, process_lives, read_json, write_json
 
 LOCK, OWNER = ".lock", ".owner.json"
 
@@ -29,7 +30,7 @@ def held(folder: Path) -> Iterator[None]:
             lock.acquire(timeout=0)
         except filelock.Timeout:
             raise DfError(
-                f"run `{folder.name}` is in use by {_owner(folder)}",
+                f"run `{folder.name}` is in use by {_describe(_read_owner(folder))}",
                 "wait until it has finished, or stop it (Ctrl-C lets it save first)",
             ) from None
         except NotImplementedError as error:
@@ -44,9 +45,25 @@ def held(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _owner(folder: Path) -> str:
+def holder(folder: Path) -> str | None:
+    """Who seems to hold the lock, without trying to take it: as good as certain, but for another machine's."""
+    owner = _read_owner(folder)
+    with suppress(OSError):
+        since = (folder / OWNER).stat().st_mtime
+        if owner and (owner["host"] != socket.gethostname() or process_lives(owner["pid"], since)):
+            return _describe(owner)
+    return None
+
+
+def _read_owner(folder: Path) -> dict[str, Any] | None:
     try:
         owner = read_json(folder / OWNER)
-        return f"process {owner['pid']} on {owner['host']} since {owner['started']}"
-    except (DfError, KeyError):  # it has only just taken the lock
-        return "another process"
+    except DfError:  # there is none
+        return None
+    sound = isinstance(owner.get("pid"), int) and owner.keys() >= {"host", "started"}
+    return owner if sound else None
+
+
+def _describe(owner: dict[str, Any] | None) -> str:
+    # There is none in the moment after another process took the lock.
+    return f"process {owner['pid']} on {owner['host']} since {owner['started']}" if owner else "another process"

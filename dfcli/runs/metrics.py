@@ -20,7 +20,7 @@ HEADER = b'{"format": 1}\n'
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
-    """Append one line; if that fails the file is as before. NaN and infinity, which JSON lacks, become null."""
+    """Append one line; NaN and infinity, which JSON lacks, become null. DfError if it cannot be written."""
     row = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
     line = json.dumps(row, allow_nan=False).encode("ascii") + b"\n"
     with os_errors("write", path):
@@ -29,12 +29,8 @@ def append(path: Path, row: dict[str, Any]) -> None:
         try:
             end = _cut_torn_line(descriptor)
             data = line if end else HEADER + line
-            try:
-                while data:  # once, but for a disk that is just full
-                    data = data[os.write(descriptor, data) :]
-            except BaseException:
-                os.ftruncate(descriptor, end)
-                raise
+            while data:  # once, but on a disk that is just full: then a torn line stays behind
+                data = data[os.write(descriptor, data) :]
         finally:
             os.close(descriptor)
 

@@ -65,8 +65,12 @@ class Run:
         home = runs_home()
         files.clean_debris(home)
         if taken := files.same_name(home, name):
-            hint = "go on with it by `--resume`, or choose another `--name`"
-            raise UsageError(f"there is a run `{taken}` already", hint if taken == name else "choose another `--name`")
+            who = lock.holder(home / taken)
+            resume = "go on with it by `--resume`, or " if taken == name and not who else ""
+            raise UsageError(
+                f"there is a run `{taken}` already" + (f", in use by {who}" if who else ""),
+                f"{resume}choose another `--name`",
+            )
         created = datetime.now(UTC).isoformat(timespec="microseconds")
         info = {
             "format": FORMAT,

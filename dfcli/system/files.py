@@ -297,7 +297,7 @@ def _move(*moves: tuple[Path, Path]) -> None:
         for source, target in moves:
             _rename(source, target)
             done.append((source, target))
-        sync_folder(target.parent)
+        sync_folder(moves[-1][1].parent)
     except BaseException:
         for source, target in reversed(done):
             _rename(target, source)
@@ -355,7 +355,7 @@ def process_lives(pid: int, since: float) -> bool:
 
     try:
         return psutil.Process(pid).create_time() <= since + 2  # start times are known to about a second
-    except psutil.NoSuchProcess:
+    except (psutil.NoSuchProcess, ValueError):  # ValueError: no process ever had that id
         return False
     except psutil.AccessDenied:
         return True

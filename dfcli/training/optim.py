@@ -104,7 +104,18 @@ class Optimizer:
             self.muon.step(lr_factor)
         self.drop_gradients()
 
+    def gradient_norm(self) -> Tensor:
+        """The norm of all gradients together, a scalar on the core's device."""
+        grads = [p.grad for p in self.named.values() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(grads, foreach=True)
+
+    def clip_gradients(self, norm: float, most: float) -> None:
+        """Scale the gradients, which have `norm` together, down to the norm `most` if they exceed it."""
+        if norm > most:
+            torch.nn.utils.clip_grads_with_norm_(self.named.values(), most, torch.tensor(norm), foreach=True)
+
     def drop_gradients(self) -> None:
+        """Forget the gradients without an update."""
         for p in self.named.values():
             p.grad = None
 
@@ -140,13 +151,3 @@ def matrices(core: nn.Module) -> dict[str, nn.Parameter]:
     others = [module for module in core.modules() if isinstance(module, nn.Embedding)] + linears[-1:]
     taken = {id(module.weight) for module in others}
     return {name: p for name, p in core.named_parameters() if p.ndim >= 2 and id(p) not in taken}
-
-
-def gradient_norm(core: nn.Module) -> Tensor:
-    """The norm of all gradients together, a scalar on the core's device."""
-    return torch.nn.utils.get_total_norm([p.grad for p in core.parameters() if p.grad is not None], foreach=True)
-
-
-def scale_gradients(core: nn.Module, factor: float) -> None:
-    """Multiply every gradient by `factor`."""
-    torch._foreach_mul_([p.grad for p in core.parameters() if p.grad is not None], factor)

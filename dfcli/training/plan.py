@@ -277,7 +277,8 @@ def _sources(request: Request, entry: dict[str, Any], parent: Run | None, choice
     if request.data:
         return request.data
     if parent:
-        sources = tuple(parent.info["dataset"]["sources"])
+        record = parent.info["dataset"]
+        sources = tuple(record["sources"]) if find_dataset(record["name"]) is None else (record["name"],)
         choices.append(Choice("data", ", ".join(sources), f"that of run `{parent.name}`"))
         return sources
     corpus = entry.get("corpus")

@@ -305,6 +305,7 @@ def _info(plan: Plan, dataset: Dataset) -> dict[str, Any]:
             "boundary": dataset.boundary,
             "lines": dataset.lines,
             "lead": dataset.lead,
+            "normalize": dataset.info["options"]["normalize"],
             "sources": [identity(source) for source in plan.data],
             "protocol": plan.protocol,
         },
@@ -335,7 +336,8 @@ def _dataset_of(run: Run, on_event: OnEvent) -> Dataset:
     elif find_dataset(record["path"]) is not None:
         dataset = Dataset.open(record["path"])
     else:
-        dataset = plans.prepare_for(record["sources"], record["protocol"], run.codec, on_event)
+        codec = run.codec if run.info["init"] else None  # else the data give the same one again, and the same name
+        dataset = plans.prepare_for(record["sources"], record["protocol"], codec, on_event)
     if dataset.fingerprint != record["fingerprint"]:
         dataset.close()
         raise DfError(

@@ -30,15 +30,16 @@ def test_help_by_every_name(df):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help_with_an_example(df, command: str):
-    shown = df(*command.split(), "-h")
+def test_every_command_has_help_with_an_example(here, command: str):
+    shown = here(*command.split(), "-h")
     assert shown.code == 0
     assert "Examples:" in shown.out
     assert f"df {command.split()[0]}" in shown.out
-    assert shown.out == df(*command.split(), "--help").out
+    assert shown.out == here(*command.split(), "--help").out
 
 
-def test_options_are_those_of_the_design(df):
+def test_options_are_those_of_the_design(here, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "200")
     expected = {
         "train": "data preset name steps minutes device batch-size lr seed resume init set show quiet json",
         "sample gpt": "run prompt prompt-file tokens stop num temperature top-k top-p min-p seed device engine "
@@ -52,14 +53,14 @@ def test_options_are_those_of_the_design(df):
         "runs remove": "yes",
     }
     for command, options in expected.items():
-        shown = df(*command.split(), "--help", COLUMNS="200").out
+        shown = here(*command.split(), "--help").out
         found = set(re.findall(r"^│ --([a-z-]+)", shown, re.MULTILINE))
         assert found == {*options.split(), "help"}, command
 
 
-def test_groups_without_a_command_show_their_help_and_exit_2(df):
+def test_groups_without_a_command_show_their_help_and_exit_2(here):
     for group in ("data", "runs", "sample"):
-        shown = df(group)
+        shown = here(group)
         assert shown.code == 2
         assert "Commands" in shown.out + shown.err
 
@@ -95,8 +96,8 @@ def test_completion_is_offered_for_dfcli_only(df):
 
 
 @pytest.mark.parametrize("words", [["/home"], ["-T"], ["-k", "."], ["--total"], ["-h", "/home"], ["."]])
-def test_what_the_disk_tool_would_take_gets_a_hint_to_it(df, words: list[str]):
-    shown = df(*words)
+def test_what_the_disk_tool_would_take_gets_a_hint_to_it(here, words: list[str]):
+    shown = here(*words)
     assert shown.code == 2
     assert shown.out == ""
     assert f"`command -p df {' '.join(words)}`" in shown.err
@@ -122,8 +123,8 @@ def test_what_the_disk_tool_would_take_gets_a_hint_to_it(df, words: list[str]):
         ("sample wavenet", "there is no wavenet run", "df train wavenet"),
     ],
 )
-def test_what_is_asked_wrongly_is_a_sentence_with_exit_2(df, line: str, message: str, hint: str):
-    shown = df(*line.split())
+def test_what_is_asked_wrongly_is_a_sentence_with_exit_2(here, line: str, message: str, hint: str):
+    shown = here(*line.split())
     assert shown.code == 2, shown.err
     assert shown.out == ""
     assert shown.err.startswith("error: ")
@@ -131,8 +132,8 @@ def test_what_is_asked_wrongly_is_a_sentence_with_exit_2(df, line: str, message:
     assert hint in shown.err
 
 
-def test_control_characters_of_arguments_are_made_inert(df):
-    shown = df("runs", "show", "a\x1b[2J\nb")
+def test_control_characters_of_arguments_are_made_inert(here):
+    shown = here("runs", "show", "a\x1b[2J\nb")
     assert shown.code == 2
     assert "\x1b" not in shown.err
     assert "a\\x1b[2J\\x0ab" in shown.err

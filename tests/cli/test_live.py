@@ -96,7 +96,8 @@ class Terminal:
 
 def test_the_picture_and_its_figures():
     terminal = Terminal("wait")
-    shown = terminal.read(until="validation 75%")
+    terminal.read(until="validation 75%")
+    shown = terminal.read(until="not \\u202eto be")  # the rest of the same picture
     for part in (
         "prepared data-1", "layers", "fits the time", "play\\x1b[2J · data-1 · 803k parameters · CPU, 2 threads",
         "88%", "step 1,750 / 2,000", "0:02 left", "2.2500", "2.6000", "best 2.6000 at step 1,500", "█", "▁",

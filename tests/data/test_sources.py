@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -114,7 +115,9 @@ def test_standard_input_is_read_once(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 
 @settings(max_examples=50, deadline=None)
-@given(text=st.text(alphabet=st.characters(exclude_characters="\0", exclude_categories=["Cs"])), chunk=st.integers(1, 9))
+@given(
+    text=st.text(alphabet=st.characters(exclude_characters="\0", exclude_categories=["Cs"])), chunk=st.integers(1, 9)
+)
 def test_text_is_the_same_wherever_it_is_cut(text: str, chunk: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("text") / "a.txt"
     path.write_bytes(text.encode())
@@ -141,9 +144,10 @@ def test_what_is_not_utf8_is_named_with_its_byte(
     path.write_bytes(data)
     with pytest.raises(UnicodeDecodeError) as expected:
         data.decode()
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(BadText) as error:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "CHUNK", chunk)
-        text_of(path)
+        with pytest.raises(BadText) as error:
+            text_of(path)
     assert error.value.message == f"{path} is not UTF-8 at byte {expected.value.start:,}"
 
 
@@ -159,10 +163,10 @@ def test_marks_nul_and_utf16(tmp_path: Path) -> None:
     path.write_bytes("abc".encode("utf-16"))
     with pytest.raises(BadText, match="UTF-16"):
         text_of(path)
+    gone = source(path)
+    path.unlink()
     with pytest.raises(DfError, match="No such file"):
-        text_of_missing = source(path)
-        path.unlink()
-        list(read_text(text_of_missing, lambda data: None))
+        list(read_text(gone, lambda data: None))
 
 
 def reference_lines(text: str) -> tuple[list[str], int]:
@@ -179,7 +183,7 @@ def reference_lines(text: str) -> tuple[list[str], int]:
 def test_lines(text: str, cuts: list[int]) -> None:
     places = sorted({0, len(text), *(min(cut, len(text)) for cut in cuts)})
     lines = Lines()
-    got = "".join(lines.of(text[a:b] for a, b in zip(places, places[1:], strict=False)))
+    got = "".join(lines.of(text[a:b] for a, b in pairwise(places)))
     kept, blank = reference_lines(text)
     assert got == "".join("\n" + line for line in kept)
     assert lines.blank == blank

@@ -237,6 +237,7 @@ ATTACKS: dict[str, bytes] = {
     "left over": file_of({"a": entry(offsets=[0, 4])}, bytes(5)),
     "overlap": file_of({"a": entry(), "b": entry()}, bytes(4)),
     "hole": file_of({"a": entry(), "b": entry(offsets=[8, 12])}, bytes(12)),
+    "overlap and hole": file_of({"a": entry(), "b": entry(), "c": entry(offsets=[8, 12])}, bytes(12)),
     "begins late": file_of({"a": entry(offsets=[4, 8])}, bytes(8)),
 }
 

@@ -74,6 +74,7 @@ def test_saving_can_fail_at_every_call(home: Path, error: int, lasting: bool):
             assert str(run.path) in raised.message
             assert os.strerror(error) in raised.message
             assert raised.hint
+            assert run.steps() == [1, 2]
         with run.lock():  # the next command
             check_sound(run)
             save(run, 4, 4.0)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dfcli.errors import DfError
+from dfcli.errors import DfError, UsageError
 from dfcli.runs import Run, list_runs, remove
 from tests.runs.small import make_run, save, tree
 
@@ -49,6 +49,9 @@ def test_the_second_is_told_who_holds_it_and_removal_is_refused():
         assert error.value.hint
         with pytest.raises(DfError, match=f"process {process.pid}"):
             remove("r")
+        with pytest.raises(UsageError, match=f"a run `r` already, in use by process {process.pid}") as error:
+            make_run("r")
+        assert "--resume" not in error.value.hint
         assert run.load().step == 1  # reading needs no lock
     finally:
         process.communicate("\n", timeout=30)
@@ -65,6 +68,9 @@ def test_a_killed_holder_does_not_block(kill: signal.Signals):
     process = holder()
     os.kill(process.pid, kill)
     process.wait(timeout=30)
+    with pytest.raises(UsageError, match=r"a run `r` already$") as error:
+        make_run("r")
+    assert "--resume" in error.value.hint
     take(run)
     assert not (run.path / ".owner.json").exists()
 

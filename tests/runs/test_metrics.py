@@ -136,6 +136,8 @@ def test_every_call_can_fail(path: Path, error: int, torn: bytes):
             else:
                 assert f"{path}: {os.strerror(error)}" in raised.message
                 assert metrics.read(path) in (rows(2), new)
+                action()
+                assert metrics.read(path) in (new, [*new, new[-1]])  # an append that was only not closed well
             assert os.listdir(path.parent) == [path.name]
             return faults.fired
 

@@ -16,6 +16,7 @@ from dfcli.errors import CorruptError, DfError, UsageError
 from dfcli.runs import Run, checkpoint, list_runs, newest, remove
 from dfcli.system import files
 from dfcli.system.events import Note
+from tests.faults import failing
 from tests.runs.small import CONFIG, make_run, same, save, tree, weights
 
 
@@ -266,6 +267,15 @@ def test_a_run_that_went_back_gives_up_the_later_steps():
     save(run, 250, 1.5)
     assert run.steps() == [200, 250]
     assert run.resolve("best") == 250
+
+
+def test_the_history_is_durable_before_the_checkpoint():
+    run = make_run()
+    run.log({"step": 1})
+    with failing(0) as faults:
+        save(run, 1)
+    assert faults.calls[0] == f"open {run.path / 'metrics.jsonl'}"
+    assert faults.calls[1].startswith("fsync")
 
 
 def test_the_same_step_again_replaces_the_first():
@@ -533,6 +543,16 @@ def test_a_config_that_is_not_the_checkpoints_is_refused(changes: dict[str, obje
 
     monkeypatch.setattr("dfcli.runs.tensors._bytes", no_memory)
     with pytest.raises(CorruptError, match=r"model\.safetensors.*where run\.json describes"):
+        Run.open("r").load()
+
+
+def test_a_config_far_beyond_its_checkpoint_is_refused_unbuilt(monkeypatch: pytest.MonkeyPatch):
+    run = make_run()
+    save(run, 1)
+    huge = run.info["core"]["config"] | {"layers": 100, "channels": 2048}  # 5e9 parameters
+    rewrite(run.path / "run.json", core={"name": "gpt", "config": huge})
+    monkeypatch.setattr("dfcli.cores.build", lambda *_: pytest.fail("it was built"))
+    with pytest.raises(CorruptError, match=r"model\.safetensors.* cannot hold the 50\d{8} parameters of run\.json"):
         Run.open("r").load()
 
 

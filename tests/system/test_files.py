@@ -346,6 +346,11 @@ def test_a_process_that_began_later_with_the_same_id_is_another(tmp_path: Path, 
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize("pid", [-1, 10**30])
+def test_ids_that_no_process_has(pid: int):
+    assert not files.process_lives(pid, time.time())
+
+
 def test_what_was_moved_away_comes_back_if_nothing_took_its_place(tmp_path: Path):
     dead = finished_pid()
     for name in ("lost", "replaced"):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dfcli import cores
 from dfcli.errors import CorruptError
-from dfcli.training.optim import Optimizer, gradient_norm, matrices, orthogonalise, scale_gradients
+from dfcli.training.optim import Optimizer, matrices, orthogonalise
 from dfcli.training.settings import Recipe
 
 GPT = {"vocab_size": 11, "context": 8, "layers": 2, "heads": 2, "channels": 8, "tied_head": False}
@@ -163,13 +163,16 @@ def test_a_state_of_another_model_is_refused() -> None:
         optimizer.load_state_tensors({"exp_avg/tokens.weight": torch.zeros(2)})
 
 
-def test_norm_and_scale_are_over_all_gradients() -> None:
+def test_norm_and_clip_are_over_all_gradients() -> None:
     core = cores.build("gpt", GPT)
+    optimizer = Optimizer(core, Recipe())
     set_gradients(core, 0)
     every = torch.cat([p.grad.flatten() for p in core.parameters() if p.grad is not None])
-    assert gradient_norm(core).item() == pytest.approx(every.norm().item(), rel=1e-5)
-    scale_gradients(core, 0.25)
-    assert gradient_norm(core).item() == pytest.approx(every.norm().item() / 4, rel=1e-5)
+    assert optimizer.gradient_norm().item() == pytest.approx(every.norm().item(), rel=1e-5)
+    optimizer.clip_gradients(every.norm().item(), every.norm().item() * 2)
+    assert optimizer.gradient_norm().item() == pytest.approx(every.norm().item(), rel=1e-5)
+    optimizer.clip_gradients(every.norm().item(), 1.5)
+    assert optimizer.gradient_norm().item() == pytest.approx(1.5, rel=1e-5)
 
 
 def test_step_drops_the_gradients() -> None:

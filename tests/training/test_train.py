@@ -23,8 +23,8 @@ from dfcli.system.device import Device, resolve
 from dfcli.system.events import Choice, Note
 from dfcli.training import plan as plans
 from dfcli.training.events import Finished, Sample, Saved, Started, Step
-from dfcli.training.trainer import Trainer
 from dfcli.training.train import TrainResult, plan, train
+from dfcli.training.trainer import Trainer
 
 TINY_GPT = {"layers": "1", "heads": "2", "channels": "8", "context": "16", "dropout": "0.1", "batch_size": "4"}
 TINY_WAVENET = {
@@ -227,6 +227,9 @@ def test_a_removed_dataset_is_prepared_again(text: str) -> None:
     train("gpt", [text], steps=4, name="a", overrides=TINY_GPT, stop=stop_after(2))
     remove_dataset(Run.open("a").info["dataset"]["name"])
     assert train("gpt", name="a", resume=True).steps == 4
+    assert (
+        Dataset.open(Run.open("a").info["dataset"]["name"]).fingerprint == Run.open("a").info["dataset"]["fingerprint"]
+    )
 
 
 def test_resume_falls_back_to_the_checkpoint_before_a_damaged_one(text: str) -> None:
@@ -423,7 +426,7 @@ def test_a_character_the_other_run_never_saw_is_named(text: str, tmp_path: Path)
     train("gpt", [text], steps=1, name="a", overrides=TINY_GPT)
     other = tmp_path / "other.txt"
     other.write_text("the cat sat on a mat, Zoë. " * 100)
-    with pytest.raises(DfError, match="Z|ë|,"):
+    with pytest.raises(DfError, match=r"[Zë,]"):
         train("gpt", [str(other)], steps=1, init="a")
 
 

@@ -239,7 +239,7 @@ class Clock:
 
 
 def timed(clock: Clock, step: float, evaluation: float, **options: Any) -> tuple[Trainer, Memory]:
-    core, store = build(), Memory()
+    core, store = build("charwavenet"), Memory()
     source = Rows(2)
     source.asked = lambda: clock.take(step)
     save = store.save
@@ -261,7 +261,7 @@ def timed(clock: Clock, step: float, evaluation: float, **options: Any) -> tuple
 
 
 @pytest.mark.parametrize(
-    ("minutes", "step", "evaluation"), [(1.0, 0.1, 0.5), (0.25, 0.03, 0.3), (3.0, 2.0, 0.1), (0.1, 1.0, 1.0)]
+    ("minutes", "step", "evaluation"), [(1.0, 0.3, 0.5), (0.25, 0.1, 0.3), (3.0, 2.0, 0.1), (0.1, 1.0, 1.0)]
 )
 def test_a_time_budget_is_kept_and_the_rate_decayed(minutes: float, step: float, evaluation: float) -> None:
     clock = Clock()

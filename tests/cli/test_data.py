@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+import dfcli
+from dfcli.data import download
+
+
+def test_none_yet(here):
+    shown = here("data", "list")
+    assert (shown.code, shown.out) == (0, "")
+    assert "df data prepare" in shown.err
+
+
+def test_prepare_list_show_and_remove(here, tmp_path):
+    (tmp_path / "a.txt").write_text("abc\n" * 100)
+    shown = here("data", "prepare", "a.txt", "--name", "abc", "--val-fraction", 0.25, "--test-fraction", 0.25)
+    assert shown.code == 0, shown.err
+    assert shown.out == ""
+    assert "train 200, val 100, test 100" in shown.err
+    assert "next: df train gpt --data abc" in shown.err
+    listed = here("data", "list").out.splitlines()
+    assert [row.split()[:5] for row in listed] == [
+        ["NAME", "KIND", "CODEC", "TRAIN", "VAL"], ["abc", "text", "chars", "200", "100"],
+    ]  # fmt: skip
+    rows = dict(line.split(maxsplit=1) for line in here("data", "show", "abc").out.splitlines())
+    assert rows["codec"] == "chars, 4 ids"
+    assert rows["path"] == str(dfcli.Dataset.open("abc").path)
+    assert here("data", "remove", "abc").code == 0
+    assert here("data", "show", "abc").code == 1
+    assert here("data", "remove", "abc").code == 2
+    assert (tmp_path / "a.txt").exists()
+
+
+def test_standard_input_lines_and_codecs(here):
+    shown = here("data", "prepare", "-", "--name", "piped", "--lines", "--codec", "bytes", stdin="ä\nb\n".encode() * 20)
+    assert shown.code == 0, shown.err
+    dataset = dfcli.Dataset.open("piped")
+    assert (dataset.lines, dataset.codec.name) == (True, "bytes")
+    assert sum(split.documents for split in dataset.splits.values()) == 40
+
+
+def test_validation_from_another_source(here, tmp_path):
+    (tmp_path / "a.txt").write_text("abc\n" * 10)
+    (tmp_path / "b.txt").write_text("cab\n" * 5)
+    assert here("data", "prepare", "a.txt", "--val", "b.txt", "--name", "ab").code == 0
+    splits = dfcli.Dataset.open("ab").splits
+    assert {name: split.tokens_count for name, split in splits.items()} == {"train": 40, "val": 20}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["none.txt"], ["a.txt", "--val-fraction", "nan"], ["a.txt", "--val-fraction", "1"], ["a.txt", "--name", "../x"],
+        ["a.txt", "--val-fraction", "-1"], ["a.txt", "--sample-rate", "0"], ["a.txt", "--codec", "morse"],
+        ["a.txt", "--name", "con"],
+    ],
+)  # fmt: skip
+def test_what_is_asked_wrongly(here, tmp_path, home: Path, words: list[str]):
+    (tmp_path / "a.txt").write_text("abc\n" * 10)
+    shown = here("data", "prepare", *words)
+    assert shown.code == 2, shown.err
+    assert not list(home.glob("datasets/[a-z]*"))
+
+
+def test_text_that_is_none_is_named_with_its_place(here, tmp_path):
+    (tmp_path / "bad\x1b.txt").write_bytes(b"abc\n\xff\n")
+    shown = here("data", "prepare", "bad\x1b.txt")
+    assert shown.code == 1
+    assert "bad\\x1b.txt" in shown.err
+    assert "4" in shown.err
+    assert "\x1b" not in shown.err
+
+
+def test_get(here, tmp_path, monkeypatch: pytest.MonkeyPatch):
+    source = tmp_path / "served.txt"
+    source.write_text("verse\n" * 100)
+    content = source.read_bytes()
+    file = download.RemoteFile("s.txt", source.as_uri(), len(content), hashlib.sha256(content).hexdigest())
+    monkeypatch.setitem(download.KNOWN, "shakespeare", [file])
+    shown = here("data", "get", "shakespeare", "-o", "plain.txt")
+    assert shown.code == 0, shown.err
+    assert Path(shown.out.strip()) == Path("plain.txt")
+    assert (tmp_path / "plain.txt").read_bytes() == content
+    assert "verse" not in shown.err
+    unknown = here("data", "get", "sonnets")
+    assert unknown.code == 2
+    assert "shakespeare" in unknown.err

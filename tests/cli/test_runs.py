@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+import dfcli
+
+
+def test_none_yet(here):
+    shown = here("runs", "list")
+    assert (shown.code, shown.out) == (0, "")
+    assert "df train gpt" in shown.err
+
+
+def test_list(here, trained):
+    shown = here("runs", "list")
+    header, *rows = shown.out.splitlines()
+    assert header.split() == ["NAME", "KIND", "DATA", "STEPS", "VAL", "LOSS", "AGE", "SIZE"]
+    assert [row.split()[:2] for row in rows] == [["talk", "gpt"], ["tune", "wavenet"], ["call", "wavenet"]]
+    run = dfcli.Run.open("talk")
+    best = run.state(run.resolve("best"))["val_loss"]
+    assert rows[0].split()[3:5] == ["12", f"{best:.4f}"]
+
+
+def test_a_damaged_run_is_said_and_the_others_are_listed(here, trained):
+    (trained / "home" / "runs" / "talk" / "run.json").write_text("{")
+    shown = here("runs", "list")
+    assert shown.code == 0
+    assert "talk" in shown.err
+    assert [row.split()[0] for row in shown.out.splitlines()] == ["NAME", "tune", "call"]
+    assert here("runs", "show", "talk").code == 1
+    step = next((trained / "home" / "runs" / "tune").glob("step-*"))
+    for state in step.parent.glob("step-*/state.json"):
+        state.write_text("{")
+    assert here("runs", "list").code == 0
+    assert here("runs", "show", "tune").code == 0
+
+
+def test_show_and_path(here, trained):
+    shown = here("runs", "show", "talk")
+    assert shown.code == 0
+    rows = dict(line.split(maxsplit=1) for line in shown.out.splitlines())
+    assert rows["kind"] == "gpt"
+    assert "channels=16" in rows["core"]
+    assert "steps=12" in rows["recipe"]
+    losses = [row["train_loss"] for row in dfcli.Run.open("talk").metrics()]
+    assert f"lowest {min(losses):.4f}" in shown.out
+    assert "█" in shown.out
+    path = here("runs", "path", "talk").out
+    assert path == f"{trained / 'home' / 'runs' / 'talk'}\n"
+    assert here("runs", "show", path.strip()).out == shown.out
+
+
+def test_remove(here, trained):
+    assert here("runs", "remove", "tune").code == 0  # nobody sits there to be asked
+    assert not (trained / "home" / "runs" / "tune").exists()
+    assert here("runs", "remove", "tune").code == 2
+    assert here("runs", "remove", "talk", "--yes").code == 0
+    assert [run.name for run in dfcli.list_runs()] == ["call"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
+@pytest.mark.parametrize(("answer", "code"), [("y", 0), ("n", 1), ("", 1), ("\x04", 1)])
+def test_a_person_is_asked(trained, answer: str, code: int):
+    pexpect = pytest.importorskip("pexpect")
+    for what, name, folder in (("runs", "tune", "runs/tune"), ("data", None, "datasets")):
+        name = name or next(dataset.name for dataset in dfcli.list_datasets() if dataset.name.startswith("talk"))
+        child = pexpect.spawn(sys.executable, ["-m", "dfcli", what, "remove", name], timeout=60)
+        child.expect("remove the .*y/N")
+        child.send(answer if answer == "\x04" else answer + "\n")
+        child.expect(pexpect.EOF)
+        child.close()
+        assert child.exitstatus == code
+        place = trained / "home" / (folder if what == "runs" else f"datasets/{name}")
+        assert place.exists() == (code != 0)

@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import soundfile
+
+import dfcli
+from dfcli.cli.sample import Texts
+
+
+@pytest.fixture(autouse=True)
+def _runs(trained: Path) -> None:
+    """Every test here has the runs `talk`, `tune` and `call`."""
+
+
+def test_the_prompt_comes_from_an_option_a_file_or_a_pipe(here, tmp_path):
+    options = ["--tokens", 30, "--seed", 5]
+    told = here("sample", "gpt", *options, "--prompt", "It was")
+    assert told.code == 0, told.err
+    assert told.out.startswith("It was")
+    assert len(told.out) == len("It was") + 30 + (told.out[-2] != "\n")
+    (tmp_path / "prompt.txt").write_bytes("\ufeffIt was\n".encode())  # an editor's
+    assert here("sample", "gpt", *options, "--prompt-file", "prompt.txt").out == told.out
+    assert here("sample", "gpt", *options, stdin=b"It was\r\n").out == told.out
+    assert here("sample", "gpt", *options, "--prompt-file", "-", stdin=b"It was").out == told.out
+    assert here("sample", "gpt", *options, "--prompt", "It was", stdin=b"best").out == told.out
+    both = here("sample", "gpt", "--prompt", "a", "--prompt-file", "prompt.txt")
+    assert both.code == 2
+    assert "exclude each other" in both.err
+    assert here("sample", "gpt", "--prompt-file", "none.txt").code == 1
+    broken = here("sample", "gpt", stdin=b"It\xffwas")
+    assert broken.code == 1
+    assert "standard input is not UTF-8 text: see byte 2" in broken.err
+
+
+def test_text_as_json(here):
+    shown = here("sample", "gpt", "--run", "talk", "--num", 2, "--tokens", 8, "--prompt", "It", "--seed", 3, "--json")
+    result = json.loads(shown.out)
+    assert (result["run"], result["seed"], len(result["samples"])) == ("talk", 3, 2)
+    assert [len(text) for text in result["samples"]] == [10, 10]
+    assert result["engine"]
+    assert result["tokens_per_second"] == pytest.approx(16 / result["seconds"])
+    same = json.loads(here("sample", "gpt", "--num", 2, "--tokens", 8, "--prompt", "It", "--seed", 3, "--json").out)
+    assert same["samples"] == result["samples"]
+    assert len({here("sample", "gpt", "--tokens", 40).out for _ in range(2)}) == 2  # a fresh seed each time
+
+
+def test_several_texts_are_divided(here):
+    shown = here("sample", "gpt", "--num", 3, "--tokens", 6, "--prompt", "It", "--seed", 1)
+    texts = json.loads(here("sample", "gpt", "--num", 3, "--tokens", 6, "--prompt", "It", "--seed", 1, "--json").out)
+    ended = [text if text.endswith("\n") else text + "\n" for text in texts["samples"]]
+    assert shown.out == "---\n".join(ended)
+    assert here("sample", "wavenet", "--run", "call", "--num", 5).out.count("\n") == 5
+
+
+def test_empty_samples_count(capfd):
+    texts = Texts(divider="")
+    for i, piece in ((0, "An"), (1, "B"), (0, "na\n"), (1, "o\n")):
+        texts(i, piece)
+    texts.finish(["Anna\n", "Bo\n", "", "Carl"])
+    assert capfd.readouterr().out == "Anna\nBo\n\nCarl\n"
+
+
+def test_the_newest_run_is_used_and_named(here):
+    assert "talk" in here("sample", "gpt", "--tokens", 1).err
+    assert "call" in here("sample", "wavenet").err
+    assert json.loads(here("sample", "gpt", "--tokens", 1, "--json").out)["run"] == "talk"
+
+
+def test_an_unknown_character_is_named(here):
+    shown = here("sample", "gpt", "--prompt", "It % was")
+    assert shown.code == 1
+    assert "%" in shown.err
+    assert "U+0025" in shown.err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--temperature", "nan"], ["--temperature", "-1"], ["--temperature", "inf"], ["--top-k", "0"], ["--top-p", "0"],
+        ["--top-p", "1.5"], ["--min-p", "-0.1"], ["--min-p", "nan"], ["--tokens", "0"], ["--num", "0"], ["--num", "-3"],
+        ["--seed", "-1"], ["--seed", "9" * 30], ["--stop", ""], ["--engine", "warp"], ["--device", "quantum"],
+        ["--checkpoint", "next"], ["--checkpoint", "7"], ["--run", "none"], ["--run", "tune"], ["--run", "../talk"],
+        ["--run", "a\x00b"], ["--top-k", "1000000000"],
+    ],
+)  # fmt: skip
+def test_values_out_of_range_are_refused(here, words: list[str]):
+    shown = here("sample", "gpt", "--prompt", "It", *words)
+    assert shown.code == 2, shown.err
+    assert shown.out == ""
+    assert "unexpected" not in shown.err
+
+
+def test_temperature_0_is_greedy(here):
+    greedy = [
+        here("sample", "gpt", "--prompt", "It", "--temperature", 0, "--tokens", 9, "--seed", n).out for n in (1, 2)
+    ]
+    assert greedy[0] == greedy[1]
+
+
+def test_sound_is_a_wav_of_exactly_that_length(here, tmp_path):
+    shown = here("sample", "wavenet", "--run", "tune", "--seconds", 0.5, "-o", "out.wav", "--seed", 1, "--json")
+    assert shown.code == 0, shown.err
+    result = json.loads(shown.out)
+    assert result["samples"] == ["out.wav"]
+    data, rate = soundfile.read(tmp_path / "out.wav")
+    assert (rate, len(data), data.ndim) == (4000, 2000, 1)
+    assert result["times_real_time"] == pytest.approx(0.5 / result["seconds"])
+    assert "wrote out.wav" in shown.err
+    assert "× real time" in shown.err
+
+
+def test_several_clips_and_a_prime(here, tmp_path, trained):
+    shown = here("sample", "wavenet", "--run", "tune", "--seconds", 0.1, "-o", "out.wav", "--num", 2)
+    assert shown.code == 0, shown.err
+    assert {path.name for path in tmp_path.glob("*.wav")} == {"out-01.wav", "out-02.wav"}
+    clip = trained / "tones" / "tone-0.wav"
+    for keep, frames in ((False, 400), (True, 4400)):
+        words = ["--prime", clip, *(["--keep-prime"] if keep else [])]
+        assert here("sample", "wavenet", "--run", "tune", "--seconds", 0.1, "-o", "more.wav", *words).code == 0
+        assert soundfile.info(tmp_path / "more.wav").frames == frames
+
+
+def test_sound_needs_a_length_and_a_place(here):
+    for words in ([], ["--seconds", "1"], ["-o", "x.wav"]):
+        shown = here("sample", "wavenet", "--run", "tune", *words)
+        assert shown.code == 2
+        assert "must be given" in shown.err
+        assert "df sample wavenet --seconds 4 -o out.wav" in shown.err
+    for seconds, out in (("nan", "x.wav"), ("0", "x.wav"), ("-1", "x.wav"), ("1e30", "x.wav"), ("1", "none/x.wav")):
+        shown = here("sample", "wavenet", "--run", "tune", "--seconds", seconds, "-o", out)
+        assert shown.code == 2, shown.err
+        assert "error: " in shown.err
+
+
+def test_a_wavenet_of_text_needs_neither(here):
+    shown = here("sample", "wavenet", "--run", "call", "--num", 2, "--json")
+    assert shown.code == 0, shown.err
+    assert len(json.loads(shown.out)["samples"]) == 2
+    shown = here("sample", "wavenet", "--run", "call", "-o", "x.wav")
+    assert shown.code == 2
+    assert "makes text" in shown.err
+
+
+def test_wav_on_stdout():
+    command = [sys.executable, "-m", "dfcli", "sample", "wavenet", "--run", "tune", "--seconds", "0.25", "-o", "-"]
+    done = subprocess.run(command, capture_output=True, check=True, timeout=100)
+    data, rate = soundfile.read(io.BytesIO(done.stdout))
+    assert (rate, len(data)) == (4000, 1000)
+    refused = subprocess.run([*command, "--json"], capture_output=True, check=False, timeout=100)
+    assert refused.returncode == 2
+    assert refused.stdout == b""
+    if os.name != "nt":  # a player that is closed early
+        early = subprocess.run(
+            ["bash", "-c", '"$@" --seconds 30 | head -c 1000 | wc -c', "bash", *command],
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        assert early.stdout.strip() == "1000"
+        assert "error" not in early.stderr
+        assert "Traceback" not in early.stderr
+
+
+def test_an_open_pipe_is_not_waited_for_in_silence():
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-m", "dfcli", "sample", "gpt", "--tokens", "2", "--engine", "plain"]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stderr is not None
+        assert process.stdin is not None
+        assert "reading the prompt from standard input" in process.stderr.readline()
+        process.stdin.write("It")
+        out, _ = process.communicate(timeout=100)
+    assert process.returncode == 0
+    assert out.startswith("It")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
+def test_generated_controls_cannot_drive_the_terminal(tmp_path):
+    """A model of bytes that has learned nothing but escape sequences."""
+    pexpect = pytest.importorskip("pexpect")
+    (tmp_path / "escape.bin.txt").write_bytes(b"\x1b[2J\x07" * 400)
+    dataset = dfcli.prepare([str(tmp_path / "escape.bin.txt")], name="escape", codec="bytes")
+    dataset.close()
+    tiny = {"layers": "1", "heads": "1", "channels": "8", "context": "8", "compile": "off"}
+    dfcli.train("gpt", ["escape"], name="escape", steps=60, batch_size=8, overrides=tiny)
+    words = ["-m", "dfcli", "sample", "gpt", "--run", "escape", "--tokens", "200", "--seed", "1"]
+    words += ["--engine", "plain"]
+    piped = subprocess.run(
+        [sys.executable, *words], stdin=subprocess.DEVNULL, capture_output=True, check=True, timeout=100
+    )
+    assert b"\x1b" in piped.stdout  # a file gets the text as it is
+    child = pexpect.spawn(sys.executable, words, env={**os.environ, "TERM": "dumb"}, timeout=100)
+    shown = child.read()
+    assert b"\\x1b" in shown
+    assert b"\x1b" not in shown
+    assert b"\x07" not in shown
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals as on POSIX")
+def test_interrupted_sound_is_kept(tmp_path):
+    import signal
+
+    command = [
+        sys.executable,
+        "-m",
+        "dfcli",
+        "sample",
+        "wavenet",
+        "--run",
+        "tune",
+        "--seconds",
+        "20000",
+        "-o",
+        "out.wav",
+    ]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "out.wav").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped early; what was made is kept" in err
+    assert 0 < soundfile.info(tmp_path / "out.wav").frames < 20000 * 4000
