@@ -33,6 +33,10 @@ def prepare(
         int | None,
         typer.Option("--sample-rate", metavar="HZ", help="Of the audio; the sources' own by default."),
     ] = None,
+    normalize: Annotated[
+        Literal["none", "peak", "minmax"],
+        typer.Option("--normalize", help="Of each recording: its peak to 1, or its range to -1 to 1."),
+    ] = "none",
     val_fraction: Annotated[
         float, typer.Option("--val-fraction", metavar="F", help="Share held out to validate.")
     ] = 0.1,
@@ -67,6 +71,7 @@ def prepare(
             bpe=bpe,
             lines=lines,
             sample_rate=sample_rate,
+            normalize=normalize,
             val_fraction=val_fraction,
             test_fraction=test_fraction,
             val=val or [],
@@ -132,7 +137,16 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME", help="A dataset's n
             (name, f"{count(split.tokens_count)} tokens, documents: {count(split.documents)}")
             for name, split in dataset.splits.items()
         ]
-        items += [(name, dataset.info[name]) for name in ("split_rule", "created", "fingerprint")]
+        info = dataset.info
+        skipped = [f"{file['name']} ({file['reason']})" for file in info["skipped"]["files"]]
+        if info["skipped"]["count"] > len(skipped):
+            skipped.append("...")
+        items += [
+            ("split", info["split_rule"]),
+            ("found", ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in info["facts"].items())),
+            ("skipped", f"{count(info['skipped']['count'])}{': ' if skipped else ''}{', '.join(skipped)}"),
+            ("created", info["created"]),
+        ]
         output.pairs(items)
 
 

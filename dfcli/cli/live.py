@@ -209,8 +209,9 @@ class TrainView:
                 text.append(f", {step.flops_per_second / self.peak:.0%} of peak")
             text.append(f"   lr {step.lr:.2e}", style="dim")
             rows.append(("speed", text))
-        if self._sampler is not None:
-            rows += machine_rows(self._sampler.latest)
+        sampler = self._sampler
+        if sampler is not None:
+            rows += machine_rows(sampler.latest)
         if self.saved is not None:
             text = Text(f"step {count(self.saved.step)}, {ago(time.monotonic() - self.saved_at)} ago")
             rows.append(("saved", text))
@@ -227,12 +228,12 @@ class TrainView:
                 "stopping: this step is finished and saved first; Ctrl-C again stops at once",
                 style="bold yellow",
             )
-        if self.step is not None and self.step.skipped:
-            return Text(f"{self.step.skipped} batches skipped: their loss was not finite", style="yellow")
-        if self.progress is not None:
-            done = self.progress
-            share = f" {done.done / done.total:.0%}" if done.total else ""
-            return Text(output.one_line(done.what) + share, style="dim")
+        step, progress = self.step, self.progress  # as they are now: training goes on while this is drawn
+        if progress is not None:
+            share = f" {progress.done / progress.total:.0%}" if progress.total else ""
+            return Text(output.one_line(progress.what) + share, style="dim")
+        if step is not None and step.skipped:
+            return Text(f"batches skipped, since their loss was not finite: {step.skipped}", style="yellow")
         return None
 
     def _sample_lines(self, height: int) -> list[Text]:

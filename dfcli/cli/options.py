@@ -9,9 +9,7 @@ import typer
 
 from dfcli.cli import output
 
-Device = Annotated[
-    str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:<n> or mps.", show_default=True)
-]
+Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:<n> or mps.")]
 RunName = Annotated[
     str | None, typer.Option("--run", metavar="NAME", help="A run's name or folder; the newest by default.")
 ]

@@ -20,6 +20,8 @@ from typing import Any
 import numba
 import platformdirs
 
+from dfcli.system.events import Note, OnEvent
+
 # Sums keep their order, so that a clip does not depend on how its steps were cut into calls; a product and
 # a sum may be fused.
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "nsz"}}
@@ -45,14 +47,12 @@ class Compiled:
         self._keep = False
         self._dispatcher: Any = None
 
-    def ready(self) -> bool:
-        """Whether machine code is kept, so that the first call will not have to compile."""
-        return _sound(self.folder)
-
-    def load(self, *arguments: Any) -> None:
+    def load(self, on_event: OnEvent, *arguments: Any) -> None:
         """The first call with arguments of these types, which should make it do nothing: compiles, or loads what is
-        kept."""
+        kept. Raises what numba raises where it cannot compile."""
         if self._dispatcher is None:
+            if not _sound(self.folder):
+                on_event(Note("compiling the sampler for this processor, once; it takes some seconds"))
             self._keep = _usable(self.folder)
             self._dispatcher = self._dispatch(self._keep)
         try:
@@ -81,7 +81,7 @@ class Compiled:
 def _usable(folder: Path) -> bool:
     """Makes the folder, empty if its files are not what was written. False where it cannot be written."""
     try:
-        if folder.exists() and not _sound(folder):
+        if not _sound(folder) and _checksums(folder):
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

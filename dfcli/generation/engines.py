@@ -14,11 +14,13 @@ from dfcli.errors import UsageError
 from dfcli.generation.plain import Plain
 from dfcli.generation.sampling import Filters
 from dfcli.system.device import Device
+from dfcli.system.events import OnEvent, ignore
 
 ENGINES = ("auto", "plain", "fast")
 
-# Modules with a fast engine, by core and kind of device. Each offers `build(core, batch, device) ->
-# Engine`, which raises Unavailable with the reason when this core, batch or machine is not for it.
+# Modules with a fast engine, by core and kind of device. Each offers `build(core, batch, device, exact,
+# on_event) -> Engine`, which raises Unavailable with the reason when this core, batch or machine is not for
+# it. Unless `exact`, it may compute less precisely where that is much faster and cannot be heard or read.
 FAST = {
     ("wavenet", "cpu"): "dfcli.generation.wavenet_cpu",
     ("gpt", "cpu"): "dfcli.generation.gpt_cpu",
@@ -34,6 +36,7 @@ class Engine(Protocol):
     """A model in mid-sequence, for a batch of B sequences that advance together."""
 
     name: str  # what the result calls it: "plain", "numba", ...
+    reason: str  # why one would take it, a clause
 
     def start(self, batch: int) -> None:
         """Forgets everything; B = batch from here on."""
@@ -54,27 +57,35 @@ class Engine(Protocol):
         ...
 
 
-def choose(core_name: str, core: nn.Module, batch: int, device: Device, engine: str = "auto") -> tuple[Engine, str]:
+def choose(
+    core_name: str,
+    core: nn.Module,
+    batch: int,
+    device: Device,
+    engine: str = "auto",
+    on_event: OnEvent = ignore,
+) -> tuple[Engine, str]:
     """The engine for `batch` sequences of this core on this device, and the reason in a sentence's clause.
 
-    `engine` is "auto" (fast where there is one), "plain" or "fast". Raises UsageError for another word, or
-    for "fast" where no fast engine runs.
+    `engine` is "auto" (the fastest there is), "plain" or "fast" (compiled, with the plain engine's picks).
+    Raises UsageError for another word, or for "fast" where no fast engine runs.
     """
     if engine not in ENGINES:
         raise UsageError(f"there is no engine {engine!r}", "the engines are " + ", ".join(ENGINES))
     if engine == "plain":
         return Plain(core, device), "asked for"
     try:
-        return _fast(
-            core_name, core, batch, device
-        ), "asked for" if engine == "fast" else "the fastest for this model here"
+        fast = _fast(core_name, core, batch, device, engine == "fast", on_event)
+        return fast, "asked for" if engine == "fast" else fast.reason
     except Unavailable as why:
         if engine == "fast":
             raise UsageError(f"no fast engine runs this model here: {why}", "use `--engine auto`") from None
         return Plain(core, device), str(why)
 
 
-def _fast(core_name: str, core: nn.Module, batch: int, device: Device) -> Engine:
+def _fast(
+    core_name: str, core: nn.Module, batch: int, device: Device, exact: bool, on_event: OnEvent
+) -> Engine:
     module = FAST.get((core_name, device.kind))
     if module is None:
         raise Unavailable(f"there is no fast engine for {core_name} on {device.kind}")
@@ -82,4 +93,4 @@ def _fast(core_name: str, core: nn.Module, batch: int, device: Device) -> Engine
         build = importlib.import_module(module).build
     except ImportError as error:
         raise Unavailable(f"{error.name or module} cannot be imported") from None
-    return build(core, batch, device)
+    return build(core, batch, device, exact, on_event)

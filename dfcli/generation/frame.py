@@ -75,7 +75,7 @@ class Frame:
         free, _ = model.device.memory_bytes()
         fitting = free // 4 // max(1, _bytes(core.init_state(1)))  # in a quarter of the free memory
         self._num, self._at_once = num, max(1, min(num, AT_ONCE[model.device.kind], fitting))
-        self.engine, reason = choose(model.core_name, model.core, self._at_once, model.device, engine)
+        self.engine, reason = choose(model.core_name, model.core, self._at_once, model.device, engine, on_event)
         on_event(Choice("engine", self.engine.name, reason))
 
     def generate(

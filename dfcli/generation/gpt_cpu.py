@@ -14,23 +14,22 @@ do that.
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy import uintp
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from dfcli.cores.gpt import GPT, GPTState, Norm
-from dfcli.errors import DfError
 from dfcli.generation import compiled, kernels
 from dfcli.generation.compiled import Compiled, inner
 from dfcli.generation.engines import Unavailable
 from dfcli.generation.kernels import add, copy, copy_to_rows, exp, multiply, padded, pick, tiles
-from dfcli.generation.sampling import Filters
+from dfcli.generation.lanes import Lanes
 from dfcli.system.device import Device
+from dfcli.system.events import OnEvent, ignore
 
 LARGEST = 64 * 2**20  # bytes of weights
 _ACTIVATIONS = ("relu", "relu2", "gelu", "gelu_tanh")
@@ -250,107 +249,69 @@ def gpt_tokens(model, state, uniforms, temperature, top_k, top_p, min_p, ids):
 _tokens = Compiled(gpt_tokens, [__file__, kernels.__file__, compiled.__file__])
 
 
-def needs_compiling() -> bool:
-    """Whether the first engine of this process will have to be compiled, which takes several seconds."""
-    return not _tokens.ready()
-
-
-def build(core: nn.Module, batch: int, device: Device) -> FastGPT:
-    """The engine for a GPT. Raises Unavailable for a large model, and where numba fails."""
+def build(core: nn.Module, batch: int, device: Device, exact: bool = True, on_event: OnEvent = ignore) -> Lanes:
+    """The engine for a GPT in eval mode on the CPU; it is exact whether that is asked for or not. Raises Unavailable for
+    a large model, and where numba fails."""
     assert isinstance(core, GPT)
     if 4 * core.config.parameters() > LARGEST:
         raise Unavailable("at this size the plain step is as fast as the memory")
+    model = _model(core)
     try:
-        return FastGPT(core, device)
+        _tokens.load(
+            on_event, model, _state(model, core, 1), np.empty((1, 0)), 1.0, 1, 1.0, 0.0, np.empty((1, 0), np.int64)
+        )
     except Exception as error:  # numba has no base class for what it raises
         raise Unavailable(f"numba could not compile it ({type(error).__name__}: {error})") from error
+    reason = "compiled for this processor, with the plain engine's picks"
+    return Lanes("numba", reason, lambda size: _Lane(core, model, size), device.threads, model.vocab_size)
 
 
 class _Lane:
-    """Sequences that one thread advances: `state` for the compiled step, `reread` for the core's own `prefill`."""
+    """Sequences that one thread advances (`lanes.Lane`)."""
 
-    def __init__(self, core: GPT, model: _Model, batch: int) -> None:
+    def __init__(self, core: GPT, model: _Model, size: int) -> None:
         self._core, self._model = core, model
-        self.state = _state(model, core, batch)
-        self._reread: GPTState = core.init_state(batch)
-        self._ids = np.empty((batch, core.context), np.int64)
+        self._state = _state(model, core, size)
+        self._ids = np.empty((size, core.context), np.int64)  # that the cache was made of
+
+    @property
+    def logits(self) -> NDArray[np.float32]:
+        return self._state.logits.reshape(len(self._ids), -1)
 
     def prefill(self, ids: NDArray[np.int64]) -> None:
-        self._reread.length = 0
-        self._take(ids)
+        self._read(ids, self._core.init_state(len(ids)))
 
-    def generate(self, uniforms: NDArray[np.float64], numbers: tuple[float, int, float, float]) -> NDArray[np.int64]:
+    def generate(self, uniforms: NDArray[np.float64], filters: tuple[float, int, float, float]) -> NDArray[np.int64]:
         ids = np.empty(uniforms.shape, np.int64)
         done = 0
-        while done < uniforms.shape[1]:
+        while done < ids.shape[1]:
             made = np.empty((len(ids), ids.shape[1] - done), np.int64)
-            count = _tokens(self._model, self.state, np.ascontiguousarray(uniforms[:, done:]), *numbers, made)
+            rolls = np.ascontiguousarray(uniforms[:, done:])
+            count = _tokens(self._model, self._state, rolls, *filters, made)
             ids[:, done : done + count + 1] = made[:, : count + 1]
-            end = self.state.length[0]
+            end = self._state.length[0]
             self._ids[:, end - count : end] = made[:, :count]
             done += count
-            if done < uniforms.shape[1]:  # the cache is full
-                self._reread.ids.copy_(torch.from_numpy(self._ids))
-                self._reread.length = self._core.context
-                self._take(made[:, count : count + 1])
+            if done < ids.shape[1]:  # the cache is full, and the newest ids are not read yet
+                state = self._core.init_state(len(ids))
+                state.ids.copy_(torch.from_numpy(self._ids))
+                state.length = end.item()
+                self._read(ids[:, done : done + 1], state)
                 done += 1
         return ids
 
     @torch.inference_mode()
-    def _take(self, ids: NDArray[np.int64]) -> None:
-        """Lets the core read ids [B, T], and takes its cache over."""
-        logits, state = self._core.prefill(torch.from_numpy(np.ascontiguousarray(ids)), self._reread)
-        self._reread = state
-        L, B, H, T, D = state.keys.shape
-        n = state.length
-        self.state.length[0] = n
-        self.state.keys.reshape(L, B, H, D, T)[..., :n] = state.keys[:, :, :, :n].transpose(-1, -2).numpy()
-        self.state.values.reshape(L, B, H, T, D)[:, :, :, :n] = state.values[:, :, :, :n].numpy()
-        self.state.logits.reshape(B, -1)[:, : logits.shape[1]] = logits.numpy()
+    def _read(self, ids: NDArray[np.int64], state: GPTState) -> None:
+        """Lets the core read ids [B, T] after `state`, by its own rule where the cache is full, and takes over the
+        result."""
+        logits, state = self._core.prefill(torch.from_numpy(ids), state)
+        L, _, H, T, D = state.keys.shape
+        B, n = len(self._ids), state.length
+        self._state.length[0] = n
+        self._state.keys.reshape(L, B, H, D, T)[..., :n] = state.keys[:, :, :, :n].transpose(-1, -2).numpy()
+        self._state.values.reshape(L, B, H, T, D)[:, :, :, :n] = state.values[:, :, :, :n].numpy()
+        self.logits[:, : logits.shape[1]] = logits.numpy()
         self._ids[:, :n] = state.ids[:, :n].numpy()
-
-
-class FastGPT:
-    """`engines.Engine` for a GPT in eval mode on the CPU."""
-
-    name = "numba"
-
-    def __init__(self, core: GPT, device: Device) -> None:
-        self._core = core
-        self._threads = device.threads
-        self._model = _model(core)
-        self._lanes: list[_Lane] = []
-        self._sizes: list[int] = []  # of the lanes, in sequences
-        state = _state(self._model, core, 1)
-        _tokens.load(self._model, state, np.empty((1, 0)), 1.0, 1, 1.0, 0.0, np.empty((1, 0), np.int64))
-
-    def start(self, batch: int) -> None:
-        lanes = min(self._threads, batch)
-        self._sizes = [(batch + lane) // lanes for lane in range(lanes)]
-        self._lanes = [_Lane(self._core, self._model, size) for size in self._sizes]
-
-    def prefill(self, ids: NDArray[np.int64]) -> None:
-        for lane, part in zip(self._lanes, self._split(ids), strict=True):
-            lane.prefill(part)
-
-    def generate(self, uniforms: NDArray[np.float64], filters: Filters) -> NDArray[np.int64]:
-        numbers = filters.numbers(self._model.vocab_size)
-        parts = self._split(uniforms)
-        if len(parts) == 1:
-            ids = self._lanes[0].generate(uniforms, numbers)
-        else:
-            with ThreadPoolExecutor(len(parts)) as pool:
-                jobs = [pool.submit(lane.generate, part, numbers) for lane, part in zip(self._lanes, parts, strict=True)]
-                ids = np.concatenate([job.result() for job in jobs])
-        if not all(np.isfinite(lane.state.logits).all() for lane in self._lanes):
-            raise DfError(
-                "the model's output is not finite", "its training may have diverged: try an earlier `--checkpoint`"
-            )
-        return ids
-
-    def _split(self, rows: NDArray[Any]) -> list[NDArray[Any]]:
-        """The rows of each lane."""
-        return np.split(rows, np.cumsum(self._sizes)[:-1])
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ class Plain:
     """`engines.Engine` for any core, float32, on any device. The core must be in eval mode and on the
     device."""
 
-    name = "plain"
+    name, reason = "plain", "the core's own step"
 
     def __init__(self, core: nn.Module, device: Device) -> None:
         self._core = cast(Any, core)  # a core has init_state, prefill and step, which nn.Module's type does not tell

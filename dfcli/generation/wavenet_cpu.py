@@ -14,14 +14,13 @@ where this was measured: 80 µs; the arithmetic alone takes 30 µs). What is don
   over the gates of all layers.
 - Several clips: each core takes its share of them, and each weight that is read serves two.
 
-With `weights="bfloat16"` the matrices are rounded to half the bytes. The picks are then no longer the plain
-step's, though the distribution they are drawn from is the same to the eye: on speech its loss differs by
-less than 0.001 bits a sample.
+Where the weights are more than a core's own cache holds (`ROUNDED`), and unless exactness is asked for, they are
+rounded to bfloat16: half the bytes. The picks are then no longer the plain step's, but they are drawn from a
+distribution whose loss differs by less than 0.001 bits a sample.
 """
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,16 +29,17 @@ from numpy import uintp
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dfcli.cores.wavenet import WaveNet, WaveNetState
-from dfcli.errors import DfError
+from dfcli.cores.wavenet import WaveNet
 from dfcli.generation import compiled, kernels
 from dfcli.generation.compiled import Compiled, inner
 from dfcli.generation.engines import Unavailable
 from dfcli.generation.kernels import add, copy, copy_to_rows, multiply, padded, pick, relu, tanh_sigmoid, tiles
-from dfcli.generation.sampling import Filters
+from dfcli.generation.lanes import Lanes
 from dfcli.system.device import Device
+from dfcli.system.events import OnEvent, ignore
 
 AHEAD = 8  # samples at most whose past taps are computed at once
+ROUNDED = 2 * 2**20  # bytes of float32 weights from which on they may be rounded
 
 
 class _Model(NamedTuple):
@@ -152,66 +152,49 @@ def wavenet_samples(model, state, uniforms, temperature, top_k, top_p, min_p, id
 _samples = Compiled(wavenet_samples, [__file__, kernels.__file__, compiled.__file__])
 
 
-def needs_compiling() -> bool:
-    """Whether the first engine of this process will have to be compiled, which takes several seconds."""
-    return not _samples.ready()
-
-
-def build(core: nn.Module, batch: int, device: Device, weights: str = "float32") -> FastWaveNet:
-    """The engine for a WaveNet; `weights` "float32" or "bfloat16". Raises Unavailable where numba fails."""
+def build(core: nn.Module, batch: int, device: Device, exact: bool = True, on_event: OnEvent = ignore) -> Lanes:
+    """The engine for a WaveNet in eval mode on the CPU; `exact` keeps its weights in float32. Raises Unavailable where
+    numba fails."""
     assert isinstance(core, WaveNet)
+    rounded = not exact and 4 * core.config.parameters() >= ROUNDED
+    model = _model(core, rounded)
     try:
-        return FastWaveNet(core, device, weights)
+        _samples.load(
+            on_event, model, _state(model, core, 1), np.empty((1, 0)), 1.0, 1, 1.0, 0.0, np.empty((1, 0), np.int64)
+        )
     except Exception as error:  # numba has no base class for what it raises
         raise Unavailable(f"numba could not compile it ({type(error).__name__}: {error})") from error
+    name, reason = "numba", "compiled for this processor, with the plain engine's picks"
+    if rounded:
+        name = "numba-bfloat16"
+        reason = "compiled for this processor, weights rounded to bfloat16; `--engine fast` keeps float32"
+    return Lanes(name, reason, lambda size: _Lane(core, model, size), device.threads, model.vocab_size)
 
 
-class FastWaveNet:
-    """`engines.Engine` for a WaveNet in eval mode on the CPU."""
+class _Lane:
+    """Clips that one thread advances (`lanes.Lane`)."""
 
-    def __init__(self, core: WaveNet, device: Device, weights: str = "float32") -> None:
-        self.name = "numba" if weights == "float32" else f"numba, {weights} weights"
-        self._core = core
-        self._threads = device.threads
-        self._model = _model(core, packed=weights == "bfloat16")
-        self._lanes: list[_State] = []  # the clips, in shares that are worked on at the same time
-        self._sizes: list[int] = []  # of the lanes, in clips
-        state = _state(self._model, core, 1)
-        _samples.load(self._model, state, np.empty((1, 0)), 1.0, 1, 1.0, 0.0, np.empty((1, 0), np.int64))
+    def __init__(self, core: WaveNet, model: _Model, size: int) -> None:
+        self._core, self._model = core, model
+        self._state = _state(model, core, size)
 
-    def start(self, batch: int) -> None:
-        lanes = min(self._threads, batch)
-        self._sizes = [(batch + lane) // lanes for lane in range(lanes)]
-        self._lanes = [_state(self._model, self._core, size) for size in self._sizes]
+    @property
+    def logits(self) -> NDArray[np.float32]:
+        return self._state.logits.reshape(-1, padded(self._model.vocab_size))
 
     @torch.inference_mode()
     def prefill(self, ids: NDArray[np.int64]) -> None:
-        for lane, part in zip(self._lanes, self._split(ids), strict=True):
-            logits, state = self._core.prefill(torch.from_numpy(part), self._core.init_state(len(part)))
-            _fill(self._model, lane, state, logits)
+        logits, state = self._core.prefill(torch.from_numpy(ids), self._core.init_state(len(ids)))
+        self.logits[:, : logits.shape[1]] = logits.numpy()
+        self._state.clock[0] = 0  # now the oldest entry of each queue [B, P, R] is its first
+        queues = self._state.queues.reshape(-1, len(self.logits), self._model.table.shape[1])
+        for (_, _, _, place, _), queue in zip(self._model.layers, state.queues, strict=True):
+            queues[place : place + queue.shape[1], :, : self._model.channels] = queue.transpose(0, 1).numpy()
 
-    def generate(self, uniforms: NDArray[np.float64], filters: Filters) -> NDArray[np.int64]:
+    def generate(self, uniforms: NDArray[np.float64], filters: tuple[float, int, float, float]) -> NDArray[np.int64]:
         ids = np.empty(uniforms.shape, np.int64)
-        numbers = filters.numbers(self._model.vocab_size)
-        jobs = [
-            (self._model, lane, np.ascontiguousarray(part), *numbers, out)
-            for lane, part, out in zip(self._lanes, self._split(uniforms), self._split(ids), strict=True)
-        ]
-        if len(jobs) == 1:
-            _samples(*jobs[0])
-        else:
-            with ThreadPoolExecutor(len(jobs)) as pool:
-                for done in [pool.submit(_samples, *job) for job in jobs]:
-                    done.result()
-        if not all(np.isfinite(lane.logits).all() for lane in self._lanes):
-            raise DfError(
-                "the model's output is not finite", "its training may have diverged: try an earlier `--checkpoint`"
-            )
+        _samples(self._model, self._state, uniforms, *filters, ids)
         return ids
-
-    def _split(self, rows: NDArray[Any]) -> list[NDArray[Any]]:
-        """The rows of each lane."""
-        return np.split(rows, np.cumsum(self._sizes)[:-1])
 
 
 def _array(tensor: Tensor) -> NDArray[np.float32]:
@@ -292,12 +275,3 @@ def _state(model: _Model, core: WaveNet, batch: int) -> _State:
         weights=np.zeros(model.vocab_size, np.float32),
     )
 
-
-def _fill(model: _Model, lane: _State, state: WaveNetState, logits: Tensor) -> None:
-    """Takes over logits [B, V] and queues [B, P, R] from the core just after its `prefill`: there the oldest entry of a
-    queue is its first."""
-    B, V = logits.shape
-    lane.logits.reshape(B, -1)[:, :V] = logits.numpy()
-    queues = lane.queues.reshape(-1, B, model.table.shape[1])
-    for (_, _, _, place, _), queue in zip(model.layers, state.queues, strict=True):
-        queues[place : place + queue.shape[1], :, : model.channels] = queue.transpose(0, 1).numpy()

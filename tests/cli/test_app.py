@@ -47,7 +47,7 @@ def test_options_are_those_of_the_design(here, monkeypatch: pytest.MonkeyPatch):
         "sample wavenet": "run seconds output num prime keep-prime temperature top-k top-p min-p seed device engine "
         "checkpoint json",
         "eval": "run data split stride checkpoint device json",
-        "data prepare": "name codec bpe lines sample-rate val-fraction test-fraction val test",
+        "data prepare": "name codec bpe lines sample-rate normalize val-fraction test-fraction val test",
         "data get": "output",
         "data remove": "yes",
         "runs remove": "yes",

@@ -29,10 +29,25 @@ def test_prepare_list_show_and_remove(here, tmp_path):
     rows = dict(line.split(maxsplit=1) for line in here("data", "show", "abc").out.splitlines())
     assert rows["codec"] == "chars, 4 ids"
     assert rows["path"] == str(dfcli.Dataset.open("abc").path)
+    assert rows["skipped"] == "0"
     assert here("data", "remove", "abc").code == 0
     assert here("data", "show", "abc").code == 1
     assert here("data", "remove", "abc").code == 2
     assert (tmp_path / "a.txt").exists()
+
+
+def test_what_was_skipped_is_named(here, trained, tmp_path):
+    (tmp_path / "sounds").mkdir()
+    (tmp_path / "sounds" / "a.wav").write_bytes((trained / "tones" / "tone-0.wav").read_bytes())
+    (tmp_path / "sounds" / "b.wav").write_bytes(b"")
+    (tmp_path / "sounds" / "c.wav").write_bytes((trained / "tones" / "tone-1.wav").read_bytes())
+    prepared = here("data", "prepare", "sounds", "--name", "sounds", "--normalize", "peak", "--val-fraction", "0.5")
+    assert prepared.code == 0, prepared.err
+    assert "b.wav" in prepared.err
+    shown = here("data", "show", "sounds").out
+    assert "1: sounds" in shown
+    assert "b.wav (it is empty)" in shown
+    assert "recordings 2" in shown
 
 
 def test_standard_input_lines_and_codecs(here):

@@ -2,12 +2,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import sys
+import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dfcli.cli import figures, output
+from dfcli.system.events import Choice, Note, Progress
 
 HOSTILE = "a\x1b[2Jb\x07c\x9b31md\u202ee\u2066f\x7fg\rh\ud800i\u2028j"
 
@@ -103,3 +107,53 @@ def test_course_keeps_the_shape_of_a_long_run_in_little_memory():
     assert course.values == sorted(course.values)
     assert course.values[0] < 200
     assert course.values[-1] > 9_700
+
+
+def test_progress_in_a_log_is_a_line_now_and_then(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    with output.Listener() as listener:
+        listener(Progress("reading", 1, 10, "files"))
+        assert capsys.readouterr().err == ""  # not yet
+        later = time.monotonic() + output.LINE_SECONDS + 1
+        monkeypatch.setattr(output.time, "monotonic", lambda: later)
+        listener(Progress("reading\x1b", 5_000_000, 10_000_000, "bytes"))
+        listener(Progress("reading", 6, 10, "files"))  # the next is not due
+        listener(Note("a note\x1b"))
+        listener(Choice("codec", "chars", "the default"))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("reading\\x1b: 5.0 MB / 10.0 MB")
+    assert lines[1] == "a note\\x1b"
+    assert lines[2].split() == ["codec", "chars", "the", "default"]
+    assert len(lines) == 3
+
+
+def test_a_quiet_listener_says_nothing(capsys: pytest.CaptureFixture[str]):
+    with output.Listener(quiet=True) as listener:
+        for event in (Note("a"), Choice("b", "c", "d"), Progress("e", 1, 2, "f")):
+            listener(event)
+        listener.bar("g", 1, 2, "h")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
+def test_progress_on_a_terminal_is_a_bar_that_goes_away():
+    pexpect = pytest.importorskip("pexpect")
+    pyte = pytest.importorskip("pyte")
+    code = (
+        "import time; from dfcli.cli import output; from dfcli.system.events import Note, Progress\n"
+        "with output.Listener() as listener:\n"
+        "    for i in range(20): listener(Progress('reading', i, 40, 'files')); time.sleep(0.05)\n"
+        "    listener(Note('half of it')); time.sleep(0.3)\n"
+        "print('end')"
+    )
+    environment = {**os.environ, "TERM": "xterm-256color"}
+    environment.pop("COLUMNS", None)
+    child = pexpect.spawn(sys.executable, ["-c", code], dimensions=(10, 80), env=environment, timeout=30)
+    screen = pyte.Screen(80, 10)
+    stream = pyte.ByteStream(screen)
+    stream.feed(child.read_nonblocking(100_000, 10))
+    while not any("19 / 40 files" in line for line in screen.display):
+        stream.feed(child.read_nonblocking(100_000, 10))
+    assert screen.cursor.hidden
+    stream.feed(child.read())
+    assert [line.rstrip() for line in screen.display if line.strip()] == ["half of it", "end"]
+    assert not screen.cursor.hidden

@@ -86,7 +86,7 @@ def test_a_broken_model_is_told() -> None:
 
 
 class Fake:
-    name = "fake"
+    name, reason = "fake", "the fastest here"
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     class Module:
         @staticmethod
-        def build(core: Any, batch: int, device: Any) -> Any:
+        def build(core: Any, batch: int, device: Any, exact: bool, on_event: Any) -> Any:
             if batch > 4:
                 raise engines.Unavailable("a batch of this size is faster without it")
             return Fake()

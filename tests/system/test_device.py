@@ -27,9 +27,7 @@ def test_auto_takes_the_best_device_there_is():
     assert devices.resolve("auto").kind == expected
 
 
-@pytest.mark.parametrize(
-    "name", ["", "gpu", "cuda:", "cuda:x", "cuda:-1", "cuda:1:2", "CPU", "cpu:0", "cuda:²"]
-)
+@pytest.mark.parametrize("name", ["", "gpu", "cuda:", "cuda:x", "cuda:-1", "cuda:1:2", "CPU", "cpu:0", "cuda:²"])
 def test_unknown_names_are_refused_and_the_known_ones_listed(name: str):
     with pytest.raises(UsageError) as caught:
         devices.resolve(name)
@@ -55,9 +53,7 @@ def test_a_cuda_index_out_of_range_names_those_there_are(monkeypatch: pytest.Mon
     assert caught.value.hint == "this machine has cuda:0, cuda:1"
 
 
-@pytest.mark.parametrize(
-    ("capability", "precision"), [((9, 0), "bfloat16"), ((8, 0), "bfloat16"), ((7, 5), "float32")]
-)
+@pytest.mark.parametrize(("capability", "precision"), [((9, 0), "bfloat16"), ((8, 0), "bfloat16"), ((7, 5), "float32")])
 def test_bfloat16_only_where_the_gpu_has_units(capability, precision, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(devices, "_cuda_problem", lambda: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
