@@ -43,6 +43,7 @@ except ImportError:  # Windows, where a mapped file cannot be removed anyway
 
 FILE = "dataset.json"
 FORMAT = 1
+MAX_LEAD = 1 << 20  # ids; no model sees more before a document
 BLOCK = 1 << 20  # bytes of tokens under one checksum
 SPLITS = ("train", "val", "test", "all")
 DTYPES = {"uint8": "<u1", "uint16": "<u2", "uint32": "<u4"}
@@ -292,7 +293,11 @@ class Dataset:
                 self.splits[split] = Split(path, split, record, dtype, self.vocab_size, int(self.lines))
             if not self.splits:
                 raise ValueError("it has no splits")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            if not 1 <= self.lead <= MAX_LEAD or not 0 <= (self.boundary or 0) < self.vocab_size:
+                raise ValueError("its boundary cannot be")
+            if not _is_described(info):
+                raise ValueError("its description is incomplete")
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise CorruptError(f"{file} does not describe a dataset: {error!r}", _HINT) from None
         self._codec: Codec | None = None
         self._hold = _hold(path / f"{next(iter(self.splits))}.tokens")
@@ -421,6 +426,28 @@ def _check_format(info: dict[str, Any], file: Path) -> None:
             f"{file} has format {version}; this version of dfcli reads up to {FORMAT}",
             "upgrade with `pip install -U dfcli`, or prepare the dataset again",
         )
+
+
+def _is_described(info: dict[str, Any]) -> bool:
+    """Whether what is told of a dataset is there and of the right kinds: the codec, and what its making found."""
+    kinds = {
+        "codec": dict,
+        "facts": dict,
+        "skipped": dict,
+        "options": dict,
+        "sources": dict,
+        "created": str,
+        "key": str,
+    }
+    kinds |= {"split_rule": str, "name": str, "fingerprint": str}
+    if not all(isinstance(info[key], kind) for key, kind in kinds.items()) or not isinstance(
+        info["codec"]["name"], str
+    ):
+        return False
+    skipped = info["skipped"]
+    named = all(isinstance(file[key], str) for file in skipped["files"] for key in ("name", "reason"))
+    numbers = (skipped["count"], *info["facts"].values())
+    return named and all(isinstance(number, int | float) for number in numbers)
 
 
 def _one_of(value: object, allowed: tuple[str, ...]) -> str:

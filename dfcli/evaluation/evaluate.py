@@ -118,13 +118,13 @@ def _dataset(run: Run, data: Sequence[str], on_event: OnEvent) -> Iterator[Datas
         with _own_dataset(run) as dataset:
             yield dataset
         return
-    record = run.info["dataset"]
+    record = run.dataset
     with prepare(
         list(data),
         codec=run.codec,
         lines=record["lines"],
         lead=record["lead"],
-        normalize=record.get("normalize", "none"),
+        normalize=record["normalize"],
         whole=True,
         on_event=on_event,
     ) as dataset:
@@ -134,7 +134,7 @@ def _dataset(run: Run, data: Sequence[str], on_event: OnEvent) -> Iterator[Datas
 def _own_dataset(run: Run) -> Dataset:
     """The dataset a run was trained on, by name or where it was then. Raises DfError if it is gone or
     another one."""
-    record = run.info["dataset"]
+    record = run.dataset
     hint = "evaluate on files with `--data`, or prepare it again"
     folder = find_dataset(record["name"]) or find_dataset(record["path"])
     if folder is None:
@@ -150,7 +150,7 @@ def _own_dataset(run: Run) -> Dataset:
 def _counted(run: Run, dataset: Dataset, on_event: OnEvent) -> Iterator[tuple[Dataset, str] | None]:
     """The train split that baselines count on: the run's own, or None if that cannot be had, which is
     said."""
-    if dataset.fingerprint == run.info["dataset"]["fingerprint"] and "train" in dataset.splits:
+    if dataset.fingerprint == run.dataset["fingerprint"] and "train" in dataset.splits:
         yield dataset, "train"
         return
     try:

@@ -26,30 +26,34 @@ from dfcli.system.events import Note, OnEvent
 # a sum may be fused.
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "nsz"}}
 
+njit: Any = numba.njit  # its types differ between versions
 # For functions that only compiled ones call. Without the door for Python, which a second of compilation
 # would go into, a call from there crashes.
-inner = numba.njit(**OPTIONS, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+inner = njit(**OPTIONS, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 _LIST = "checksums.json"
 
 
 class Compiled:
-    """An entry point: compiled at its first call for each kind of arguments, and kept on disk.
+    """An entry point for arguments of certain types: compiled when it is first loaded, and kept on disk.
 
-    `sources` are the files its code is written in; a change in any of them is another folder.
+    `sources` are the files its code is written in; a change in any of them is another folder, and so is
+    another `variant`, the name of the types where there are several.
     """
 
-    def __init__(self, function: Callable[..., Any], sources: list[str]) -> None:
+    def __init__(self, function: Callable[..., Any], sources: list[str], variant: str = "") -> None:
         self._function = function
         digest = hashlib.sha256(b"".join(Path(source).read_bytes() for source in sources)).hexdigest()
         base = os.environ.get("NUMBA_CACHE_DIR") or platformdirs.user_cache_path("dfcli") / "compiled"
-        self.folder = Path(base) / f"{function.__name__}-{digest[:16]}"
+        self.folder = Path(base) / f"{function.__name__}{variant}-{digest[:16]}"
         self._keep = False
         self._dispatcher: Any = None
 
     def load(self, on_event: OnEvent, *arguments: Any) -> None:
-        """The first call with arguments of these types, which should make it do nothing: compiles, or loads what is
-        kept. Raises what numba raises where it cannot compile."""
+        """The first call, with arguments that make it do nothing: compiles, which it tells, or loads what is kept.
+        Raises what numba raises where it cannot compile."""
+        if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
+            raise RuntimeError("NUMBA_DISABLE_JIT is set")
         if self._dispatcher is None:
             if not _sound(self.folder):
                 on_event(Note("compiling the sampler for this processor, once; it takes some seconds"))
@@ -73,7 +77,7 @@ class Compiled:
         before = numba.config.CACHE_DIR  # type: ignore[attr-defined]
         numba.config.CACHE_DIR = str(self.folder)  # type: ignore[attr-defined]
         try:
-            return numba.njit(cache=keep, **OPTIONS)(self._function)
+            return njit(cache=keep, **OPTIONS)(self._function)
         finally:
             numba.config.CACHE_DIR = before  # type: ignore[attr-defined]
 

@@ -83,9 +83,7 @@ def choose(
         return Plain(core, device), str(why)
 
 
-def _fast(
-    core_name: str, core: nn.Module, batch: int, device: Device, exact: bool, on_event: OnEvent
-) -> Engine:
+def _fast(core_name: str, core: nn.Module, batch: int, device: Device, exact: bool, on_event: OnEvent) -> Engine:
     module = FAST.get((core_name, device.kind))
     if module is None:
         raise Unavailable(f"there is no fast engine for {core_name} on {device.kind}")

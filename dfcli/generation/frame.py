@@ -59,7 +59,7 @@ def load(
     elif not isinstance(run, Run):
         run = Run.open(run)
     core, loaded = run.build(checkpoint, where.torch_device)
-    data = run.info["dataset"]
+    data = run.dataset
     model = Model(run.info["core"]["name"], core, run.codec, where, data["boundary"], data["lead"], data["lines"])
     return run, loaded.step, model
 

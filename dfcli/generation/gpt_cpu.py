@@ -1,6 +1,7 @@
-"""GPT on a CPU: for models up to some tens of megabytes a step of PyTorch is mostly the overhead of its calls, so the
-whole step, pick included, is one compiled function (numba) that makes a chunk of ids a call. It gives the plain step's
-logits to 1e-4.
+"""GPT on a CPU: the whole step, pick included, is one compiled function (numba) that makes a chunk of ids a call. It
+gives the plain step's logits to 1e-4. In a small model this saves the overhead of PyTorch's calls, which is most of its
+step; in a large one the weights come from memory as fast as one core can read, half again as fast as by PyTorch's
+matrix-vector product.
 
 - The weights lie in the order in which they are read, in tiles (see `kernels`); the gains and biases of a norm are
   multiplied into the linear layer behind it.
@@ -8,13 +9,12 @@ logits to 1e-4.
 - When the cache is full, the core's own rule decides what is read again, by its own `prefill`.
 - Several sequences: each core takes its share of them, and each weight that is read serves two.
 
-Large models are limited by the memory that their weights come from. PyTorch's step reads it with all cores and is left to
-do that.
+PyTorch's step reads with all cores, which pays for large models where there are more than `FEW` of them.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +31,9 @@ from dfcli.generation.lanes import Lanes
 from dfcli.system.device import Device
 from dfcli.system.events import OnEvent, ignore
 
-LARGEST = 64 * 2**20  # bytes of weights
+FEW = 2  # cores
+LARGE = 64 * 2**20  # bytes of weights: more than most processors' caches hold
+LARGEST = 2 * 2**30  # bytes of weights that there is room for once more
 _ACTIVATIONS = ("relu", "relu2", "gelu", "gelu_tanh")
 
 
@@ -227,8 +229,8 @@ def _step(model, state, B):
 
 
 def gpt_tokens(model, state, uniforms, temperature, top_k, top_p, min_p, ids):
-    """Picks and reads n ids of each sequence: uniforms [B, n] -> ids [B, n]; and returns n. When the cache is full it ends
-    with ids that are picked and not read: it returns how many came before these."""
+    """Picks and reads n ids of each sequence: uniforms [B, n] -> ids [B, n]; and returns n. When the cache is full it
+    ends with ids that are picked and not read: it returns how many came before these."""
     B, n = uniforms.shape
     C, W = model.tokens.shape[1], state.logits.size // B
     tokens, positions = model.tokens.ravel(), model.positions.ravel()
@@ -250,11 +252,12 @@ _tokens = Compiled(gpt_tokens, [__file__, kernels.__file__, compiled.__file__])
 
 
 def build(core: nn.Module, batch: int, device: Device, exact: bool = True, on_event: OnEvent = ignore) -> Lanes:
-    """The engine for a GPT in eval mode on the CPU; it is exact whether that is asked for or not. Raises Unavailable for
-    a large model, and where numba fails."""
+    """The engine for a GPT in eval mode on the CPU; it is exact whether that is asked for or not. Raises Unavailable
+    for a large model, and where numba fails."""
     assert isinstance(core, GPT)
-    if 4 * core.config.parameters() > LARGEST:
-        raise Unavailable("at this size the plain step is as fast as the memory")
+    size = 4 * core.config.parameters()
+    if size > (LARGE if device.threads > FEW else LARGEST):
+        raise Unavailable("PyTorch reads weights of this size faster, with all cores")
     model = _model(core)
     try:
         _tokens.load(
@@ -282,18 +285,19 @@ class _Lane:
         self._read(ids, self._core.init_state(len(ids)))
 
     def generate(self, uniforms: NDArray[np.float64], filters: tuple[float, int, float, float]) -> NDArray[np.int64]:
-        ids = np.empty(uniforms.shape, np.int64)
+        B, n = uniforms.shape
+        ids = np.empty((B, n), np.int64)
         done = 0
-        while done < ids.shape[1]:
-            made = np.empty((len(ids), ids.shape[1] - done), np.int64)
+        while done < n:
+            made = np.empty((B, n - done), np.int64)
             rolls = np.ascontiguousarray(uniforms[:, done:])
             count = _tokens(self._model, self._state, rolls, *filters, made)
             ids[:, done : done + count + 1] = made[:, : count + 1]
             end = self._state.length[0]
             self._ids[:, end - count : end] = made[:, :count]
             done += count
-            if done < ids.shape[1]:  # the cache is full, and the newest ids are not read yet
-                state = self._core.init_state(len(ids))
+            if done < n:  # the cache is full, and the newest ids are not read yet
+                state = self._core.init_state(B)
                 state.ids.copy_(torch.from_numpy(self._ids))
                 state.length = end.item()
                 self._read(ids[:, done : done + 1], state)

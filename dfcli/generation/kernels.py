@@ -19,17 +19,17 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import extending, types
 from numpy import uintp
 from numpy.typing import NDArray
 
-from dfcli.generation.compiled import OPTIONS, inner
+from dfcli.generation.compiled import OPTIONS, inner, njit
 
 TILE = 32  # outputs of one tile; numbers of channels are padded to multiples of it
 _WIDTH = 8  # floats of one vector
 _VECTORS = TILE // _WIDTH
 _FLOATS, _WORDS = ir.VectorType(ir.FloatType(), _WIDTH), ir.VectorType(ir.IntType(32), _WIDTH)
+intrinsic: Any = extending.intrinsic
 _I64, _I32 = ir.IntType(64), ir.IntType(32)
 _NEAR = 128  # inputs of a tile whose weights take 16 KiB
 
@@ -84,9 +84,9 @@ def _multiply(rows: int) -> Any:
     Its arguments: out, o_r..., x, i_r..., weights, w, K.
     """
 
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         outs, xs, kinds = arguments[1 : 1 + rows], arguments[2 + rows : 2 + 2 * rows], signature.args
-        weights, w, K = arguments[-3:]
+        w, K = arguments[-2:]
         packed = kinds[-3].dtype != types.float32
 
         def at(array: int, offset: Any) -> Any:
@@ -173,9 +173,7 @@ def _one_row(_context: Any, out: Any, o: Any, x: Any, i: Any, weights: Any, w: A
 
 
 @intrinsic
-def _two_rows(
-    _context: Any, out: Any, o1: Any, o2: Any, x: Any, i1: Any, i2: Any, weights: Any, w: Any, K: Any
-) -> Any:
+def _two_rows(_context: Any, out: Any, o1: Any, o2: Any, x: Any, i1: Any, i2: Any, weights: Any, w: Any, K: Any) -> Any:
     size = types.int64
     return types.void(out, size, size, x, size, size, weights, size, size), _multiply(2)
 
@@ -276,7 +274,7 @@ def tanh_sigmoid(a, b):
     return (_ONE - e) / ((_ONE + e) * (_ONE + exp(-clamp(b, np.float32(40)))))
 
 
-@njit(**{**OPTIONS, "fastmath": {"contract", "nsz", "reassoc"}})  # in any order, which makes vector code of it
+@njit(**OPTIONS | {"fastmath": {"contract", "nsz", "reassoc"}})  # in any order, which makes vector code of it
 def _from(weights, keys, least):
     """How many ids have at least the key `least`, and the sum of their weights."""
     count, mass = np.int32(0), 0.0

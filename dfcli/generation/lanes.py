@@ -26,9 +26,7 @@ class Lane(Protocol):
         """Forgets everything and reads ids [B, T], or [1, T] where they are the same for all."""
         ...
 
-    def generate(
-        self, uniforms: NDArray[np.float64], filters: tuple[float, int, float, float]
-    ) -> NDArray[np.int64]:
+    def generate(self, uniforms: NDArray[np.float64], filters: tuple[float, int, float, float]) -> NDArray[np.int64]:
         """`engines.Engine.generate` of these sequences; `filters` are `Filters.numbers`."""
         ...
 

@@ -31,6 +31,7 @@ from dfcli.system.events import Choice, Note, OnEvent, ignore
 from dfcli.system.files import free_bytes
 
 TOKENS = 500  # of a text, where the caller does not say
+MOST_CLIPS = 100_000  # of one call
 TEXT_CHUNK = 0.05  # seconds of work between two outputs
 AUDIO_CHUNK = 0.25  # seconds of work, and of sound, between two outputs
 
@@ -94,8 +95,8 @@ def sample_text(
     """
     filters = Filters(temperature, top_k, top_p, min_p)
     seed = secrets.randbelow(2**31) if seed is None else seed
-    if num < 1:
-        raise UsageError(f"the number of samples must be at least 1, not {num}")
+    if not 1 <= num <= MOST_CLIPS:
+        raise UsageError(f"the number of samples must be from 1 to {MOST_CLIPS:,}, not {num}")
     tokens = TOKENS if tokens is None else tokens
     if tokens < 1:
         raise UsageError(f"the number of tokens must be at least 1, not {tokens}")
@@ -165,8 +166,8 @@ def sample_audio(
     """
     filters = Filters(temperature, top_k, top_p, min_p)
     seed = secrets.randbelow(2**31) if seed is None else seed
-    if num < 1:
-        raise UsageError(f"the number of samples must be at least 1, not {num}")
+    if not 1 <= num <= MOST_CLIPS:
+        raise UsageError(f"the number of samples must be from 1 to {MOST_CLIPS:,}, not {num}")
     if prime is None and keep_prime:
         raise UsageError("there is no prime to keep", "give one with `--prime clip.wav`")
     kept_file = Path(prime) if prime is not None and keep_prime else None
@@ -182,7 +183,7 @@ def sample_audio(
     total = round(seconds * rate) if math.isfinite(seconds) else 0
     if total < 1:
         raise UsageError(f"the length must be at least one sample of {rate:,} Hz, not {seconds} seconds")
-    normalize = run.info["dataset"].get("normalize", "none")
+    normalize = run.dataset["normalize"]
     recording = None if prime is None else Prime(Path(prime), codec, normalize, model.context)
     kept = recording.samples if recording is not None and keep_prime else 0
     if isinstance(target, list) and total + kept > MOST_SAMPLES:

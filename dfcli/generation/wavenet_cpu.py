@@ -111,9 +111,7 @@ def _step(model, state, B):
             copy_to_rows(sums, block, ahead * B, biases, c, 2 * R)
             for tap in range(taps - 1):
                 x = queue + (t + tap * dilation) % length * B * R  # `ahead` rows lie there: it divides both
-                multiply(
-                    sums, block, 2 * R, queues, x, R, ahead * B, model.past, past + tap * 2 * R * R, 2 * R, R
-                )
+                multiply(sums, block, 2 * R, queues, x, R, ahead * B, model.past, past + tap * 2 * R * R, 2 * R, R)
         copy(queues, queue + t % length * B * R, inputs, 0, B * R)
         now = block + t % ahead * B * 2 * R
         w = multiply(sums, now, 2 * R, inputs, np.int64(0), R, B, weights, w, 2 * R, R)
@@ -149,7 +147,8 @@ def wavenet_samples(model, state, uniforms, temperature, top_k, top_p, min_p, id
         _step(model, state, B)
 
 
-_samples = Compiled(wavenet_samples, [__file__, kernels.__file__, compiled.__file__])
+_SOURCES = [__file__, kernels.__file__, compiled.__file__]
+_exact, _rounded = (Compiled(wavenet_samples, _SOURCES, variant) for variant in ("", "-bfloat16"))
 
 
 def build(core: nn.Module, batch: int, device: Device, exact: bool = True, on_event: OnEvent = ignore) -> Lanes:
@@ -157,9 +156,9 @@ def build(core: nn.Module, batch: int, device: Device, exact: bool = True, on_ev
     numba fails."""
     assert isinstance(core, WaveNet)
     rounded = not exact and 4 * core.config.parameters() >= ROUNDED
-    model = _model(core, rounded)
+    model, samples = _model(core, rounded), _rounded if rounded else _exact
     try:
-        _samples.load(
+        samples.load(
             on_event, model, _state(model, core, 1), np.empty((1, 0)), 1.0, 1, 1.0, 0.0, np.empty((1, 0), np.int64)
         )
     except Exception as error:  # numba has no base class for what it raises
@@ -168,14 +167,14 @@ def build(core: nn.Module, batch: int, device: Device, exact: bool = True, on_ev
     if rounded:
         name = "numba-bfloat16"
         reason = "compiled for this processor, weights rounded to bfloat16; `--engine fast` keeps float32"
-    return Lanes(name, reason, lambda size: _Lane(core, model, size), device.threads, model.vocab_size)
+    return Lanes(name, reason, lambda size: _Lane(core, model, samples, size), device.threads, model.vocab_size)
 
 
 class _Lane:
     """Clips that one thread advances (`lanes.Lane`)."""
 
-    def __init__(self, core: WaveNet, model: _Model, size: int) -> None:
-        self._core, self._model = core, model
+    def __init__(self, core: WaveNet, model: _Model, samples: Compiled, size: int) -> None:
+        self._core, self._model, self._samples = core, model, samples
         self._state = _state(model, core, size)
 
     @property
@@ -193,7 +192,7 @@ class _Lane:
 
     def generate(self, uniforms: NDArray[np.float64], filters: tuple[float, int, float, float]) -> NDArray[np.int64]:
         ids = np.empty(uniforms.shape, np.int64)
-        _samples(self._model, self._state, uniforms, *filters, ids)
+        self._samples(self._model, self._state, uniforms, *filters, ids)
         return ids
 
 
@@ -274,4 +273,3 @@ def _state(model: _Model, core: WaveNet, batch: int) -> _State:
         head=zeros(padded(core.config.head)),
         weights=np.zeros(model.vocab_size, np.float32),
     )
-

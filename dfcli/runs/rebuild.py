@@ -35,7 +35,9 @@ class Blueprint:
 
     def __init__(self, description: dict[str, Any], source: Path) -> None:
         self.description, self.source = description, source
-        self.parameters = self._described(cores.config).parameters()  # by its formula: nothing is allocated
+        config = self._described(cores.config)
+        self.vocab_size = config.vocab_size
+        self.parameters = config.parameters()  # by its formula: nothing is allocated
 
     @cached_property
     def layout(self) -> Layout:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 RUN, METRICS = "run.json", "metrics.jsonl"
 KEPT_LAST = 2
+MAX_LEAD = 1 << 20  # ids; no model sees more before a document
 
 
 def runs_home() -> Path:
@@ -98,6 +99,7 @@ class Run:
         files.check_format(info, FORMAT, source)
         core = info.get("core")
         sound = isinstance(core, dict) and isinstance(core.get("name"), str) and isinstance(core.get("config"), dict)
+        sound = sound and all(isinstance(info.get(key, {}), dict) for key in ("dataset", "recipe"))
         if not sound or not isinstance(info.get("kind"), str) or not isinstance(info.get("codec"), dict):
             raise CorruptError(f"{source} is damaged: it does not describe a run", files.DAMAGED)
         return cls(path.name, path, info)
@@ -106,6 +108,24 @@ class Run:
     def kind(self) -> str:
         """ "gpt" or "wavenet"."""
         return self.info["kind"]
+
+    @property
+    def dataset(self) -> dict[str, Any]:
+        """What `run.json` says of the data: name, path, fingerprint, boundary, lead, lines, ... CorruptError where that
+        is wrong."""
+        found = self.info.get("dataset")
+        try:
+            names = all(isinstance(found[key], str) for key in ("name", "path", "fingerprint", "normalize"))
+            boundary, lead = found["boundary"], found["lead"]
+            inside = boundary is None or (type(boundary) is int and 0 <= boundary < self.codec.vocab_size)
+            sound = (
+                names and inside and type(lead) is int and 1 <= lead <= MAX_LEAD and isinstance(found["lines"], bool)
+            )
+        except (KeyError, TypeError):
+            sound = False
+        if not sound:
+            raise CorruptError(f"{self.path / RUN} is damaged: it does not describe the data of the run", files.DAMAGED)
+        return found
 
     @cached_property
     def codec(self) -> Codec:
@@ -196,6 +216,8 @@ class Run:
 
     def build(self, which: str | int = "best", device: torch.device | str = "cpu") -> tuple[Core, Checkpoint]:
         """The core with a checkpoint's weights, on `device`, in evaluation mode. Errors as `load`'s."""
+        if self._core.vocab_size != self.codec.vocab_size:
+            raise CorruptError(f"{self.path / RUN} is damaged: the codec does not fit the model", files.DAMAGED)
         saved = self.load(which)
         return self._core.build(saved.model).to(device).eval(), saved
 

@@ -269,7 +269,7 @@ def _check_init(request: Request, parent: Run, config_values: dict[str, Any]) ->
 
 
 def _protocol_of(run: Run) -> dict[str, Any]:
-    return run.info["dataset"].get("protocol", {})
+    return run.dataset.get("protocol", {})
 
 
 def _sources(request: Request, entry: dict[str, Any], parent: Run | None, choices: list[Choice]) -> tuple[str, ...]:
@@ -277,7 +277,7 @@ def _sources(request: Request, entry: dict[str, Any], parent: Run | None, choice
     if request.data:
         return request.data
     if parent:
-        record = parent.info["dataset"]
+        record = parent.dataset
         sources = tuple(record["sources"]) if find_dataset(record["name"]) is None else (record["name"],)
         choices.append(Choice("data", ", ".join(sources), f"that of run `{parent.name}`"))
         return sources

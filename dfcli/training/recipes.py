@@ -87,7 +87,8 @@ def _gpt(corpus: Corpus, device: Device, steps: int, minutes: float, pinned: dic
     }  # fmt: skip
     draft = Draft("gpt", config, recipe)
     if not fixed:
-        draft.choose("context", str(context), reason)
+        if "context" not in pinned:
+            draft.choose("context", str(context), reason)
         sizes = [
             config | {"layers": layers, "heads": heads, "channels": channels} for layers, heads, channels in GPT_SIZES
         ]
@@ -96,7 +97,7 @@ def _gpt(corpus: Corpus, device: Device, steps: int, minutes: float, pinned: dic
     if corpus.lines and corpus.longest <= config["context"]:
         recipe["sampling"] = "documents"
         draft.choose("sampling", "documents", "every line fits a sequence")
-    tokens = 16_384 if device.kind == "cuda" else 2048 if long else 1024
+    tokens = 16_384 if device.kind == "cuda" else 1024  # on a CPU many small steps beat few large ones
     length = max(1, corpus.tokens // corpus.documents) if recipe.get("sampling") == "documents" else config["context"]
     recipe["batch_size"] = max(1, tokens // length)
     draft.choose("batch_size", str(recipe["batch_size"]), f"about {tokens:,} ids a step on {_article(device)}")
@@ -113,7 +114,7 @@ def _wavenet(corpus: Corpus, device: Device, steps: int, minutes: float, pinned:
     recipe: dict[str, Any] = {
         "optimizer": "muon", "lr": 0.02, "adam_lr": 0.004, "momentum": 0.95, "betas": (0.9, 0.95), "eps": 1e-10,
         "schedule": "linear", "warmup": 20, "decay_start": 0.3, "final_lr": 0.0, "clip": 1.0,
-        "window": 8192 if cuda else 4096, "batch_size": 8 if cuda else 2,
+        "window": 8192 if cuda else 4096, "batch_size": 8 if cuda else 1,
         "eval_tokens": 1_000_000 if cuda else 65_536,
     }  # fmt: skip
     draft = Draft("wavenet", config, recipe)
@@ -185,9 +186,15 @@ def _dropout(draft: Draft, corpus: Corpus, device: Device, steps: int, minutes: 
 def _cadence(draft: Draft, device: Device, steps: int) -> None:
     """How often to log, evaluate and save: by steps where the budget is steps, else by time."""
     if steps:
+        recipe = {"batch_size": 1, "accumulate": 1, "window": 0, "eval_tokens": 0} | draft.recipe
+        window = recipe["window"] or draft.config.get("context", 1)
+        training = (
+            3 * steps * recipe["batch_size"] * recipe["accumulate"] * window
+        )  # a training step is 3 forward passes
+        evaluations = max(1, min(10, training // (10 * max(1, recipe["eval_tokens"]))))  # a tenth of the work at most
         chosen = {
             "log_every": max(1, min(100, steps // 100)),
-            "eval_every": max(1, steps // 10),
+            "eval_every": max(1, steps // evaluations),
             "checkpoint_every": max(1, steps // 10),
         }
         draft.recipe = chosen | draft.recipe

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from dfcli.runs import run as runs
 from dfcli.runs.run import Run
 from dfcli.system.device import resolve
 from dfcli.system.events import Choice, Note, OnEvent, ignore
-from dfcli.system.files import read_json, same_name, write_json
+from dfcli.system.files import DAMAGED, read_json, same_name, write_json
 from dfcli.training import plan as plans
 from dfcli.training.events import Finished, Started
 from dfcli.training.plan import Plan, Request
@@ -221,6 +221,7 @@ def _existing(request: Request, on_event: OnEvent) -> Run | None:
 
 
 def _resume(run: Run, request: Request, session: Session) -> TrainResult:
+    made = _plan_of(run, request)
     if option := changed_option(run, request):
         raise UsageError(
             f"run `{run.name}` was started with another {option}, which would change its result",
@@ -228,7 +229,6 @@ def _resume(run: Run, request: Request, session: Session) -> TrainResult:
         )
     if (run.path / RESULT).exists():
         return _finished(run, session.on_event)
-    made = _plan_of(run, request)
     with run.lock(), _dataset_of(run, session.on_event) as dataset:
         # One that finished while this one waited is not trained again.
         if (run.path / RESULT).exists():
@@ -248,10 +248,10 @@ def _resume(run: Run, request: Request, session: Session) -> TrainResult:
 
 def _finished(run: Run, on_event: OnEvent) -> TrainResult:
     values = read_json(run.path / RESULT)
-    try:
-        result = TrainResult(**{name: values[name] for name in TrainResult.__dataclass_fields__})
-    except KeyError as error:
-        raise CorruptError(f"{run.path / RESULT} lacks {error}") from None
+    kinds = get_type_hints(TrainResult)
+    if not all(name in values and isinstance(values[name], kind) for name, kind in kinds.items()):
+        raise CorruptError(f"{run.path / RESULT} is damaged: it is not the result of a training", DAMAGED)
+    result = TrainResult(**{name: values[name] for name in kinds})
     on_event(Note(f"run `{run.name}` is finished already"))
     return result
 
@@ -266,15 +266,15 @@ def changed_option(run: Run, request: Request) -> str:
         if wanted is not None and wanted != info[name]:
             return f"--{name}"
     for name, wanted in request.options().items():
-        if wanted != info["recipe"][name]:
+        if wanted != info["recipe"].get(name):
             return "--" + name.replace("_", "-")
     tables = (info["core"]["config"], info["recipe"])
     for table, values in zip(tables, override(info["core"]["name"], request.overrides), strict=True):
         for name, wanted in values.items():
-            if (list(wanted) if isinstance(wanted, tuple) else wanted) != table[name]:
+            if (list(wanted) if isinstance(wanted, tuple) else wanted) != table.get(name):
                 return f"--set {name}"
     data = [identity(source) for source in request.data]
-    if data and data not in (info["dataset"]["sources"], [info["dataset"]["name"]]):
+    if data and data not in (run.dataset["sources"], [run.dataset["name"]]):
         return "--data"
     return ""
 
@@ -320,8 +320,8 @@ def _plan_of(run: Run, request: Request) -> Plan:
         return Plan(
             kind=run.kind, name=run.name, preset=info["preset"], source="", published="", core=info["core"]["name"],
             config=cores.config(info["core"]["name"], info["core"]["config"]), recipe=Recipe(**info["recipe"]),
-            seed=info["seed"], device=resolve(request.device), data=tuple(info["dataset"]["sources"]),
-            protocol=info["dataset"]["protocol"], codec_name=info["codec"]["name"], dataset=None, init=info["init"],
+            seed=info["seed"], device=resolve(request.device), data=tuple(run.dataset["sources"]),
+            protocol=run.dataset["protocol"], codec_name=info["codec"]["name"], dataset=None, init=info["init"],
             choices=(),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
@@ -330,7 +330,7 @@ def _plan_of(run: Run, request: Request) -> Plan:
 
 def _dataset_of(run: Run, on_event: OnEvent) -> Dataset:
     """The dataset that a run is trained on, prepared again where it was removed."""
-    record = run.info["dataset"]
+    record = run.dataset
     if find_dataset(record["name"]) is not None:
         dataset = Dataset.open(record["name"])
     elif find_dataset(record["path"]) is not None:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from dfcli import cores
 from dfcli.data.batches import IGNORED, Batch
 from dfcli.errors import CorruptError, DfError
+from dfcli.system.allocator import kept_memory
 from dfcli.system.device import Device
 from dfcli.system.events import Note, OnEvent, ignore
 from dfcli.training.events import Sample, Saved, Step
@@ -130,13 +131,14 @@ class Trainer:
         self.core.train()
         self.forward = compiled(self.core, self, self.on_event)
         self._start_interval()
-        while not s.done:
-            reason = self.stop()
-            if reason is not None:
-                if self.saved_step != s.step:
-                    self._save()
-                return reason
-            self._step()
+        with kept_memory():
+            while not s.done:
+                reason = self.stop()
+                if reason is not None:
+                    if self.saved_step != s.step:
+                        self._save()
+                    return reason
+                self._step()
         return None
 
     def _step(self) -> None:

@@ -27,6 +27,11 @@ from dfcli.errors import CorruptError, DfError, UsageError
 from dfcli.system.events import Note
 from dfcli.system.files import building, read_json, write_json
 
+DESCRIPTION = {
+    "facts": {}, "skipped": {"count": 0, "files": []}, "options": {}, "sources": {}, "split_rule": "", "created": "",
+    "key": "",
+}  # fmt: skip
+
 
 def write(name: str, documents: list[list[int]], *, lines: bool = False, boundary: int | None = None) -> Path:
     """A dataset of one split `train` with these stored documents."""
@@ -48,6 +53,7 @@ def write(name: str, documents: list[list[int]], *, lines: bool = False, boundar
             "lead": 1,
             "fingerprint": "0" * 64,
             "splits": {"train": writer.finish(boundary if lines else None)},
+            **DESCRIPTION,
         }
         write_json(temporary / "dataset.json", info)
     return folder

@@ -34,9 +34,7 @@ def save(name: str, core: Any, codec: Codec, *, boundary: int | None = None, lin
 def gpt_run(name: str = "gpt", alphabet: str = "\nabc", context: int = 16, **layout: Any) -> Run:
     torch.manual_seed(4)
     codec = Chars(alphabet)
-    config = GPTConfig(
-        codec.vocab_size, context=context, layers=1, heads=2, channels=16, init="torch", tied_head=False
-    )
+    config = GPTConfig(codec.vocab_size, context=context, layers=1, heads=2, channels=16, init="torch", tied_head=False)
     core = GPT(config)
     return save(name, core, codec, **layout)
 

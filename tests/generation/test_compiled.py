@@ -102,7 +102,12 @@ def test_what_cannot_be_compiled_raises() -> None:
         Compiled(wrong, [__file__]).load(ignore, np.empty(0))
 
 
-def test_numbas_own_setting_is_left_alone() -> None:
-    before = compiled.numba.config.CACHE_DIR  # type: ignore[attr-defined]
-    load()
-    assert compiled.numba.config.CACHE_DIR == before  # type: ignore[attr-defined]
+def test_a_numba_that_is_told_not_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled.numba.config, "DISABLE_JIT", 1)
+    with pytest.raises(RuntimeError, match="NUMBA_DISABLE_JIT"):
+        load()
+
+
+def test_other_code_that_numba_compiles_is_kept_elsewhere() -> None:
+    _, entry = load()
+    assert compiled.numba.config.CACHE_DIR != str(entry.folder)  # type: ignore[attr-defined]

@@ -1,0 +1,205 @@
+"""What the benchmarks share: an anchor to compare with, the machine's rate, the memory of a child process, the report.
+
+An anchor is a plain eager PyTorch loop, as a tutorial would write it, with nothing of the trainer in it. It is timed in
+the run that it is compared in, so that a ratio says something whatever the machine.
+
+PyTorch is imported where it is needed: a child process whose memory is measured shall not have it for nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from tests.replications.replicate import machine
+
+if TYPE_CHECKING:
+    from dfcli import cores
+    from dfcli.data.dataset import Dataset
+
+
+def arguments(documentation: str | None) -> argparse.ArgumentParser:
+    """A parser that shows the module's docstring."""
+    return argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+@contextmanager
+def home() -> Iterator[Path]:
+    """A data dir for this benchmark alone ($DFCLI_HOME), removed at its end."""
+    before = os.environ.get("DFCLI_HOME")
+    with tempfile.TemporaryDirectory(prefix="dfcli-benchmark-") as folder:
+        os.environ["DFCLI_HOME"] = folder
+        try:
+            yield Path(folder)
+        finally:
+            if before is None:
+                del os.environ["DFCLI_HOME"]
+            else:
+                os.environ["DFCLI_HOME"] = before
+
+
+def report(figures: dict[str, Any]) -> None:
+    """Print the figures as JSON, with where, when and with what they were measured."""
+    import torch
+
+    from dfcli.system.device import resolve
+
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    where = {"machine": machine("cpu"), "threads": resolve("cpu").threads}
+    print(json.dumps(figures | where | {"date": time.strftime("%Y-%m-%d"), "versions": versions}, indent=2))
+
+
+# How fast the machine is ---------------------------------------------------------------------------------------------
+
+
+def product_rate(size: int = 2048, rounds: int = 5) -> float:
+    """FLOP/s of a float32 product of two size x size matrices: the best of `rounds`."""
+    import torch
+
+    a, b, out = torch.ones(size, size), torch.ones(size, size), torch.empty(size, size)
+    times = []
+    for _ in range(rounds + 1):  # the first one warms up
+        began = time.perf_counter()
+        torch.mm(a, b, out=out)
+        times.append(time.perf_counter() - began)
+    return 2 * size**3 / min(times[1:])
+
+
+def timed(step: Callable[[int], object], steps: int, warmup: int = 10) -> float:
+    """Seconds a step takes: the mean over `steps`, after the `warmup` first."""
+    for i in range(warmup):
+        step(i)
+    began = time.perf_counter()
+    for i in range(warmup, warmup + steps):
+        step(i)
+    return (time.perf_counter() - began) / steps
+
+
+# Anchors -------------------------------------------------------------------------------------------------------------
+
+
+def nano_loop(dataset: Dataset) -> tuple[cores.GPT, Callable[[int], None]]:
+    """nanoGPT's CPU configuration as nanoGPT trains it: the model, and a function that takes step `i`."""
+    import torch
+    import torch.nn.functional as F
+
+    from dfcli import cores
+    from dfcli.training.presets import preset
+
+    values = preset("gpt", "nano-cpu")
+    recipe: dict[str, Any] = values["recipe"]
+    torch.manual_seed(values["seed"])
+    core = cores.GPT(cores.GPTConfig(vocab_size=dataset.codec.vocab_size, **values["config"]))
+    split = dataset.splits["train"]
+    data = torch.from_numpy(split.read(0, split.tokens_count).copy()).long()
+    matrices = [p for p in core.parameters() if p.ndim >= 2]
+    others = [p for p in core.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": recipe["weight_decay"]}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=recipe["lr"], betas=recipe["betas"])
+    T = core.context
+
+    def step(i: int) -> None:
+        if i < recipe["warmup"]:
+            factor = (i + 1) / (recipe["warmup"] + 1)
+        else:
+            way = min(1.0, (i - recipe["warmup"]) / (recipe["steps"] - recipe["warmup"]))
+            factor = recipe["final_lr"] + (1 - recipe["final_lr"]) * (1 + math.cos(math.pi * way)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = recipe["lr"] * factor
+        starts = torch.randint(len(data) - T, (recipe["batch_size"],)).tolist()
+        ids = torch.stack([data[start : start + T] for start in starts])
+        targets = torch.stack([data[start + 1 : start + 1 + T] for start in starts])
+        loss = F.cross_entropy(core(ids).flatten(0, 1), targets.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(core.parameters(), recipe["clip"])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if i % recipe["log_every"] == 0:
+            loss.item()
+
+    return core, step
+
+
+# What a run reached --------------------------------------------------------------------------------------------------
+
+
+def trained(result: dict[str, Any], product: float) -> dict[str, Any]:
+    """Speed and shares of a run that `df train --json` gave `result` for; `product` is the machine's FLOP/s."""
+    from dfcli import cores
+    from dfcli.runs.run import Run
+
+    run = Run.open(result["run"])
+    core = run.info["core"]
+    flops = 3 * cores.config(core["name"], core["config"]).flops_per_token()
+    # Each line has the rate of training alone since the line before it: what is left of the time is the rest.
+    training = before = 0
+    for row in run.metrics():
+        if row["tokens"] > before:
+            training += (row["tokens"] - before) / row["tokens_per_second"]
+        before = row["tokens"]
+    seconds = result["train_seconds"]
+    return {
+        "minutes": run.info["recipe"]["minutes"],
+        "train_seconds": seconds,
+        "steps": result["steps"],
+        "best_step": result["best_step"],
+        "tokens_seen": result["tokens_seen"],
+        "parameters": result["parameters"],
+        "core": core["config"],
+        "tokens_per_second": result["tokens_seen"] / training,
+        "training_flops_per_second": flops * result["tokens_seen"] / training,
+        "share_of_product_rate": flops * result["tokens_seen"] / training / product,
+        "share_of_product_rate_with_validation": flops * result["tokens_seen"] / seconds / product,
+        "share_of_time_for_validation_and_checkpoints": 1 - training / seconds,
+    }
+
+
+# Memory --------------------------------------------------------------------------------------------------------------
+
+
+def in_child(function: Callable[..., Any], *values: Any) -> tuple[Any, int]:
+    """What `function` (of a module) returns in a new process, and the most memory that process had of its own, in
+    bytes: resident, without the pages of files."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_answer, args=(sender, function, *values))
+    child.start()
+    sender.close()
+    process, most = psutil.Process(child.pid), 0
+    while child.is_alive():
+        try:
+            info = process.memory_info()
+        except psutil.Error:
+            break
+        most = max(most, info.rss - getattr(info, "shared", 0))  # only Linux tells the pages of files apart
+        child.join(0.002)
+    child.join()
+    if child.exitcode:
+        raise SystemExit(f"{function.__name__} failed in its process")
+    return receiver.recv(), most
+
+
+def _answer(sender: Any, function: Callable[..., Any], *values: Any) -> None:
+    sender.send(function(*values))
+
+
+def repeated(source: Path, target: Path, size: int) -> Path:
+    """Write `target`: the text of `source` again and again, `size` bytes or up to a line more."""
+    text = source.read_bytes()
+    with target.open("wb") as file:
+        while (left := size - file.tell()) > len(text):
+            file.write(text)
+        file.write(text[: text.find(b"\n", left) + 1] or text)
+    return target
