@@ -113,7 +113,7 @@ class Run:
     def dataset(self) -> dict[str, Any]:
         """What `run.json` says of the data: name, path, fingerprint, boundary, lead, lines, ... CorruptError where that
         is wrong."""
-        found = self.info.get("dataset")
+        found = self.info.get("dataset") or {}
         try:
             names = all(isinstance(found[key], str) for key in ("name", "path", "fingerprint", "normalize"))
             boundary, lead = found["boundary"], found["lead"]

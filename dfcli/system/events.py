@@ -1,4 +1,4 @@
-"""What long functions tell their caller while they work: they call `on_event(event)`, and only `cli/` makes text of it."""
+"""What long functions tell their caller while they work, by `on_event(event)`; only `cli/` makes text of it."""
 
 from __future__ import annotations
 
