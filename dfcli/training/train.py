@@ -315,13 +315,17 @@ def _info(plan: Plan, dataset: Dataset) -> dict[str, Any]:
 
 def _plan_of(run: Run, request: Request) -> Plan:
     """The plan that a run was started with, on the device asked for now."""
-    info = run.info
+    info, data = run.info, run.dataset
     try:
+        names, sources = (info["init"], info["preset"]), data["sources"]
+        sound = isinstance(info["seed"], int) and isinstance(data["protocol"], dict)
+        if not sound or not all(isinstance(name, str) for name in (*filter(None, names), *sources)):
+            raise ValueError("its seed, init, preset, sources or protocol are of another kind")
         return Plan(
             kind=run.kind, name=run.name, preset=info["preset"], source="", published="", core=info["core"]["name"],
             config=cores.config(info["core"]["name"], info["core"]["config"]), recipe=Recipe(**info["recipe"]),
-            seed=info["seed"], device=resolve(request.device), data=tuple(run.dataset["sources"]),
-            protocol=run.dataset["protocol"], codec_name=info["codec"]["name"], dataset=None, init=info["init"],
+            seed=info["seed"], device=resolve(request.device), data=tuple(data["sources"]),
+            protocol=data["protocol"], codec_name=info["codec"]["name"], dataset=None, init=info["init"],
             choices=(),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:

@@ -229,6 +229,20 @@ def test_a_name_wins_over_a_path_and_a_path_can_be_forced(tmp_path: Path, monkey
         Dataset.open("c")
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"boundary": 256}, {"boundary": 10**30}, {"lead": 0}, {"lead": 10**9}, {"codec": []}, {"codec": {}},
+        {"facts": {"n": "x"}}, {"skipped": {"count": 1, "files": [1]}}, {"skipped": {}}, {"created": None},
+    ],
+)  # fmt: skip
+def test_a_description_that_cannot_be_is_refused(changes: dict[str, object]) -> None:
+    file = write("a", [[1, 2, 3]]) / "dataset.json"
+    write_json(file, read_json(file) | changes)
+    with pytest.raises(CorruptError, match=r"dataset\.json does not describe"):
+        Dataset.open("a")
+
+
 def test_listing_tells_what_it_cannot_read() -> None:
     assert list_datasets() == []
     write("b", [[1, 2, 3]])

@@ -157,6 +157,7 @@ def test_ctrl_c_keeps_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
     ("options", "error", "message"),
     [
         ({"tokens": 0}, UsageError, "number of tokens"), ({"num": 0}, UsageError, "number of samples"),
+        ({"num": 10**30}, UsageError, "number of samples"),
         ({"top_k": 5}, UsageError, "knows only 4 ids"), ({"temperature": -1}, UsageError, "temperature"),
         ({"seed": -1}, UsageError, "seed"), ({"engine": "fast"}, UsageError, "no fast engine"),
         ({"device": "abacus"}, UsageError, "abacus"), ({"checkpoint": 7}, UsageError, "7"),
@@ -352,6 +353,7 @@ def test_the_file_is_a_wav_all_along(tmp_path: Path) -> None:
         ({"seconds": 0}, UsageError, "one sample"), ({"seconds": float("nan")}, UsageError, "one sample"),
         ({"seconds": float("inf")}, UsageError, "one sample"), ({"seconds": -1}, UsageError, "one sample"),
         ({"seconds": 1e9}, UsageError, "at most"), ({"num": 0}, UsageError, "number of samples"),
+        ({"num": 10**30}, UsageError, "number of samples"),
         ({"top_k": 257}, UsageError, "knows only 256 ids"), ({"top_p": 7}, UsageError, "top-p"),
         ({"seed": 2**63}, UsageError, "seed"), ({"engine": "fast"}, UsageError, "no fast engine"),
         ({"out": "out.mp3"}, UsageError, "wav"), ({"out": "missing/out.wav"}, UsageError, "no folder missing"),

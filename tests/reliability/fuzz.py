@@ -599,7 +599,7 @@ def fuzz(folder: Path, count: int, seed: int = 0) -> dict[str, Any]:
                 if not data:
                     break
             os.close(reader)
-            status = child.wait()
+            status = child.wait(3600)  # it was watched by its cases
             if status:  # the case that it was at
                 what = "it hung" if not ready else f"the process ended with status {status}\n{child.said()[-1500:]}"
                 outcomes[family]["defect"] += 1

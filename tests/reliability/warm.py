@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import platform
@@ -23,9 +24,16 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-import torch._dynamo  # what an optimiser imports when it is made
 
 from dfcli.cli import app, output
+
+FOR_CHILDREN = """
+    torch._dynamo typer._adapters filelock psutil soundfile numpy.ma encodings.ascii encodings.utf_32_le rich.table
+    rich.live dfcli.cli.commands dfcli.cli.live dfcli.data.prepare dfcli.evaluation.evaluate dfcli.generation.sample
+    dfcli.training.train dfcli.runs.rebuild dfcli.runs.tensors dfcli.system.stats
+"""  # what they import sooner or later
+for _name in FOR_CHILDREN.split():
+    importlib.import_module(_name)
 
 FAILED = 99  # a child's status where it raised what no command may raise
 

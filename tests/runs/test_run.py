@@ -117,7 +117,7 @@ def test_no_such_run_tells_what_there_is():
     "changes",
     [
         {"core": None}, {"core": {"name": "gpt"}}, {"core": {"name": 1, "config": {}}}, {"kind": 1}, {"codec": []},
-        {"format": 0},
+        {"format": 0}, {"dataset": "x"}, {"recipe": []},
     ],
 )  # fmt: skip
 def test_a_run_json_that_describes_no_run_is_damage(changes: dict[str, object]):
@@ -125,6 +125,27 @@ def test_a_run_json_that_describes_no_run_is_damage(changes: dict[str, object]):
     rewrite(run.path / "run.json", **changes)
     with pytest.raises(CorruptError, match=r"run\.json"):
         Run.open("r")
+
+
+DATA = {"name": "d", "path": "/d", "fingerprint": "", "normalize": "none", "boundary": 2, "lead": 1, "lines": False}
+
+
+def test_what_it_says_of_its_data_is_checked_when_that_is_asked_for():
+    assert make_run(dataset=DATA).dataset == DATA
+    without: dict[str, object] = {}
+    wrong: dict[str, object] = {"boundary": 3, "lead": 0, "lines": 1, "path": None}  # there are 3 ids
+    for changed in (without, *(DATA | {key: value} for key, value in wrong.items())):
+        rewrite(Run.open("r").path / "run.json", dataset=changed)
+        with pytest.raises(CorruptError, match=r"run\.json.*describe the data"):
+            assert Run.open("r").dataset
+
+
+def test_a_codec_that_is_not_the_models_is_refused():
+    run = make_run()
+    save(run, 1)
+    rewrite(run.path / "run.json", codec={"name": "chars", "alphabet": "ab"})
+    with pytest.raises(CorruptError, match="codec does not fit"):
+        Run.open("r").build()
 
 
 def test_a_newer_run_is_refused():

@@ -16,11 +16,12 @@ import torch
 
 from dfcli import cores
 from dfcli.data.dataset import Dataset, list_datasets
-from dfcli.errors import DfError, UsageError
+from dfcli.errors import CorruptError, DfError, UsageError
 from dfcli.evaluation.sweep import sweep
 from dfcli.runs.run import Run, list_runs
 from dfcli.system.device import Device, resolve
 from dfcli.system.events import Choice, Note
+from dfcli.system.files import read_json, write_json
 from dfcli.training import plan as plans
 from dfcli.training.events import Finished, Sample, Saved, Started, Step
 from dfcli.training.train import TrainResult, plan, train
@@ -179,6 +180,34 @@ def test_a_finished_run_is_left_alone(text: str) -> None:
     assert train("gpt", resume=True) == first
     assert any(isinstance(event, Note) and "finished" in event.text for event in events)
     assert sorted((path, path.stat().st_mtime_ns) for path in Run.open("a").path.rglob("*")) == before
+
+
+def test_a_damaged_result_or_recipe_is_told(text: str) -> None:
+    train("gpt", [text], steps=2, name="a", overrides=TINY_GPT)
+    run = Run.open("a")
+    wrong: list[dict[str, Any]] = [{"recipe": {"lr": -1}}, {"seed": []}, {"dataset": {}}]
+    for name, changes in (("result.json", {"val_loss": []}), *(("run.json", changes) for changes in wrong)):
+        good = (run.path / name).read_bytes()
+        write_json(run.path / name, read_json(run.path / name) | changes)
+        with pytest.raises(CorruptError, match=name):
+            train("gpt", resume=True, name="a")
+        (run.path / name).write_bytes(good)
+
+
+def test_batches_that_are_not_finite_are_skipped_on_request_and_counted(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = Trainer.loss
+    broken = lambda self, batch: loss(self, batch) * (float("nan") if self.state.step in (2, 4) else 1)  # noqa: E731
+    monkeypatch.setattr(Trainer, "loss", broken)
+    skip = {"on_nonfinite": "skip", "skip_limit": "2"}
+    for name, at in (("whole", 100), ("parts", 4), ("parts", 100)):
+        line: dict[str, Any] = {"steps": 7, "name": name, "overrides": TINY_GPT | EVERY | skip, "resume": True}
+        result = train("gpt", [text], **line, stop=stop_after(at))
+    assert result.skipped == 2
+    assert timeless(Run.open("whole")) == timeless(Run.open("parts"))
+    with pytest.raises(DfError, match=r"step 5 is not finite \(1 batches were left out before\)"):
+        train("gpt", [text], steps=7, name="few", overrides=TINY_GPT | skip | {"skip_limit": "1"})
 
 
 @pytest.mark.parametrize(
