@@ -14,7 +14,7 @@ def table() -> str:
         file = RESULTS / f"{name}.json"
         command = f"`{' '.join(['df train', *row.train])}`"
         if not file.exists():
-            lines.append(f"| {row.model} | {row.published} | not run yet | needs a GPU | {command} |")
+            lines.append(f"| {row.model} | {row.published} | not run yet | | {command} |")
             continue
         result = json.loads(file.read_text())
         figures = [f"{result['parameters']:,} parameters"]
