@@ -84,7 +84,9 @@ def test_help_imports_nothing_heavy_and_is_fast():
         after = os.times()
         seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
         assert done.stderr == "0 []\n"
-    assert min(seconds) < 0.4  # of the processor, so that a busy machine does not fail it
+    # Of the processor. The promise is 0.4 s on a calm machine, and a busy one was seen to take 0.41 s; importing
+    # torch, which this is to catch, takes 2.5 s and more.
+    assert min(seconds) < 0.8
 
 
 def test_completion_is_offered_for_dfcli_only(df):
