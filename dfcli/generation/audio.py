@@ -13,6 +13,7 @@ from dfcli.codecs import MuLaw
 from dfcli.data.audio import Recording
 from dfcli.errors import DfError, UsageError
 from dfcli.generation.wav import Wav, pcm
+from dfcli.system.files import os_errors
 
 SILENCE = 0.01  # the amplitude (-40 dB) that a clip must exceed to count as begun
 
@@ -75,16 +76,17 @@ class Prime:
 
 def out_paths(out: Path, num: int, kept: Path | None) -> list[Path]:
     """`out` for one clip; out-01.wav, out-02.wav, ... for several. `kept` is a file that is still to be
-    read while they are written. Raises UsageError where no wav can be written."""
+    read while they are written. Raises UsageError where no wav can be written, DfError where the system says so."""
     if out.suffix.lower() not in (".wav", ""):
         raise UsageError(f"{out} does not end in .wav", "sound is written as wav")
     width = max(2, len(str(num)))
     paths = [out] if num == 1 else [out.with_stem(f"{out.stem}-{i:0{width}}") for i in range(1, num + 1)]
-    if not out.parent.is_dir():
-        raise UsageError(f"there is no folder {out.parent}", "make it first")
-    for path in paths:
-        if path.exists() and not path.is_file():
-            raise UsageError(f"{path} is not a file", "name a wav file; `-o -` writes to a pipe")
-        if kept is not None and path.exists() and kept.exists() and path.samefile(kept):
-            raise UsageError(f"{path} cannot be both the prime and the output", "write to another file")
+    with os_errors("write", out):  # such as a name that is too long
+        if not out.parent.is_dir():
+            raise UsageError(f"there is no folder {out.parent}", "make it first")
+        for path in paths:
+            if path.exists() and not path.is_file():
+                raise UsageError(f"{path} is not a file", "name a wav file; `-o -` writes to a pipe")
+            if kept is not None and path.exists() and kept.exists() and path.samefile(kept):
+                raise UsageError(f"{path} cannot be both the prime and the output", "write to another file")
     return paths

@@ -330,6 +330,11 @@ def test_ctrl_c_before_the_first_sample_leaves_nothing(tmp_path: Path, monkeypat
     assert out.read_bytes() == b"mine"
 
 
+def test_a_name_that_is_too_long(tmp_path: Path) -> None:
+    with pytest.raises(DfError, match="could not write"):
+        audio(tmp_path / ("a" * 300), 1, run=wavenet_run())
+
+
 def test_the_file_is_a_wav_all_along(tmp_path: Path) -> None:
     out, lengths = tmp_path / "out.wav", []
 
