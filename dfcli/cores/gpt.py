@@ -5,6 +5,7 @@ One module covers the published models and the modern ones by a few orthogonal c
 - norm before each block: LayerNorm, or RMSNorm without gain (Zhang & Sennrich 2019, arXiv 1910.07467)
 - activation: ReLU, GELU by erf (nanoGPT), GELU by tanh (GPT-2), squared ReLU (So et al. 2021, arXiv 2109.08668)
 - biases or none, tied or untied head, QK-norm, dropout
+- n-gram tables or none: the last 2 to 4 ids looked up together
 - init: as published for GPT-2, as in the lecture, torch's own (makemore), or with zeroed projections
 
 Shapes: B sequences, T positions, C channels, H heads, D = C / H channels a head, V ids, L layers.
@@ -30,6 +31,9 @@ ACTIVATIONS = {
 }
 
 
+NGRAM_ROWS = 16_381  # a prime
+
+
 @dataclass(frozen=True)
 class GPTConfig:
     """Everything that rebuilds a GPT. Raises ValueError where a value is out of bounds."""
@@ -49,6 +53,7 @@ class GPTConfig:
     qk_norm: bool = False  # RMSNorm on queries and keys
     dropout: float = 0.0
     embedding_dropout: bool = True  # dropout on the embeddings too (nanoGPT yes, the lecture no)
+    ngrams: int = 1  # 2 to 4: tables for the last 2, ... ids together; 1: none
     init: str = "gpt2"  # gpt2 | normal | torch | zero
 
     def __post_init__(self) -> None:
@@ -61,6 +66,7 @@ class GPTConfig:
         checks.choice("norm", self.norm, ("layernorm", "rmsnorm"))
         checks.choice("activation", self.activation, ACTIVATIONS)
         checks.choice("init", self.init, ("gpt2", "normal", "torch", "zero"))
+        checks.whole("ngrams", self.ngrams, 1, 4)
         for name in ("bias", "qkv_bias", "head_bias", "tied_head", "qk_norm", "embedding_dropout"):
             checks.flag(name, getattr(self, name))
         if self.channels % self.heads:
@@ -72,15 +78,21 @@ class GPTConfig:
         table = self.context * self.channels // self.heads if self.position == "rotary" else 0
         checks.affordable(self.parameters() + table)
 
+    @property
+    def ngram_rows(self) -> tuple[int, ...]:
+        """Rows of the tables for 2, ... `ngrams` ids: one for each n-gram there can be, or at most NGRAM_ROWS."""
+        return tuple(min(self.vocab_size**n, NGRAM_ROWS) for n in range(2, self.ngrams + 1))
+
     def parameters(self) -> int:
-        """Trainable parameters: tied weights once, position table included."""
+        """Trainable parameters: tied weights once, position and n-gram tables included."""
         C, V = self.channels, self.vocab_size
         norm = 0 if self.norm == "rmsnorm" else C * (1 + self.bias)
         attention = 3 * C * (C + self.qkv_bias) + C * (C + self.bias)
         mlp = 4 * C * (C + self.bias) + C * (4 * C + self.bias)
         positions = self.context * C if self.position == "learned" else 0
         head = (0 if self.tied_head else V * C) + V * self.head_bias
-        return V * C + positions + self.layers * (attention + mlp + 2 * norm) + norm + head
+        tables = V + sum(self.ngram_rows)
+        return tables * C + positions + self.layers * (attention + mlp + 2 * norm) + norm + head
 
     def flops_per_token(self) -> int:
         """FLOPs of one position's forward pass, a multiply-add counted as 2: the matrix products and
@@ -118,6 +130,34 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.chunk(2, dim=-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+class NGrams(nn.Module):
+    """What an id means after those before it, from a table in place of a layer: the embeddings of the last 2, ... n ids
+    together, summed. Where a table has fewer rows than there are n-grams, several share one (the hash is the remainder
+    of the n-gram's number). Source: over-encoding, Huang et al. 2025, arXiv 2501.16975."""
+
+    tables: Sequence[nn.Embedding]
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.vocab_size = config.vocab_size
+        self.tables = nn.ModuleList(nn.Embedding(rows, config.channels) for rows in config.ngram_rows)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def forward(self, ids: Tensor, before: Tensor, positions: Tensor | None = None) -> Tensor:
+        """ids [B, T] after the ids `before` [B, S] -> [B, T, C]. Beyond these, and before a document's start
+        (`positions` [B, T]), stand zeros."""
+        n, T = len(self.tables), ids.shape[1]
+        history = F.pad(torch.cat((before, ids), dim=1), (n, 0))
+        number, total = ids, 0
+        for k, table in enumerate(self.tables, 1):
+            earlier = history[:, history.shape[1] - T - k : history.shape[1] - k]
+            if positions is not None:
+                earlier = earlier * (positions >= k)
+            number = number * self.vocab_size + earlier
+            total = total + table(number % table.num_embeddings)
+        assert isinstance(total, Tensor)
+        return total
 
 
 @dataclass
@@ -212,6 +252,8 @@ class GPT(nn.Module):
             cos, sin = rotary_table(config.context, config.channels // config.heads)
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
+        if config.ngrams > 1:
+            self.ngrams = NGrams(config)
         self.dropout = nn.Dropout(config.dropout if config.embedding_dropout else 0.0)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))  # pyright: ignore[reportAttributeAccessIssue]
         self.norm = Norm(config)
@@ -232,8 +274,12 @@ class GPT(nn.Module):
         gpt2: N(0, 0.02), biases 0, projections into the residual stream divided by sqrt(2 L) (GPT-2 paper, 2.3).
         normal: N(0, 0.02), biases 0 (the video lecture). torch: torch's defaults (makemore).
         zero: N(0, 1 / sqrt(fan in)) with projections into the residual stream and the untied head at zero, so that
-        each block starts as the identity; tokens N(0, 1), or N(0, 0.02) where the head is tied (modded-nanogpt)."""
+        each block starts as the identity; tokens N(0, 1), or N(0, 0.02) where the head is tied (modded-nanogpt).
+        The n-gram tables always start at zero."""
         kind = self.config.init
+        if self.config.ngrams > 1:
+            for table in self.ngrams.tables:
+                nn.init.zeros_(table.weight)
         if kind == "torch":
             return
         for name, module in self.named_modules():
@@ -247,7 +293,7 @@ class GPT(nn.Module):
                     nn.init.normal_(module.weight, std=std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Embedding):
+            elif isinstance(module, nn.Embedding) and not name.startswith("ngrams"):
                 nn.init.normal_(module.weight, std=1.0 if kind == "zero" and not self.config.tied_head else 0.02)
 
     def forward(self, ids: Tensor, positions: Tensor | None = None, last_only: bool = False) -> Tensor:
@@ -262,16 +308,20 @@ class GPT(nn.Module):
         if positions is not None:
             behind = torch.arange(T, device=ids.device)[:, None] - torch.arange(T, device=ids.device)
             mask = ((behind >= 0) & (behind <= positions[:, :, None]))[:, None]
-        x = self._embed(ids, 0, positions)
+        x = self._embed(ids, ids[:, :0], positions)
         rotary = self._rotary(0, T)
         for block in self.blocks:
             x = block(x, rotary, mask)
         return self.head(self.norm(x[:, -1:] if last_only else x))
 
-    def _embed(self, ids: Tensor, start: int, positions: Tensor | None = None) -> Tensor:
+    def _embed(self, ids: Tensor, before: Tensor, positions: Tensor | None = None) -> Tensor:
+        """ids [B, T], after the ids `before` [B, S] of the same context -> [B, T, C]"""
         x = self.tokens(ids)
+        if self.config.ngrams > 1:
+            x = x + self.ngrams(ids, before, positions)
         if self.config.position == "learned":
             if positions is None:
+                start = before.shape[1]
                 positions = torch.arange(start, start + ids.shape[1], device=ids.device)
             x = x + self.positions(positions)
         return self.dropout(x)
@@ -304,7 +354,7 @@ class GPT(nn.Module):
         mask = None
         if start and T > 1:
             mask = torch.ones((T, start + T), dtype=torch.bool, device=ids.device).tril(start)[None, None]
-        x = self._embed(ids, start)
+        x = self._embed(ids, state.ids[:, :start])
         rotary = self._rotary(start, start + T)
         for i, block in enumerate(self.blocks):
             x = block(x, rotary, mask, (state.keys[i], state.values[i]), start)

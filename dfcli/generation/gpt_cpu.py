@@ -42,6 +42,8 @@ class _Model(NamedTuple):
 
     tokens: NDArray[np.float32]  # [V, C]
     positions: NDArray[np.float32]  # [context, C], zeros where they are rotary
+    ngrams: NDArray[np.float32]  # flat: the rows of every n-gram table, [C] each
+    ngram_rows: NDArray[np.int64]  # of each table
     cos: NDArray[np.float32]  # [context, D / 2]
     sin: NDArray[np.float32]
     weights: NDArray[np.float32]  # per layer qkv [3 C, C], projection [C, C], MLP [M, C] and [C, M]; head [V, C]
@@ -61,6 +63,7 @@ class _State(NamedTuple):
     """What changes while B sequences advance together. All arrays are flat."""
 
     length: NDArray[np.int64]  # [1]: positions read
+    recent: NDArray[np.int64]  # [B, n-gram tables]: the last ids read, the newest first; zeros where there are none
     keys: NDArray[np.float32]  # [L, B, H, D, context]
     values: NDArray[np.float32]  # [L, B, H, context, D]
     logits: NDArray[np.float32]  # [B, V in whole tiles]
@@ -183,6 +186,23 @@ def _activate(x, kind):
 
 
 @inner
+def _embed(model, state, b, id):
+    """state.stream of sequence b = the embedding of `id` after those read."""
+    C, number, row = model.tokens.shape[1], id, 0
+    copy(state.stream, b * C, model.tokens.ravel(), id * C, C)
+    add(state.stream, b * C, model.positions.ravel(), state.length[0] * C, C)
+    tables = model.ngram_rows.size
+    for k in range(tables):
+        number = number * model.vocab_size + state.recent[b * tables + k]
+        add(state.stream, b * C, model.ngrams, (row + number % model.ngram_rows[k]) * C, C)
+        row += model.ngram_rows[k]
+    for k in range(tables - 1, 0, -1):
+        state.recent[b * tables + k] = state.recent[b * tables + k - 1]
+    if tables:
+        state.recent[b * tables] = id
+
+
+@inner
 def _step(model, state, B):
     """Reads one id a sequence, whose embedding stands in state.stream, and leaves the logits after it."""
     zero, C, M, H, T = np.int64(0), model.tokens.shape[1], model.inside, model.heads, model.context
@@ -232,16 +252,14 @@ def gpt_tokens(model, state, uniforms, temperature, top_k, top_p, min_p, ids):
     """Picks and reads n ids of each sequence: uniforms [B, n] -> ids [B, n]; and returns n. When the cache is full it
     ends with ids that are picked and not read: it returns how many came before these."""
     B, n = uniforms.shape
-    C, W = model.tokens.shape[1], state.logits.size // B
-    tokens, positions = model.tokens.ravel(), model.positions.ravel()
+    W = state.logits.size // B
     for j in range(n):
         full = state.length[0] == model.context
         for b in range(B):
             logits = state.logits[b * W : b * W + model.vocab_size]
             ids[b, j] = pick(logits, uniforms[b, j], temperature, top_k, top_p, min_p, state.weights)
             if not full:
-                copy(state.stream, b * C, tokens, ids[b, j] * C, C)
-                add(state.stream, b * C, positions, state.length[0] * C, C)
+                _embed(model, state, b, ids[b, j])
         if full:
             return j
         _step(model, state, B)
@@ -316,6 +334,9 @@ class _Lane:
         self._state.values.reshape(L, B, H, T, D)[:, :, :, :n] = state.values[:, :, :, :n].numpy()
         self.logits[:, : logits.shape[1]] = logits.numpy()
         self._ids[:, :n] = state.ids[:, :n].numpy()
+        recent = self._state.recent.reshape(B, -1)
+        kept = min(n, recent.shape[1])
+        recent[:, :kept], recent[:, kept:] = self._ids[:, n - kept : n][:, ::-1], 0
 
 
 @torch.no_grad()
@@ -349,9 +370,13 @@ def _model(core: GPT) -> _Model:
     positions = np.zeros((config.context, C), np.float32)
     if not rotary:
         positions[:, :channels] = core.positions.weight.numpy()
+    tables = core.ngrams.tables if config.ngrams > 1 else []
+    ngrams = [kernels.pad(table.weight.numpy(), table.num_embeddings, C).ravel() for table in tables]
     return _Model(
         tokens=kernels.pad(core.tokens.weight.numpy(), V, C),
         positions=positions,
+        ngrams=np.concatenate(ngrams) if ngrams else np.zeros(0, np.float32),
+        ngram_rows=np.array(config.ngram_rows, np.int64),
         cos=core.cos.numpy().ravel() if rotary else np.zeros(0, np.float32),
         sin=core.sin.numpy().ravel() if rotary else np.zeros(0, np.float32),
         weights=kernels.join(weights),
@@ -377,6 +402,7 @@ def _state(model: _Model, core: GPT, batch: int) -> _State:
 
     return _State(
         length=np.zeros(1, np.int64),
+        recent=np.zeros(batch * model.ngram_rows.size, np.int64),
         keys=zeros(cache),
         values=zeros(cache),
         logits=zeros(padded(model.vocab_size)),

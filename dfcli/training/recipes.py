@@ -4,9 +4,9 @@ Every choice depends on the data, the kind of device and the budget, and is told
 nothing depends on a measured speed, so the same line gives the same run on every machine of that kind; with a time,
 the size of the model follows from the device's rate.
 
-GPT: RMSNorm, rotary positions, QK-norm, squared ReLU, no biases, untied head, projections that start at zero; Muon for
-the matrices and AdamW for the rest; a short rise, then a linear fall to zero over the last 70 % (scaled down from
-KellerJordan/modded-nanogpt, records/track_3_optimization/train_gpt_simple.py).
+GPT: tables for the last 2, 3 and 4 ids together, RMSNorm, rotary positions, QK-norm, squared ReLU, no biases, untied
+head, projections that start at zero; Muon for the matrices and AdamW for the rest; a short rise, then a linear fall to
+zero over the last 70 % (scaled down from KellerJordan/modded-nanogpt, records/track_3_optimization/train_gpt_simple.py).
 WaveNet: two cycles of dilations 1 to 512, RMSNorm before each layer, residual projections and last layer that
 start at zero, Muon for the matrices.
 """
@@ -79,6 +79,7 @@ def _gpt(corpus: Corpus, device: Device, steps: int, minutes: float, pinned: dic
     config: dict[str, Any] = {
         "vocab_size": corpus.vocab_size, "context": context, "position": "rotary", "norm": "rmsnorm",
         "activation": "relu2", "bias": False, "qkv_bias": False, "qk_norm": True, "tied_head": False, "init": "zero",
+        "ngrams": 4,
     }  # fmt: skip
     recipe: dict[str, Any] = {
         "optimizer": "muon", "lr": 0.02, "adam_lr": 0.005, "momentum": 0.95, "betas": (0.9, 0.95), "eps": 1e-10,
@@ -100,7 +101,8 @@ def _gpt(corpus: Corpus, device: Device, steps: int, minutes: float, pinned: dic
     tokens = 16_384 if device.kind == "cuda" else 1024  # on a CPU many small steps beat few large ones
     length = max(1, corpus.tokens // corpus.documents) if recipe.get("sampling") == "documents" else config["context"]
     recipe["batch_size"] = max(1, tokens // length)
-    draft.choose("batch_size", str(recipe["batch_size"]), f"about {tokens:,} ids a step on {_article(device)}")
+    mean = f", at {length:,} ids a line" if recipe.get("sampling") == "documents" else ""
+    draft.choose("batch_size", str(recipe["batch_size"]), f"about {tokens:,} ids a step on {_article(device)}{mean}")
     if "dropout" not in pinned:
         _dropout(draft, corpus, device, steps, minutes, pinned)
     return draft
@@ -144,7 +146,8 @@ def _size(
     if any(name in pinned for name in ("layers", "heads", "channels", "cycles", "dilations", "residual", "skip")):
         draft.config |= sizes[usual]
         return
-    counts = [cores.config(draft.core, size).parameters() for size in sizes]
+    dense = {"ngrams": 1} if draft.core == "gpt" else {}  # a table costs next to nothing, whatever its size
+    counts = [cores.config(draft.core, size | dense).parameters() for size in sizes]
     most = PARAMETERS_PER_TOKEN * corpus.tokens
     fed = [i for i, count in enumerate(counts) if count <= most] or [0]
     rate = None if steps else device.peak_flops()
@@ -179,7 +182,7 @@ def _dropout(draft: Draft, corpus: Corpus, device: Device, steps: int, minutes: 
     small = cores.config("gpt", draft.config).parameters() < 2 * corpus.tokens
     dropout = 0.0 if epochs < (20 if small else 6) else 0.1 if epochs < 40 else 0.2
     draft.config["dropout"] = dropout
-    times = f"about {epochs:.0f} times" if epochs >= 1 else "less than once"
+    times = "less than once" if epochs < 1 else "about once" if epochs < 1.5 else f"about {epochs:.0f} times"
     draft.choose("dropout", f"{dropout:g}", f"the budget reads the corpus {times}")
 
 

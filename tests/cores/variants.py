@@ -23,6 +23,7 @@ VARIANTS: dict[str, tuple[str, dict]] = {
             activation="relu2", bias=False, qkv_bias=False, qk_norm=True, tied_head=False, init="zero",
         ),
     ),
+    "n-grams": ("gpt", dict(vocab_size=17, context=12, layers=2, heads=2, channels=8, ngrams=4)),
     "makemore-gpt": (
         "gpt",
         dict(

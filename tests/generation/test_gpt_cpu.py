@@ -24,6 +24,8 @@ VARIANTS = {
         "position": "rotary", "norm": "rmsnorm", "activation": "relu2", "bias": False, "qkv_bias": False,
         "qk_norm": True, "tied_head": False,
     },
+    "2-grams": {"ngrams": 2},
+    "4-grams": {"ngrams": 4, "context": 6},
     "one head": {"heads": 1},
     "whole tiles": {"channels": 64, "heads": 2, "vocab_size": 64},
     "one id": {"context": 1},
