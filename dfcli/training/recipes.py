@@ -6,7 +6,7 @@ the size of the model follows from the device's rate.
 
 GPT: tables for the last 2, 3 and 4 ids together, RMSNorm, rotary positions, QK-norm, squared ReLU, no biases, untied
 head, projections that start at zero; Muon for the matrices and AdamW for the rest; a short rise, then a linear fall to
-zero over the last 70 % (scaled down from KellerJordan/modded-nanogpt, records/track_3_optimization/train_gpt_simple.py).
+zero over the last 70 % (scaled down from KellerJordan/modded-nanogpt, track 3).
 WaveNet: two cycles of dilations 1 to 512, RMSNorm before each layer, residual projections and last layer that
 start at zero, Muon for the matrices.
 """

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from tests.benchmarks import common, memory, nano_cpu_ratio, prepare, train_gpt, train_wavenet
+from tests.benchmarks import common, experiments, memory, nano_cpu_ratio, prepare, train_gpt, train_wavenet
 
 TEXT = "".join(f"The {n % 97}th line of {n}, which is no poem.\n" for n in range(600))
 
@@ -99,6 +99,14 @@ def test_nano_cpu_ratio(printed: Callable[..., dict[str, Any]], text: Path) -> N
     low, high = figures["quartiles"]
     assert low <= figures["ratio"] <= high
     assert low / 2 < speeds < high * 2
+
+
+def test_experiments(printed: Callable[..., dict[str, Any]], text: Path) -> None:
+    small = "layers=1 heads=2 channels=8 batch_size=2"
+    figures = printed(experiments.main, "gpt", "--data", text, "--minutes", 0.01, small, small + " ngrams=1")
+    with_tables, without = figures["variants"]
+    assert with_tables["parameters"] > without["parameters"]
+    assert 0 < without["val_loss"] < 5
 
 
 @pytest.mark.slow
