@@ -17,6 +17,11 @@ from dfcli.system.device import Device
 POSITIONS = 8192  # of all sequences together that are read at once: what lies between the layers must fit into memory
 
 
+def pieces(ids: NDArray[np.int64]) -> tuple[Tensor, ...]:
+    """ids [B, T] cut into pieces [B, t] that can be read at once."""
+    return torch.from_numpy(ids).split(max(1, POSITIONS // len(ids)), dim=1)
+
+
 class Plain:
     """`engines.Engine` for any core, float32, on any device. The core must be in eval mode and on the
     device."""
@@ -35,8 +40,8 @@ class Plain:
 
     @torch.inference_mode()
     def prefill(self, ids: NDArray[np.int64]) -> None:
-        for piece in torch.from_numpy(ids).to(self._device).split(max(1, POSITIONS // len(ids)), dim=1):
-            self._read(self._core.prefill(piece, self._state))
+        for piece in pieces(ids):
+            self._read(self._core.prefill(piece.to(self._device), self._state))
 
     @torch.inference_mode()
     def generate(self, uniforms: NDArray[np.float64], filters: Filters) -> NDArray[np.int64]:

@@ -35,6 +35,7 @@ from dfcli.generation.compiled import Compiled, inner
 from dfcli.generation.engines import Unavailable
 from dfcli.generation.kernels import add, copy, copy_to_rows, multiply, padded, pick, relu, tanh_sigmoid, tiles
 from dfcli.generation.lanes import Lanes
+from dfcli.generation.plain import pieces
 from dfcli.system.device import Device
 from dfcli.system.events import OnEvent, ignore
 
@@ -183,8 +184,10 @@ class _Lane:
 
     @torch.inference_mode()
     def prefill(self, ids: NDArray[np.int64]) -> None:
-        logits, state = self._core.prefill(torch.from_numpy(ids), self._core.init_state(len(ids)))
-        self.logits[:, : logits.shape[1]] = logits.numpy()
+        state = self._core.init_state(len(ids))
+        for piece in pieces(ids):
+            logits, state = self._core.prefill(piece, state)
+            self.logits[:, : logits.shape[1]] = logits.numpy()
         self._state.clock[0] = 0  # now the oldest entry of each queue [B, P, R] is its first
         queues = self._state.queues.reshape(-1, len(self.logits), self._model.table.shape[1])
         for (_, _, _, place, _), queue in zip(self._model.layers, state.queues, strict=True):

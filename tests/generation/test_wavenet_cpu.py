@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from dfcli.codecs import MuLaw
 from dfcli.cores import WaveNet, WaveNetConfig
 from dfcli.errors import DfError
-from dfcli.generation import engines, wavenet_cpu
+from dfcli.generation import engines, plain, wavenet_cpu
 from dfcli.generation.plain import Plain
 from dfcli.generation.sampling import Dice, Filters
 from dfcli.system.device import Device
@@ -96,6 +96,18 @@ def test_a_long_opening_is_the_same_as_its_end() -> None:
         for part in (opening, opening[:, -core.context :])
     ]
     np.testing.assert_array_equal(*made)
+
+
+def test_an_opening_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory holds a piece of a long opening, not all of it."""
+    core = build()
+    opening = np.random.default_rng(1).integers(0, 12, (2, core.context)).tolist()
+    uniforms = Dice(9, range(2)).draw(40)
+    whole = start(wavenet_cpu.build(core, 2, cpu()), opening).generate(uniforms, Filters())
+    for positions in (1, 6, 49):
+        monkeypatch.setattr(plain, "POSITIONS", positions)
+        made = start(wavenet_cpu.build(core, 2, cpu()), opening).generate(uniforms, Filters())
+        np.testing.assert_array_equal(made, whole)
 
 
 @pytest.fixture(scope="module")
