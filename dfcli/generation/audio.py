@@ -19,14 +19,18 @@ SILENCE = 0.01  # the amplitude (-40 dB) that a clip must exceed to count as beg
 
 
 class AudioClip:
-    """Ids in, samples out to `wav`, which is closed after `total` of them."""
+    """Ids in, samples out to `wav`, which is closed after `total` of them; before them it holds `kept` of a prime."""
 
-    def __init__(self, wav: Wav, codec: MuLaw, total: int) -> None:
+    def __init__(self, wav: Wav, codec: MuLaw, total: int, kept: int = 0) -> None:
         self._wav, self._codec = wav, codec
-        self._total = total
+        self._total, self._kept = total, kept
         self._begun = False
-        self.samples = 0  # written
-        self.silent = 0  # of these, before the first sound
+        self.silent = 0  # samples before the first sound
+
+    @property
+    def samples(self) -> int:
+        """Made and written."""
+        return max(0, self._wav.samples - self._kept)
 
     def feed(self, ids: NDArray[np.integer[Any]]) -> None:
         """Takes further ids [n]."""
@@ -36,7 +40,6 @@ class AudioClip:
             self._begun = bool(loud.any())
             self.silent += int(loud.argmax()) if self._begun else len(samples)
         self._wav.append(pcm(samples))
-        self.samples += len(ids)
         if self.samples == self._total:
             self.close()
 

@@ -203,7 +203,7 @@ def sample_audio(
             if len(clips) == group.start:  # the first samples are ready: now there is something to write
                 for i in group:
                     wav = WavFile(target[i], rate) if isinstance(target, list) else WavStream(target, rate)
-                    clips.append(AudioClip(wav, codec, total))
+                    clips.append(AudioClip(wav, codec, total, kept))
                     if recording is not None and keep_prime:
                         recording.copy(wav)
             for clip, row in zip(clips[group.start :], ids, strict=True):

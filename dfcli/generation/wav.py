@@ -4,24 +4,24 @@ needs no seeking."""
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 import numpy as np
-import soundfile
 from numpy.typing import NDArray
 
-from dfcli.errors import DfError
-from dfcli.system.files import os_errors
+from dfcli.system.files import os_errors, write_atomic
 
-HEADER = 44  # bytes before the samples, in what soundfile writes
+HEADER = 44  # bytes before the samples
+UNKNOWN = 2**32 - 1  # a size that readers take as "up to the end"
 MOST_SAMPLES = (2**32 - 1 - HEADER) // 2  # the sizes in the header are 32 bits
 
 
 class Wav(Protocol):
     """What samples are appended to."""
+
+    samples: int  # written
 
     def append(self, pcm: NDArray[np.int16]) -> None:
         """Writes samples [n]. Raises DfError if they cannot be written."""
@@ -31,65 +31,81 @@ class Wav(Protocol):
 
 
 class WavFile:
-    """A new wav file at `path`, replacing what is there. Raises DfError if it cannot be written."""
+    """A new wav file at `path`, which appears with the first samples and replaces what is there.
+
+    Later samples are written behind its end first and counted in its header then, in one write: whenever the process
+    dies, the header counts samples that are there.
+    """
 
     def __init__(self, path: Path, sample_rate: int) -> None:
-        self._path = path
-        with self._errors():
-            # Opened first by Python, whose errors say what is wrong. The handle then keeps the sizes in the
-            # header up to date: soundfile writes them only when it closes the file.
-            self._header = open(path, "wb", buffering=0)  # noqa: SIM115
-            try:
-                self._sound = soundfile.SoundFile(path, "w", sample_rate, 1, "PCM_16", format="WAV")
-            except BaseException:
-                self._header.close()
-                raise
-            self._samples = 0
+        self.samples = 0
+        self._path, self._rate = path, sample_rate
+        self._file: FileIO | None = None
 
     def append(self, pcm: NDArray[np.int16]) -> None:
-        with self._errors():
-            self._sound.write(pcm)
-            self._samples += len(pcm)
-            for place, size in ((4, HEADER - 8 + 2 * self._samples), (HEADER - 4, 2 * self._samples)):
-                self._header.seek(place)
-                self._header.write(struct.pack("<I", size))
+        data = pcm.astype("<i2").tobytes()
+        with os_errors("write", self._path):
+            if self._file is None:
+                whole = header(self._rate, len(pcm)) + data
+                if not self._path.exists():
+                    write_atomic(self._path, whole)  # it is never seen empty
+                self._file = open(self._path, "r+b", buffering=0)  # noqa: SIM115
+                self._write(self._file, 0, whole)
+                self._file.truncate()
+                self.samples = len(pcm)
+            else:
+                self._write(self._file, HEADER + 2 * self.samples, data)
+                self.samples += len(pcm)
+                self._write(self._file, 0, header(self._rate, self.samples))
 
     def close(self) -> None:
-        with self._errors():
+        """Ends the file behind the samples that count: an `append` that was broken off may have left more. Can be
+        called twice."""
+        if self._file is None or self._file.closed:
+            return
+        with os_errors("write", self._path):
             try:
-                self._sound.close()
+                self._write(self._file, 0, header(self._rate, self.samples))
+                self._file.truncate(HEADER + 2 * self.samples)
             finally:
-                self._header.close()
+                self._file.close()
 
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            with os_errors("write", self._path):
-                yield
-        except soundfile.LibsndfileError as error:
-            raise DfError(f"could not write {self._path}: {error.error_string}") from None
+    @staticmethod
+    def _write(file: FileIO, place: int, data: bytes) -> None:
+        file.seek(place)
+        while data:  # a disk that fills takes a part
+            data = data[file.write(data) :]
 
 
 class WavStream:
     """A wav written to an open binary stream, such as a pipe to a player. The stream is not closed.
 
-    The sizes in its header are 2**32 - 1, which readers take as "up to the end": so it is whole wherever it
-    ends.
+    The sizes in its header are unknown: so it is whole wherever it ends.
     """
 
     def __init__(self, stream: BinaryIO, sample_rate: int) -> None:
+        self.samples = 0
         self._stream = stream
-        unknown = 2**32 - 1
-        self._stream.write(struct.pack("<4sI4s", b"RIFF", unknown, b"WAVE"))
-        self._stream.write(struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 1, sample_rate, 2 * sample_rate, 2, 16))
-        self._stream.write(struct.pack("<4sI", b"data", unknown))
+        self._stream.write(header(sample_rate))
 
     def append(self, pcm: NDArray[np.int16]) -> None:
         self._stream.write(pcm.astype("<i2").tobytes())
         self._stream.flush()
+        self.samples += len(pcm)
 
     def close(self) -> None:
         self._stream.flush()
+
+
+def header(sample_rate: int, samples: int | None = None) -> bytes:
+    """The first HEADER bytes of a wav of so many samples, 16 bit, mono; None where that is not known yet."""
+    whole, data = (UNKNOWN, UNKNOWN) if samples is None else (HEADER - 8 + 2 * samples, 2 * samples)
+    return struct.pack(
+        "<4sI4s4sIHHIIHH4sI",
+        *(b"RIFF", whole, b"WAVE"),
+        *(b"fmt ", 16, 1, 1, sample_rate, 2 * sample_rate, 2, 16),
+        *(b"data", data),
+    )
 
 
 def pcm(samples: NDArray[np.float32]) -> NDArray[np.int16]:
