@@ -24,6 +24,8 @@ ENGINES = ("auto", "plain", "fast")
 FAST = {
     ("wavenet", "cpu"): "dfcli.generation.wavenet_cpu",
     ("gpt", "cpu"): "dfcli.generation.gpt_cpu",
+    ("wavenet", "cuda"): "dfcli.generation.wavenet_cuda",
+    ("gpt", "cuda"): "dfcli.generation.gpt_cuda",
 }
 
 

@@ -50,14 +50,14 @@ def home() -> Iterator[Path]:
                 os.environ["DFCLI_HOME"] = before
 
 
-def report(figures: dict[str, Any]) -> None:
-    """Print the figures as JSON, with where, when and with what they were measured."""
+def report(figures: dict[str, Any], device: str = "cpu") -> None:
+    """Print the figures as JSON, with where (on which processor or GPU), when and with what they were measured."""
     import torch
 
     from dfcli.system.device import resolve
 
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    where = {"machine": machine("cpu"), "threads": resolve("cpu").threads}
+    where = {"machine": machine(device), "threads": resolve("cpu").threads}
     print(json.dumps(figures | where | {"date": time.strftime("%Y-%m-%d"), "versions": versions}, indent=2))
 
 

@@ -1,12 +1,13 @@
-"""GPT generation on a CPU: tokens/s of the plain step and of what `auto` takes, in one process, and the memory's speed.
+"""GPT generation: tokens/s of the plain step and of what `auto` takes, in one process, and the memory's speed.
 
     python -m tests.benchmarks.generate_gpt
+    python -m tests.benchmarks.generate_gpt --device cuda
 
 Prints JSON. Every figure is the best of several short runs that take turns, so that what else the machine
 does disturbs all alike. Weights are random: the speed does not depend on them.
 - `share_of_copy`: the weights' bytes, read once a token, over the bytes a second that a large copy copies.
 - `times_no_cache`: against running the whole text through the model for each of 500 new tokens after a
-  prompt of one; that loop is timed at six lengths and summed by the trapezoidal rule.
+  prompt of one; that loop is timed at six lengths and summed by the trapezoidal rule. On a CPU only.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dfcli.cores import GPT, GPTConfig
 from dfcli.generation import engines
 from dfcli.generation.plain import Plain
 from dfcli.generation.sampling import Dice, Filters
-from dfcli.system.device import Device
+from dfcli.system.device import Device, resolve
 from tests.benchmarks import common
 
 MODELS = {
@@ -33,13 +34,15 @@ NEW = 500
 ROUNDS = 9
 
 
-def copy_rate() -> float:
+def copy_rate(device: Device) -> float:
     """Bytes a second that torch copies from one large array to another."""
-    source, target = torch.ones(64 * 2**20), torch.empty(64 * 2**20)
+    source = torch.ones(64 * 2**20, device=device.torch_device)
+    target = torch.empty_like(source)
     best = float("inf")
     for _ in range(ROUNDS):
         began = time.perf_counter()
         target.copy_(source)
+        device.synchronize()
         best = min(best, time.perf_counter() - began)
     return 4 * source.numel() / best
 
@@ -76,16 +79,17 @@ def no_cache(core: GPT) -> float:
 
 
 def main() -> None:
-    common.arguments(__doc__).parse_args()
+    parser = common.arguments(__doc__)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:<n>")
+    where = parser.parse_args().device
     torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    device = Device(torch.device("cpu"), "cpu", "CPU", "float32", "", threads)
-    copied = copy_rate()
+    device = resolve(where)
+    slow = device.kind == "cpu"
+    copied = copy_rate(device)
     result: dict[str, Any] = {"copy_GB_per_second": round(copied / 1e9, 1)}
     for name, config in MODELS.items():
-        core = GPT(config).eval()
+        core = GPT(config).eval().to(device.torch_device)
         engine, _ = engines.choose("gpt", core, 1, device)
-        many, _ = engines.choose("gpt", core, 16, device)
         plain, bare = Plain(core, device), Filters()
         large = config.parameters() > 50_000_000
         times = best(
@@ -94,9 +98,11 @@ def main() -> None:
                 "auto": (engine, 1, bare),
                 "auto, filters": (engines.choose("gpt", core, 1, device)[0], 1, Filters(0.8, 40, 0.95)),
             },
-            4 if large else 60,
+            4 if large and slow else 60,
         )
-        times |= best({"auto, 16 texts": (many, 16, bare)}, 2 if large else 30)
+        for texts in (16,) if slow else (16, 64):
+            many, _ = engines.choose("gpt", core, texts, device)
+            times |= best({f"auto, {texts} texts": (many, texts, bare)}, 2 if large and slow else 30)
         weights = 4 * config.parameters()
         if config.position == "learned":
             weights -= 4 * config.context * config.channels  # one row of the position table is read
@@ -108,9 +114,9 @@ def main() -> None:
             "weights_GB_per_second": round(weights / times["auto"] / 1e9, 1),
             "share_of_copy": round(weights / times["auto"] / copied, 2),
         }
-        if large:
+        if large and slow:
             result[name]["times_no_cache"] = round(no_cache(core) / (NEW * times["auto"]), 1)
-    common.report(result)
+    common.report(result, where)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""WaveNet generation on a CPU: µs a sample of the plain step and of the compiled engine, in one process.
+"""WaveNet generation: µs a sample of the plain step and of the compiled engine, in one process.
 
     python -m tests.benchmarks.generate_wavenet
+    python -m tests.benchmarks.generate_wavenet --device cuda
 
 Prints JSON. Every figure is the best of several short runs that take turns, so that what else the machine
 does disturbs all alike. Weights are random: the speed does not depend on them.
+- `filters_cost_percent`: of a sample's time, from many runs of 100 samples.
 """
 
 from __future__ import annotations
@@ -17,21 +19,28 @@ from dfcli.cores import WaveNet, WaveNetConfig
 from dfcli.generation import wavenet_cpu
 from dfcli.generation.plain import Plain
 from dfcli.generation.sampling import Dice, Filters
-from dfcli.system.device import Device
+from dfcli.system.device import Device, resolve
 from tests.benchmarks import common
 
 PAPER = WaveNetConfig()
 SMALL = WaveNetConfig(cycles=2, residual=32, skip=128, head=128)
+FILTERS = {
+    "none": Filters(),
+    "top-k 50": Filters(1, 50),
+    "top-p 0.9": Filters(1, None, 0.9),
+    "min-p 0.05": Filters(1, None, None, 0.05),
+    "all three": Filters(0.8, 50, 0.95, 0.05),
+}
 ROUNDS = 15
 
 
-def best(jobs: dict[str, tuple[Any, int, int, Filters]]) -> dict[str, float]:
-    """µs a sample of one clip, for jobs (engine, clips, samples, filters): the best of `ROUNDS`, in turns."""
+def best(jobs: dict[str, tuple[Any, int, int, Filters]], rounds: int = ROUNDS) -> dict[str, float]:
+    """µs a sample of one clip, for jobs (engine, clips, samples, filters): the best of `rounds`, in turns."""
     found = dict.fromkeys(jobs, float("inf"))
     for engine, clips, _, _ in jobs.values():
         engine.start(clips)
         engine.prefill(torch.full((clips, 1), 128).numpy())
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for name, (engine, clips, samples, filters) in jobs.items():
             uniforms = Dice(0, range(clips)).draw(samples)
             began = time.perf_counter()
@@ -44,9 +53,32 @@ def cpu(threads: int) -> Device:
     return Device(torch.device("cpu"), "cpu", "CPU", "float32", "", threads)
 
 
-def main() -> None:
-    common.arguments(__doc__).parse_args()
-    torch.manual_seed(0)
+def on_gpu(device: Device) -> dict[str, Any]:
+    """One clip, and the most samples/s of many together, by the kernel; and the plain step's."""
+    from dfcli.generation import wavenet_cuda  # needs Triton, which is not everywhere
+
+    processors = torch.cuda.get_device_properties(device.torch_device).multi_processor_count
+    result: dict[str, Any] = {}
+    for name, config in {"paper": PAPER, "small": SMALL}.items():
+        core = WaveNet(config).eval().to(device.torch_device)
+        total: dict[int, float] = {}  # samples/s of all clips together
+        for clips in (1, 16, 256, wavenet_cuda.ROWS * processors, 2 * wavenet_cuda.ROWS * processors):
+            engine = wavenet_cuda.build(core, clips, device)
+            total[clips] = 1e6 / best({"": (engine, clips, 2000 if clips == 1 else 100, Filters())})[""]
+        plain = best({"": (Plain(core, device), 1, 50, Filters())})[""]
+        most = max(total, key=lambda clips: total[clips])
+        result[name] = {
+            "samples_per_second_1_clip": round(total[1]),
+            "times_plain": round(total[1] * plain / 1e6, 1),
+            "best_samples_per_second": round(total[most]),
+            "best_clips": most,
+            "samples_per_second": {"plain, 1 clip": round(1e6 / plain)}
+            | {f"{clips} clips": round(value) for clips, value in total.items()},
+        }
+    return result
+
+
+def on_cpu() -> dict[str, Any]:
     threads = torch.get_num_threads()
     wavenet_cpu.ROUNDED = 0  # the small model's weights too
     result: dict[str, Any] = {}
@@ -68,8 +100,7 @@ def main() -> None:
             }
         )
         engine = wavenet_cpu.build(core, 1, cpu(1))
-        wanted = {"none": Filters(), "top-k 50": Filters(1, 50), "top-p 0.9": Filters(1, None, 0.9)}
-        filters = best({key: (engine, 1, 1000, value) for key, value in wanted.items()})
+        filters = best({key: (engine, 1, 100, value) for key, value in FILTERS.items()}, 10 * ROUNDS)
         torch.set_num_threads(threads)
         result[name] = {
             "parameters": config.parameters(),
@@ -78,8 +109,23 @@ def main() -> None:
             "samples_per_second": {key: round(1e6 / value) for key, value in (one | many).items()},
             "16_clips_over_1": round(many["1 clip"] / many["16 clips"], 2),
             "us_with_filters": {key: round(value, 1) for key, value in filters.items()},
+            "filters_cost_percent": {
+                key: round(100 * (value / filters["none"] - 1), 1) for key, value in filters.items()
+            },
         }
-    common.report(result)
+    return result
+
+
+def main() -> None:
+    parser = common.arguments(__doc__)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:<n>")
+    name = parser.parse_args().device
+    torch.manual_seed(0)
+    device = resolve(name)
+    if device.kind == "cuda":
+        common.report(on_gpu(device), name)
+    else:
+        common.report(on_cpu())
 
 
 if __name__ == "__main__":

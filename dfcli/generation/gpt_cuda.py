@@ -1,0 +1,194 @@
+"""GPT on an NVIDIA GPU: one id, its pick included, is one CUDA graph that is replayed id after id, in float32 and with
+the plain engine's picks. Not measured yet: no GPU was at hand.
+
+At batch 1 a token reads every weight once: 0.5 GB for `gpt2`, 0.15 ms at an H100's 3.3 TB/s. The plain step launches
+about 15 small kernels a layer, 5-10 µs of Python each, 1-2 ms in all; as a graph they start within 1-2 µs of each
+other, and nothing returns to the host until a chunk is done. So a replay must look the same every time:
+
+- The step is the core's, but with a cache of fixed shape: the new key and value go where `position`, a number on the
+  GPU, says, and a mask hides what lies beyond. To read no more of the cache than needed, there is a graph for every
+  power of two of positions ("span"), each captured when it is first needed.
+- The pick is `sampling.pick` in PyTorch, so that the logits stay where they are.
+- When the cache is full, the core's own `prefill` reads the next id: by its rule, the newest half of the context is
+  read again at once, in the same tensors.
+
+Source: the static cache is gpt-fast's (pytorch-labs, 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from dfcli.cores.gpt import GPT, GPTState, rotate
+from dfcli.errors import DfError
+from dfcli.generation.engines import Unavailable
+from dfcli.generation.plain import Plain
+from dfcli.generation.sampling import Filters
+from dfcli.system.device import Device
+from dfcli.system.events import Note, OnEvent, ignore
+
+SPAN = 128  # positions of the cache that the first graph reads; each further one reads twice as many
+
+
+def pick(logits: Tensor, filters: Filters, uniforms: Tensor) -> Tensor:
+    """`sampling.pick` without a copy to the host: logits [B, V], uniforms [B] float64 in [0, 1) -> ids [B] int64."""
+    size = logits.shape[-1]
+    temperature, top_k, top_p, min_p = filters.numbers(size)
+    if temperature == 0:
+        return logits.argmax(-1)
+    weights = logits - logits.amax(-1, keepdim=True)
+    weights = weights.div_(min(max(temperature, 1e-30), 1e30)).exp_()
+    if top_k < size or top_p < 1:
+        largest = weights.topk(top_k).values
+        count = torch.full_like(largest[:, :1], top_k, dtype=torch.int64)
+        if top_p < 1:
+            sums = largest.cumsum(-1, dtype=torch.float64)
+            count = 1 + (sums[:, :-1] < top_p * sums[:, -1:]).sum(-1, keepdim=True)
+        smallest = largest.gather(-1, count - 1)
+        above, level = weights > smallest, weights == smallest
+        weights *= above | (level & (level.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
+    weights *= weights >= min_p
+    sums = weights.cumsum(-1, dtype=torch.float64)
+    return (sums <= uniforms[:, None] * sums[:, -1:]).sum(-1).clamp_(max=size - 1)
+
+
+def step(core: GPT, ids: Tensor, position: Tensor, state: GPTState, span: int) -> Tensor:
+    """The core's step with everything of fixed shape: reads ids [B] at `position` [1] int64, which must lie below
+    `span`, into the cache -> logits [B, V]. It leaves `state.length` alone."""
+    config, B = core.config, len(ids)
+    D = config.channels // config.heads
+    state.ids.index_copy_(1, position, ids[:, None])
+    x = core.tokens(ids[:, None])  # [B, 1, C]
+    if config.ngrams > 1:
+        past = position - torch.arange(config.ngrams - 1, 0, -1, device=ids.device)
+        x = x + core.ngrams(ids[:, None], state.ids.index_select(1, past.clamp(min=0)) * (past >= 0))
+    if config.position == "learned":
+        x = x + core.positions(position)
+    hidden = torch.arange(span, device=ids.device) > position
+    for layer, block in enumerate(core.blocks):
+        q, k, v = block.attention.qkv(block.attention_norm(x)).view(B, 1, 3, config.heads, D).permute(2, 0, 3, 1, 4)
+        if config.qk_norm:
+            q, k = F.rms_norm(q, (D,)), F.rms_norm(k, (D,))
+        if config.position == "rotary":
+            angle = core.cos[position], core.sin[position]
+            q, k = rotate(q, *angle), rotate(k, *angle)
+        keys, values = state.keys[layer], state.values[layer]
+        keys.index_copy_(2, position, k)
+        values.index_copy_(2, position, v)
+        # As products, since the fused attention kernels give each head to one multiprocessor and leave the rest idle.
+        scores = (q @ keys[:, :, :span].mT * D**-0.5).masked_fill(hidden, float("-inf"))
+        y = scores.softmax(-1) @ values[:, :, :span]
+        x = x + block.attention.projection(y.view(B, 1, config.channels))
+        x = x + block.mlp(block.mlp_norm(x))
+    return core.head(core.norm(x[:, 0]))
+
+
+def build(core: nn.Module, batch: int, device: Device, exact: bool = True, on_event: OnEvent = ignore) -> Graphed:
+    """The engine for a GPT in eval mode on a GPU; it is exact whether that is asked for or not. Raises Unavailable
+    where PyTorch cannot capture its graph."""
+    assert isinstance(core, GPT)
+    engine = Graphed(core, device, on_event)
+    try:
+        engine.start(batch)
+        engine.prefill(np.zeros((batch, 1), np.int64))
+        engine.generate(np.zeros((batch, 1)), Filters())
+    except DfError:  # a model that diverged; it is told when it runs
+        pass
+    except RuntimeError as error:  # out of memory, and what cannot be captured
+        raise Unavailable(f"the CUDA graph failed ({_told(error)})") from error
+    return engine
+
+
+class Graphed(Plain):
+    """`engines.Engine` that replays `step` and `pick`. B sequences; the cache is the core's own state."""
+
+    name, reason = "cuda-graph", "one graph launch an id, with the plain engine's picks"
+
+    def __init__(self, core: GPT, device: Device, on_event: OnEvent = ignore) -> None:
+        super().__init__(core, device)
+        self._on_event, self._proven = on_event, False  # proven: a graph was captured
+
+    @torch.inference_mode()
+    def start(self, batch: int) -> None:
+        super().start(batch)
+        self._position = torch.zeros(1, dtype=torch.int64, device=self._device)  # state.length, on the GPU
+        self._next = torch.zeros((batch, self._core.config.vocab_size), device=self._device)  # logits
+        self._uniforms = torch.zeros(batch, dtype=torch.float64, device=self._device)
+        self._ids = torch.zeros(batch, dtype=torch.int64, device=self._device)
+        self._replays: dict[tuple[int, Filters], Callable[[], object]] = {}
+
+    @torch.inference_mode()
+    def generate(self, uniforms: NDArray[np.float64], filters: Filters) -> NDArray[np.int64]:
+        chances = torch.from_numpy(uniforms).to(self._device)
+        picked = torch.empty(uniforms.shape, dtype=torch.int64, device=self._device)
+        for j in range(uniforms.shape[1]):
+            self._uniforms.copy_(chances[:, j])
+            if self._state.length == self._core.context:
+                self._ids.copy_(pick(self._next, filters, self._uniforms))
+                self._read(self._core.step(self._ids, self._state))
+            else:
+                self._replay(filters)
+                self._state.length += 1
+            picked[:, j] = self._ids
+        if not self._next.isfinite().all():  # such a value stays in the cache: one look a chunk is enough
+            raise DfError(
+                "the model's output is not finite", "its training may have diverged: try an earlier `--checkpoint`"
+            )
+        return picked.cpu().numpy()
+
+    def _read(self, result: tuple[Tensor, Any]) -> None:
+        logits, self._state = result
+        self._next.copy_(logits)
+        self._position.fill_(self._state.length)
+
+    def _replay(self, filters: Filters) -> None:
+        """Picks an id a sequence by `_uniforms` into `_ids`, and reads it."""
+        span = SPAN
+        while span <= self._state.length:
+            span *= 2
+        span = min(span, self._core.context)
+
+        def advance() -> None:
+            self._ids.copy_(pick(self._next, filters, self._uniforms))
+            self._next.copy_(step(self._core, self._ids, self._position, self._state, span))
+            self._position.add_(1)
+
+        if (span, filters) not in self._replays:
+            self._replays[span, filters] = self._captured(advance)
+        self._replays[span, filters]()
+
+    def _captured(self, advance: Callable[[], None]) -> Callable[[], object]:
+        """A graph's replay in place of `advance`, whose state is as it was; `advance` itself where it cannot be
+        captured."""
+        before = self._next.clone(), self._position.clone()
+        try:
+            stream = torch.cuda.Stream(self._device)
+            stream.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(stream):
+                advance()  # what libraries set up at their first use must not be in the graph
+            torch.cuda.current_stream(self._device).wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                advance()
+        except RuntimeError as error:
+            if not self._proven:
+                raise
+            self._on_event(Note(f"without a CUDA graph from here on, which is slower ({_told(error)})"))
+            return advance
+        finally:
+            self._next.copy_(before[0])
+            self._position.copy_(before[1])
+        self._proven = True
+        return graph.replay
+
+
+def _told(error: Exception) -> str:
+    """The first line of what it says."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
