@@ -10,11 +10,12 @@ from typer.main import get_command
 
 import dfcli
 from dfcli.cli import data, eval, runs, sample, train
+from dfcli.cli.layout import Command, Group
 
 SETTINGS = {"help_option_names": ["-h", "--help"]}
 
 
-class Ordered(TyperGroup):
+class Ordered(Group):
     """The root: its commands stand in the order in which a newcomer needs them."""
 
     def list_commands(self, ctx: typer.Context) -> list[str]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -34,9 +35,9 @@ def build(completion: bool) -> TyperGroup:
         rich_markup_mode="rich",
     )
     app.callback(invoke_without_command=True)(root)
-    app.command("train")(train.train)
+    app.command("train", cls=Command)(train.train)
     app.add_typer(sample.app, name="sample")
-    app.command("eval")(eval.evaluate)
+    app.command("eval", cls=Command)(eval.evaluate)
     app.add_typer(data.app, name="data")
     app.add_typer(runs.app, name="runs")
     return cast(TyperGroup, get_command(app))

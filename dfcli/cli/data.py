@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from dfcli.cli import output
 from dfcli.cli.figures import count, size
+from dfcli.cli.layout import Command, Group
 from dfcli.cli.options import Yes, confirmed, mention_terminal
 
-app = typer.Typer(no_args_is_help=True, help="Prepare, list, show, fetch and remove data.")
+if TYPE_CHECKING:
+    from dfcli.data.dataset import Dataset
+
+app = typer.Typer(cls=Group, no_args_is_help=True, help="Prepare, list, show, fetch and remove data.")
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The dataset's name.")]
 
 
-@app.command()
+@app.command(cls=Command)
 def prepare(
     sources: Annotated[list[str], typer.Argument(metavar="SOURCE", help="Files and folders; `-` is standard input.")],
     name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="What to call it.")] = None,
@@ -86,7 +90,7 @@ def prepare(
         output.say(f"next: df train {kind} --data {dataset.name}", style="bold")
 
 
-@app.command("list")
+@app.command("list", cls=Command)
 def list_() -> None:
     """List all prepared datasets.
 
@@ -115,7 +119,7 @@ def list_() -> None:
     output.table(("NAME", "KIND", "CODEC", "TRAIN", "VAL", "DOCUMENTS", "SIZE"), rows, right)
 
 
-@app.command()
+@app.command(cls=Command)
 def show(name: Annotated[str, typer.Argument(metavar="NAME", help="A dataset's name or folder.")]) -> None:
     """Show a dataset: its codec, splits and sources.
 
@@ -131,7 +135,7 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME", help="A dataset's n
             ("kind", dataset.kind),
             ("codec", f"{dataset.info['codec']['name']}, {count(dataset.vocab_size)} ids"),
             ("documents", "one a line" if dataset.lines else "one a source"),
-            ("boundary", "none" if dataset.boundary is None else f"id {dataset.boundary}"),
+            ("boundary", _boundary(dataset)),
         ]
         items += [
             (name, f"{count(split.tokens_count)} tokens, documents: {count(split.documents)}")
@@ -150,7 +154,13 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME", help="A dataset's n
         output.pairs(items)
 
 
-@app.command()
+def _boundary(dataset: Dataset) -> str:
+    if dataset.boundary is None:
+        return "none"
+    return f"id {dataset.boundary}, before each document{' and after the last of a split' if dataset.lines else ''}"
+
+
+@app.command(cls=Command)
 def get(
     name: Annotated[str, typer.Argument(metavar="NAME", help="shakespeare, names or gpt2-bpe.")],
     out: Annotated[
@@ -173,7 +183,7 @@ def get(
     output.write(f"{path}\n")
 
 
-@app.command()
+@app.command(cls=Command)
 def remove(name: Name, yes: Yes = False) -> None:
     """Remove a prepared dataset. Its sources are not touched.
 

@@ -10,18 +10,19 @@ import typer
 
 from dfcli.cli import output
 from dfcli.cli.figures import age, count, duration, size, sparkline
+from dfcli.cli.layout import Command, Group
 from dfcli.cli.options import Yes, confirmed
 from dfcli.errors import DfError
 
 if TYPE_CHECKING:
     from dfcli.runs import Run
 
-app = typer.Typer(no_args_is_help=True, help="List, show and remove trained runs.")
+app = typer.Typer(cls=Group, no_args_is_help=True, help="List, show and remove trained runs.")
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A run's name, or the path of its folder.")]
 
 
-@app.command("list")
+@app.command("list", cls=Command)
 def list_() -> None:
     """List all runs: kind, data, steps, validation loss, age and size.
 
@@ -51,7 +52,7 @@ def list_() -> None:
     output.table(("NAME", "KIND", "DATA", "STEPS", "VAL LOSS", "AGE", "SIZE"), rows, right)
 
 
-@app.command()
+@app.command(cls=Command)
 def show(name: Name) -> None:
     """Show a run: what was trained on what, how far, and the course of its losses.
 
@@ -94,7 +95,7 @@ def show(name: Name) -> None:
     output.pairs(items)
 
 
-@app.command()
+@app.command(cls=Command)
 def path(name: Name) -> None:
     """Print the folder of a run.
 
@@ -106,7 +107,7 @@ def path(name: Name) -> None:
     output.write(f"{Run.open(name).path}\n")
 
 
-@app.command()
+@app.command(cls=Command)
 def remove(name: Annotated[str, typer.Argument(metavar="NAME", help="The run's name.")], yes: Yes = False) -> None:
     """Remove a run and its checkpoints.
 

@@ -261,10 +261,13 @@ class Build:
         self._begin()
         write = self._write_lines if options.lines else self._write_texts
         rule = write(codec, texts, writers, boundary, total)
-        facts = {
-            "characters": sum(text.characters for group in texts for text in group),
-            "bytes": sum(text.source.size for group in texts for text in group),
-            "blank_lines": sum(text.blank for group in texts for text in group),
+        found = [text for group in texts for text in group]
+        lines, characters = sum(text.lines for text in found), sum(text.characters for text in found)
+        # A line counts without its line break, which the last line of a file may lack.
+        counts = {"lines": lines, "characters_in_lines": characters - lines}
+        facts = (counts if options.lines else {"characters": characters}) | {
+            "bytes": sum(text.source.size for text in found),
+            "blank_lines": sum(text.blank for text in found),
         }
         if self._marked:
             self._on_event(Note(f"byte order marks were left out, of {list_some(self._marked)}"))

@@ -26,7 +26,17 @@ from dfcli.data.dataset import (
     open_folder,
     preparation_lock,
 )
-from dfcli.data.sources import STDIN, Kind, Skipped, Source, discover, note_skipped, nothing_usable, shown
+from dfcli.data.sources import (
+    STDIN,
+    Kind,
+    Skipped,
+    Source,
+    discover,
+    note_skipped,
+    nothing_usable,
+    refuse_missing,
+    shown,
+)
 from dfcli.data.splits import check_fractions
 from dfcli.errors import CorruptError, DfError, UsageError
 from dfcli.system.events import Choice, Note, OnEvent, ignore
@@ -130,6 +140,13 @@ def prepare(
         with building(folder, replace=True) as temporary:
             build.run(temporary, name, key)
         return open_folder(folder)
+
+
+def check_sources(items: Sequence[str]) -> None:
+    """Raise UsageError where one of `items` is no dataset, fetched corpus, file or folder. Reads none of them."""
+    for path in _paths([item for item in items if find_dataset(item) is None]):
+        if path != STDIN:
+            refuse_missing(path)
 
 
 def _check(options: Options) -> None:

@@ -156,10 +156,7 @@ def discover(items: Iterable[str]) -> tuple[list[Source], list[Skipped]]:
             sources.append(_spool_stdin())
             continue
         path = Path(item)
-        if "\0" in item or not os.path.lexists(path):
-            raise UsageError(
-                f"there is no file or folder {shown(item)}", "check the path; `df data list` shows datasets"
-            )
+        refuse_missing(item)
         if path.is_dir():
             for file in _walk(path, skipped):
                 add(file, given=False)
@@ -168,6 +165,13 @@ def discover(items: Iterable[str]) -> tuple[list[Source], list[Skipped]]:
         else:
             raise UsageError(f"{shown(path)} is a link that leads nowhere")
     return sources, skipped
+
+
+def refuse_missing(item: str) -> None:
+    """Raise UsageError where there is no file or folder `item`."""
+    if not item or "\0" in item or not os.path.lexists(Path(item)):
+        name = shown(item) or "without a name"
+        raise UsageError(f"there is no file or folder {name}", "check the path; `df data list` shows datasets")
 
 
 def read_text(source: Source, on_bytes: Callable[[bytes], object]) -> Iterator[str]:
@@ -246,7 +250,10 @@ class Lines:
 def nothing_usable(skipped: Sequence[Skipped]) -> DfError:
     """The error for sources of which nothing is left."""
     reasons = list_some([f"{file.name} ({file.reason})" for file in skipped])
-    return DfError("the sources hold nothing to learn from", f"left out: {reasons}" if skipped else "")
+    return DfError(
+        "the sources hold nothing to learn from",
+        f"left out: {reasons}" if skipped else "name a file, or a folder that holds some",
+    )
 
 
 def note_skipped(skipped: dict[str, Any], on_event: OnEvent) -> None:

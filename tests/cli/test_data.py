@@ -36,6 +36,14 @@ def test_prepare_list_show_and_remove(here, tmp_path):
     assert (tmp_path / "a.txt").exists()
 
 
+def test_a_last_line_without_a_line_break_is_counted_as_it_is(here, tmp_path):
+    (tmp_path / "names.txt").write_bytes(b"anna\nbob\n\nlea")
+    assert here("data", "prepare", "names.txt", "--name", "names", "--lines", "--val-fraction", 0.4).code == 0
+    shown = here("data", "show", "names").out
+    assert "lines 3, characters in lines 10, bytes 13, blank lines 1\n" in shown
+    assert "id 0, before each document and after the last of a split\n" in shown
+
+
 def test_what_was_skipped_is_named(here, trained, tmp_path):
     (tmp_path / "sounds").mkdir()
     (tmp_path / "sounds" / "a.wav").write_bytes((trained / "tones" / "tone-0.wav").read_bytes())
