@@ -166,12 +166,15 @@ def machine(device: str) -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
-def replicate(name: str, data: str | None, device: str) -> dict[str, Any]:
+def replicate(name: str, data: str | None, device: str, run: str | None = None) -> dict[str, Any]:
+    """Train the row's model and score it. A `run` that this row's line began is resumed, and only scored if it ended."""
     row = ROWS[name]
-    run = f"replicate-{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    source = ["--data", data] if data else []
-    line = [*row.train, "--name", run, "--device", device]
-    trained = df("train", *line, *source, **row.environment)
+    if run is None:
+        run = f"replicate-{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        source = ["--data", data] if data else []
+        trained = df("train", *row.train, "--name", run, "--device", device, *source, **row.environment)
+    else:
+        trained = df("train", row.train[0], "--name", run, "--device", device, "--resume", **row.environment)
     figures: dict[str, float] = {}
     for split in row.splits:
         scored = df("eval", "--run", run, "--split", split, "--device", device)
@@ -205,9 +208,10 @@ def main() -> None:
     parser.add_argument("row", choices=ROWS)
     parser.add_argument("--data", help="the corpus as a file or folder")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--run", help="a run that this row's line began: resume it, and score it")
     parser.add_argument("--out", type=Path, help="also write the JSON to a file in this folder")
     arguments = parser.parse_args()
-    result = replicate(arguments.row, arguments.data, arguments.device)
+    result = replicate(arguments.row, arguments.data, arguments.device, arguments.run)
     text = json.dumps(result, indent=2)
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
