@@ -1,7 +1,11 @@
-"""The history of a run: `metrics.jsonl`, one JSON object a line, the first of which is {"format": 1}.
+"""The history of a run: `metrics.jsonl`, one JSON object a line, the first of which is {"format": 2}.
 
 Lines are appended with one write each, so a reader sees whole lines and at most one unfinished at the end. A
 process that dies while it writes leaves such a torn line: readers pass over it, the next writer cuts it off.
+So a file that ends early, at whatever byte, is sound: it is the history up to there.
+
+The last key of each line but the first is `crc`, the CRC-32 of the line's bytes before that key, in hexadecimal.
+Files of format 1 have lines without it (and with it, once a newer program went on with them).
 """
 
 from __future__ import annotations
@@ -9,20 +13,22 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import zlib
 from pathlib import Path
 from typing import Any
 
 from dfcli.errors import CorruptError
 from dfcli.system.files import DAMAGED, check_format, os_errors, strict_json, write_atomic
 
-FORMAT = 1
-HEADER = b'{"format": 1}\n'
+FORMAT = 2
+HEADER = b'{"format": 2}\n'
+SEALED = re.compile(rb'(?P<body>\{.*), "crc": "(?P<crc>[0-9a-f]{8})"\}', re.DOTALL)
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
     """Append one line; NaN and infinity, which JSON lacks, become null. DfError if it cannot be written."""
-    row = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
-    line = json.dumps(row, allow_nan=False).encode("ascii") + b"\n"
+    line = _sealed({key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()})
     with os_errors("write", path):
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
         descriptor = os.open(path, flags, 0o666)
@@ -36,16 +42,37 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All whole lines but the first. CorruptError naming file and line where one is not a JSON object."""
-    return [row for _, row in _lines(path)]
+    """All whole lines but the first. CorruptError naming file and line where one is not what was written."""
+    with os_errors("read", path):
+        data = path.read_bytes()
+    *whole, torn = data.split(b"\n")
+    if _is_sealed(torn[:-1]):  # no write that broke off leaves a whole line and something else than its end
+        whole.append(torn)
+    rows: list[dict[str, Any]] = []
+    version = FORMAT
+    for number, line in enumerate(whole, start=1):
+        try:
+            row = strict_json(line)
+            if number == 1:
+                version = check_format(row, FORMAT, path)
+                continue
+            if not _is_sealed(line) and (version > 1 or "crc" in row):
+                raise ValueError("its checksum does not match its contents")
+            if not isinstance(row.get("step", 0), int):
+                raise ValueError("its step is not a whole number")
+        except ValueError as error:
+            raise CorruptError(f"line {number} of {path} is damaged: {error}", DAMAGED) from error
+        row.pop("crc", None)
+        rows.append(row)
+    return rows
 
 
 def truncate(path: Path, step: int) -> None:
     """Drop the lines of steps after `step`, atomically: a resumed run writes them again."""
-    lines = _lines(path)
-    kept = [line for line, row in lines if row.get("step", 0) <= step]
-    if len(kept) < len(lines):
-        write_atomic(path, HEADER + b"".join(kept))
+    rows = read(path)
+    kept = [row for row in rows if row.get("step", 0) <= step]
+    if len(kept) < len(rows):
+        write_atomic(path, HEADER + b"".join(map(_sealed, kept)))
 
 
 def sync(path: Path) -> None:
@@ -58,23 +85,15 @@ def sync(path: Path) -> None:
             os.close(descriptor)
 
 
-def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    with os_errors("read", path):
-        data = path.read_bytes()
-    *whole, _torn = data.split(b"\n")
-    found = []
-    for number, line in enumerate(whole, start=1):
-        try:
-            row = strict_json(line)
-            if not isinstance(row.get("step", 0), int):
-                raise ValueError("its step is not a whole number")
-        except ValueError as error:
-            raise CorruptError(f"line {number} of {path} is damaged: {error}", DAMAGED) from error
-        if number == 1:
-            check_format(row, FORMAT, path)
-        else:
-            found.append((line + b"\n", row))
-    return found
+def _sealed(row: dict[str, Any]) -> bytes:
+    """The line of a row that has at least one key."""
+    body = json.dumps(row, allow_nan=False).encode("ascii").removesuffix(b"}")
+    return b'%s, "crc": "%08x"}\n' % (body, zlib.crc32(body))
+
+
+def _is_sealed(line: bytes) -> bool:
+    match = SEALED.fullmatch(line)
+    return match is not None and int(match["crc"], 16) == zlib.crc32(match["body"])
 
 
 def _cut_torn_line(descriptor: int) -> int:

@@ -72,11 +72,20 @@ def test_it_loads(tmp_path: Path):
     assert tree(path) == before
 
 
+METRICS = b"""\
+{"format": 2}
+{"step": 2, "val_loss": 1.0, "crc": "d51c300c"}
+{"step": 3, "val_loss": 1.5, "crc": "4a247262"}
+"""
+"""Its history as it is written since lines carry a checksum."""
+
+
 def test_what_is_written_today_differs_only_in_what_the_day_adds(home: Path):
     write(home)
     ours, golden = tree(home / "runs" / "golden"), tree(GOLDEN)
     assert ours.keys() == golden.keys()
-    assert {name for name in golden if ours[name] != golden[name]} <= {"run.json"}
+    assert {name for name in golden if ours[name] != golden[name]} <= {"run.json", "metrics.jsonl"}
+    assert ours["metrics.jsonl"] == METRICS
 
 
 def write(home: Path) -> None:

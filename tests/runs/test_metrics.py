@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import zlib
 from pathlib import Path
 
 import pytest
@@ -31,8 +32,13 @@ def test_lines_come_back(path: Path):
     write(path, 3)
     assert metrics.read(path) == rows(3)
     lines = path.read_text().splitlines()
-    assert json.loads(lines[0]) == {"format": 1}
+    assert json.loads(lines[0]) == {"format": 2}
     assert len(lines) == 4
+    for line, row in zip(lines[1:], rows(3), strict=True):  # plain JSON whose last key is of all bytes before it
+        body, _, crc = line.rpartition(', "crc": ')
+        assert json.loads(line) == row | {"crc": f"{zlib.crc32(body.encode()):08x}"}
+        assert json.loads(body + "}") == row
+        assert crc.endswith('"}')
 
 
 def test_each_line_is_one_write_and_seen_at_once(path: Path):
@@ -79,6 +85,42 @@ def test_a_damaged_line_is_named(path: Path, bad: bytes):
         metrics.read(path)
 
 
+def test_every_changed_bit_is_seen(path: Path):
+    write(path, 3)
+    good = path.read_bytes()
+    for place in range(len(good)):
+        for bit in range(8):
+            path.write_bytes(good[:place] + bytes([good[place] ^ 1 << bit]) + good[place + 1 :])
+            with pytest.raises(DfError, match=r"metrics\.jsonl"):
+                metrics.read(path)
+
+
+def test_a_line_without_its_checksum_is_damaged(path: Path):
+    write(path, 1)
+    with open(path, "ab") as file:
+        file.write(b'{"step": 2}\n')
+    with pytest.raises(CorruptError, match=r"line 3 of .*metrics\.jsonl is damaged: its checksum"):
+        metrics.read(path)
+
+
+OLD = b'{"format": 1}\n{"step": 1, "train_loss": 1.0}\n{"step": 2, "train_loss": 0.5}\n'
+
+
+def test_a_history_without_checksums_is_read_gone_on_with_and_truncated(path: Path):
+    path.write_bytes(OLD)
+    assert metrics.read(path) == rows(2)
+    metrics.append(path, rows(3)[2])
+    assert metrics.read(path) == rows(3)
+    path.write_bytes(path.read_bytes().replace(b'"step": 3', b'"step": 4'))
+    with pytest.raises(CorruptError, match="line 4"):  # what it was gone on with has one
+        metrics.read(path)
+    path.write_bytes(OLD)
+    metrics.truncate(path, 1)
+    metrics.append(path, rows(2)[1])
+    assert metrics.read(path) == rows(2)
+    assert path.read_bytes().startswith(b'{"format": 2}\n')
+
+
 def test_a_carriage_return_hides_nothing(path: Path):
     write(path, 3)
     path.write_bytes(path.read_bytes().replace(b"}\n", b"}\r", 2))
@@ -87,8 +129,8 @@ def test_a_carriage_return_hides_nothing(path: Path):
 
 
 def test_a_newer_format_is_refused(path: Path):
-    path.write_bytes(b'{"format": 2}\n')
-    with pytest.raises(DfError, match="format 2"):
+    path.write_bytes(b'{"format": 3}\n')
+    with pytest.raises(DfError, match="format 3"):
         metrics.read(path)
 
 
