@@ -27,19 +27,14 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from dfcli.codecs import Codec, codec_from_json
 from dfcli.errors import CorruptError, DfError, UsageError
 from dfcli.system.events import Note, OnEvent, ignore
-from dfcli.system.files import check_name, clean_debris, data_home, os_errors, read_json, remove_folder
-
-try:
-    import fcntl
-except ImportError:  # Windows, where a mapped file cannot be removed anyway
-    fcntl = None
+from dfcli.system.files import alone, check_name, clean_debris, data_home, hold, os_errors, read_json, remove_folder
 
 FILE = "dataset.json"
 FORMAT = 1
@@ -300,7 +295,7 @@ class Dataset:
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise CorruptError(f"{file} does not describe a dataset: {error!r}", _HINT) from None
         self._codec: Codec | None = None
-        self._hold = _hold(path / f"{next(iter(self.splits))}.tokens")
+        self._hold = hold(path / f"{next(iter(self.splits))}.tokens")
         # At the latest when the program ends
         self._discard = None if discard is None else weakref.finalize(self, discard)
 
@@ -347,7 +342,7 @@ def find_dataset(name_or_path: str | Path) -> Path | None:
     try:
         if NAME.fullmatch(text) and _settled(datasets_folder() / text):
             return datasets_folder() / text
-        return Path(text) if (Path(text) / FILE).is_file() else None
+        return Path(text) if _settled(Path(text).absolute()) else None
     except (OSError, ValueError):  # a path that is too long, or has a NUL inside
         return None
 
@@ -371,6 +366,7 @@ def open_folder(folder: Path) -> Dataset:
 def list_datasets(on_event: OnEvent = ignore) -> list[Dataset]:
     """Every prepared dataset, sorted by name. What cannot be read is told as a Note and left out."""
     root = datasets_folder()
+    clean_debris(root)  # puts back what a replacement that was cut off had moved away
     names = sorted(child.name for child in root.iterdir() if NAME.fullmatch(child.name)) if root.is_dir() else []
     found = []
     for name in names:
@@ -388,7 +384,8 @@ def remove_dataset(name: str) -> None:
     clean_debris(folder.parent)
     if not folder.is_dir():
         raise UsageError(f"there is no dataset {name!r}", "`df data list` shows what is prepared")
-    with preparation_lock(name, wait=0), _exclusively(folder):
+    in_use = DfError(f"the dataset {name} is in use", "wait until training or evaluation on it has ended")
+    with preparation_lock(name, wait=0), alone(sorted(folder.glob("*.tokens")), in_use):
         remove_folder(folder)
 
 
@@ -479,13 +476,13 @@ def _settled(folder: Path) -> bool:
     in between, the old one lies beside its place, and is waited for or put back."""
     root = datasets_folder()
     for _ in range(100):
-        if (folder / FILE).exists():
+        if (folder / FILE).is_file():
             return True
         if folder.parent != root or not any(root.glob(f".old-{folder.name}-*")):
             break
         clean_debris(root)
         time.sleep(0.01)
-    return (folder / FILE).exists()
+    return (folder / FILE).is_file()
 
 
 def _stamp(folder: Path) -> tuple[int, int] | None:
@@ -494,41 +491,3 @@ def _stamp(folder: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_ino, status.st_mtime_ns
-
-
-def _hold(file: Path) -> IO[bytes] | None:
-    """Mark a dataset as being in use: a shared lock on one of its files, which ends with this process at
-    the latest."""
-    if fcntl is None:
-        return None
-    try:
-        handle = file.open("rb")
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return handle
-    except OSError:  # a file system without locks: removal then cannot know
-        return None
-
-
-@contextlib.contextmanager
-def _exclusively(folder: Path) -> Iterator[None]:
-    """Raises DfError unless nobody holds the dataset. Half a second is granted to those who only look at it."""
-    with contextlib.ExitStack() as stack:
-        for file in sorted(folder.glob("*.tokens")):
-            if fcntl is None:
-                break
-            with os_errors("read", file):
-                handle = stack.enter_context(file.open("rb"))
-            for last in [False] * 10 + [True]:
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if last:
-                        raise DfError(
-                            f"the dataset {folder.name} is in use",
-                            "wait until training or evaluation on it has ended",
-                        ) from None
-                    time.sleep(0.05)
-                except OSError:  # a file system without locks
-                    break
-        yield

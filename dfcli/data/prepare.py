@@ -69,11 +69,10 @@ def prepare(
     are the name of a prepared dataset. What was prepared before from the same sources and options is used
     again.
 
-    codec        "chars", "bytes", "gpt2" (its files in the folder `bpe`), "mulaw", or a Codec, which is
-    taken as it
+    codec        "chars", "bytes", "gpt2" (its files in the folder `bpe`), "mulaw", or a Codec, which is taken as it
                  is; None: chars for text, mulaw for audio
-    lines        each line that is not blank is a document val, test    sources of their own for these
-    splits; otherwise they are `val_fraction` and `test_fraction` of the
+    lines        each line that is not blank is a document
+    val, test    sources of their own for these splits; otherwise they are `val_fraction` and `test_fraction` of the
                  data: the last parts of one text or recording, whole documents otherwise
     normalize    "none", "peak" or "minmax", for each recording
     quantizer    of mulaw, see `codecs.MuLaw`

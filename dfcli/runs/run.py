@@ -14,7 +14,7 @@ import math
 import os
 import platform
 from collections.abc import Container, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -65,13 +65,7 @@ class Run:
         files.check_name(name, "run")
         home = runs_home()
         files.clean_debris(home)
-        if taken := files.same_name(home, name):
-            who = lock.holder(home / taken)
-            resume = "go on with it by `--resume`, or " if taken == name and not who else ""
-            raise UsageError(
-                f"there is a run `{taken}` already" + (f", in use by {who}" if who else ""),
-                f"{resume}choose another `--name`",
-            )
+        refuse_taken(name)
         created = datetime.now(UTC).isoformat(timespec="microseconds")
         info = {
             "format": FORMAT,
@@ -196,12 +190,16 @@ class Run:
         A damaged one is a CorruptError that names the file; with `fallback` the next of "best" or "last" is
         taken, and a Note says so. Other errors are those of `resolve`.
         """
-        core, damaged = self._core, set[int]()
+        with files.hold(self.path / RUN) or nullcontext():  # it is not removed before all is in memory
+            return self._load(which, optimizer, fallback, on_event)
+
+    def _load(self, which: str | int, optimizer: bool, fallback: bool, on_event: OnEvent) -> Checkpoint:
+        damaged = set[int]()
         while True:
             step = self.resolve(which, passed_over=damaged)
             chosen = checkpoint.identity(self.path, step)
             try:
-                return checkpoint.load(self.path, step, core, optimizer=optimizer)
+                return checkpoint.load(self.path, step, self._core, optimizer=optimizer)
             except DfError as error:
                 if chosen is None or checkpoint.identity(self.path, step) != chosen:
                     continue  # its trainer removed or replaced it meanwhile: choose from what there is now
@@ -271,6 +269,17 @@ class Run:
                     files.remove_folder(checkpoint.folder(self.path, step))
 
 
+def refuse_taken(name: str) -> None:
+    """Raise UsageError where there is a run of that name, also where it differs only in case."""
+    if taken := files.same_name(runs_home(), name):
+        who = lock.holder(runs_home() / taken)
+        resume = "go on with it by `--resume`, or " if taken == name and not who else ""
+        raise UsageError(
+            f"there is a run `{taken}` already" + (f", in use by {who}" if who else ""),
+            f"{resume}choose another `--name`",
+        )
+
+
 def list_runs(on_event: OnEvent = ignore) -> list[Run]:
     """The runs of the data home by name. One that cannot be read is left out, and a Note says why."""
     runs = []
@@ -292,11 +301,12 @@ def newest(kind: str | None = None, on_event: OnEvent = ignore) -> Run:
 
 
 def remove(name: str) -> None:
-    """Remove a run of the data home, be it damaged. UsageError if there is none, DfError while it is trained."""
+    """Remove a run of the data home, be it damaged. UsageError if there is none, DfError while it is in use."""
     folder = runs_home() / files.check_name(name, "run")
     if not folder.is_dir():
         raise _no_run(name)
-    with lock.held(folder):
+    in_use = DfError(f"run `{name}` is in use: a checkpoint of it is being read", "wait until that has ended")
+    with lock.held(folder), files.alone(folder.glob(RUN), in_use):
         if os.name != "nt":
             files.remove_folder(folder)
     if os.name == "nt":  # there a folder with an open file in it, the lock, cannot be renamed

@@ -23,12 +23,17 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dfcli.errors import CorruptError, DfError, UsageError
+
+try:
+    import fcntl
+except ImportError:  # Windows, where what is open cannot be removed anyway
+    fcntl = None
 
 MAX_JSON_BYTES = 64 << 20  # the largest honest file, a codec of every Unicode character, stays under 16 MiB
 FOREIGN_DEBRIS_SECONDS = 24 * 3600  # processes of another machine cannot be asked whether they live
@@ -236,6 +241,44 @@ def clean_debris(parent: Path) -> None:
                     os.rename(parent / entry, original)
             else:
                 _discard(parent / entry)
+
+
+def hold(file: Path) -> IO[bytes] | None:
+    """Mark what `file` belongs to as being in use, for `alone`: a shared lock that ends when the returned file is
+    closed, and with this process at the latest. None where there are no such locks, or the file is not there."""
+    if fcntl is None:
+        return None
+    with suppress(OSError):  # a file system without locks: removal then cannot know
+        handle = file.open("rb")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            handle.close()
+        else:
+            return handle
+    return None
+
+
+@contextmanager
+def alone(files: Iterable[Path], refusal: DfError) -> Iterator[None]:
+    """Keep others from holding `files`. Those who hold one get half a second to end; then `refusal` is raised."""
+    with ExitStack() as stack:
+        for file in files:
+            if fcntl is None:
+                break
+            with os_errors("read", file):
+                handle = stack.enter_context(file.open("rb"))
+            for last in [False] * 10 + [True]:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if last:
+                        raise refusal from None
+                    time.sleep(0.05)
+                except OSError:  # a file system without locks
+                    break
+        yield
 
 
 def sha256_file(path: Path) -> str:

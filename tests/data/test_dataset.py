@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -277,14 +278,27 @@ def test_a_broken_dataset_can_be_removed() -> None:
     assert not folder.exists()
 
 
-def test_what_a_crash_between_the_two_renames_of_a_replacement_leaves_is_found() -> None:
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda: [Dataset.open("a")],
+        list_datasets,
+        lambda: [Dataset.open(find_dataset("a") or "")],
+        lambda: [Dataset.open(datasets_folder() / "a")],
+    ],
+    ids=["open", "list", "find", "path"],
+)
+def test_what_a_replacement_that_was_cut_off_leaves_is_found(
+    read: Callable[[], list[Dataset]],
+) -> None:
     folder = write("a", [[1, 2, 3]])
     code = "import os; print(os.getpid())"
     dead = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     with building(datasets_folder() / "probe") as temporary:
         _, _, host, random = temporary.name.rsplit("-", 3)
     folder.rename(folder.with_name(f".old-a-{dead.strip()}-{host}-{random}"))
-    assert Dataset.open("a").splits["train"].tokens_count == 3
+    (found,) = (dataset for dataset in read() if dataset.name == "a")
+    assert found.splits["train"].tokens_count == 3
     assert folder.exists()
 
 

@@ -423,20 +423,26 @@ def test_a_checkpoint_replaced_while_it_is_read(monkeypatch: pytest.MonkeyPatch)
     assert same(saved.model, weights(9))
 
 
-@pytest.mark.skipif(os.name == "nt", reason="there the trainer leaves what is being read")
-def test_what_is_open_can_still_be_read(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.skipif(os.name == "nt", reason="there the system refuses to remove what is open")
+@pytest.mark.parametrize("moment", ["_read_header", "_bytes"])
+def test_what_is_being_read_is_not_removed(monkeypatch: pytest.MonkeyPatch, moment: str):
     from dfcli.runs import tensors
 
     run = make_run()
     save(run, 1, 1.0)
-    real = tensors._read_header
+    real = getattr(tensors, moment)
+    tried = []
 
     def late(*args: object) -> object:
-        remove("r")
-        return real(*args)  # type: ignore[arg-type]
+        tried.append(1)
+        with pytest.raises(DfError, match="run `r` is in use"):
+            remove("r")
+        return real(*args)
 
-    monkeypatch.setattr(tensors, "_read_header", late)
-    assert same(run.load(1).model, weights(1))
+    monkeypatch.setattr(tensors, moment, late)
+    assert same(run.load(1, optimizer=True).model, weights(1))
+    assert tried
+    remove("r")  # once it is in memory
     assert list_runs() == []
 
 

@@ -512,3 +512,37 @@ def test_hosts_are_told_apart(monkeypatch: pytest.MonkeyPatch):
     here = files._host()
     monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
     assert files._host() != here
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there the system refuses to remove what is open")
+def test_what_is_held_is_not_had_alone(tmp_path: Path):
+    def take() -> None:
+        with files.alone([tmp_path / "a", tmp_path / "b"], DfError("taken")):
+            assert files.hold(tmp_path / "a") is None
+
+    for name in "ab":
+        (tmp_path / name).touch()
+    first, second = files.hold(tmp_path / "a"), files.hold(tmp_path / "a")
+    assert first
+    assert second
+    first.close()
+    with pytest.raises(DfError, match="taken"):
+        take()
+    second.close()
+    take()
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom dfcli.system import files\n"
+        "held = files.hold(Path(sys.argv[1]))\nprint(1, flush=True)\ninput()"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "b")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert child.stdout
+    assert child.stdout.readline() == b"1\n"
+    with pytest.raises(DfError, match="taken"):
+        take()
+    child.kill()
+    child.communicate()
+    take()
+    assert files.hold(tmp_path / "missing") is None
