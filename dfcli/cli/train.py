@@ -52,6 +52,10 @@ def train(
         bool, typer.Option("--resume", metavar="", help="Go on with the run of this name, or start it.")
     ] = False,
     init: Annotated[str | None, typer.Option("--init", metavar="RUN", help="Start from another run's weights.")] = None,
+    on_nonfinite: Annotated[
+        Literal["stop", "skip"] | None,
+        typer.Option("--on-nonfinite", metavar="stop|skip", help="At a loss that is not finite: stop, or skip it."),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change a field of the model or the recipe."),
@@ -75,9 +79,10 @@ def train(
       df train wavenet --data recordings/ --minutes 30
       df train gpt --data notes/ --set layers=6 --set dropout=0.2 --show
     """
+    settings = [*(set_ or []), *([f"on_nonfinite={on_nonfinite}"] if on_nonfinite else [])]
     options: dict[str, Any] = {
         "preset": preset, "name": name, "steps": steps, "minutes": minutes, "device": device,
-        "batch_size": batch_size, "lr": lr, "seed": seed, "init": init, "overrides": _overrides(set_ or []),
+        "batch_size": batch_size, "lr": lr, "seed": seed, "init": init, "overrides": _overrides(settings),
     }  # fmt: skip
     mention_terminal(data or [])
     if show:

@@ -41,7 +41,8 @@ def test_every_command_has_help_with_an_example(here, command: str):
 def test_options_are_those_of_the_design(here, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "200")
     expected = {
-        "train": "data preset name steps minutes device batch-size lr seed resume init set show quiet json",
+        "train": "data preset name steps minutes device batch-size lr seed resume init on-nonfinite set show quiet "
+        "json",
         "sample gpt": "run prompt prompt-file tokens stop num temperature top-k top-p min-p seed device engine "
         "checkpoint json",
         "sample wavenet": "run seconds output num prime keep-prime temperature top-k top-p min-p seed device engine "

@@ -179,7 +179,7 @@ def killed_session(line: list[str], home: Path, reference: Undisturbed, dice: ra
             if aim == "saving" and saves <= 0:
                 time.sleep(delay)
                 break
-            assert time.monotonic() - began < 60, f"a training hung\n{session.child.said()}"
+            assert not session.child.hangs(60), f"a training hung\n{session.child.said()}"
         if status is None:
             session.child.kill()
             status = session.child.wait()

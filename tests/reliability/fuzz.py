@@ -44,7 +44,7 @@ from dfcli.system import files
 from tests.reliability import material
 from tests.reliability.warm import Child
 
-SECONDS = 30.0  # a case, on a busy machine
+SECONDS = 30.0  # a case; on a busy machine as many of the processor's
 MEMORY = 256 << 20  # bytes of resident memory that a case may add
 ADDRESSES = 4 << 30  # bytes of address space that it may add
 BATCH = 100  # cases of a process
@@ -301,7 +301,9 @@ def checkpoint_case(folder: Path, dice: Dice) -> None:
             assert "error: an unexpected" not in said, said
             assert words[1] != "list" or code == 0, said
     with contextlib.suppress(DfError):
-        Run.open(run_folder).metrics()
+        rows = Run.open(run_folder).metrics()
+        whole = Run.open(name).metrics()
+        assert sealed or rows == whole[: len(rows)], "a damaged history was read otherwise"
     saved, made = use()
     if not sealed:
         for path in paths:
@@ -453,6 +455,7 @@ def option_case(folder: Path, dice: Dice) -> None:
             names = [
                 ("--preset", anything),
                 ("--name", anything),
+                ("--on-nonfinite", lambda: dice.choice(["skip", "stop", anything()])),
                 ("--init", lambda: dice.choice(["talk", anything()])),
             ]
             table = [*numbers, *names, ("--set", lambda: f"{dice.choice(settings)}={anything()}")]
@@ -580,9 +583,10 @@ def fuzz(folder: Path, count: int, seed: int = 0) -> dict[str, Any]:
             child = Child(lambda numbers=numbers, writer=writer, family=family: work(family, numbers, seed, writer),
                           folder / "said", folder / "home")  # fmt: skip
             os.close(writer)
-            began, pending = time.monotonic(), b""
+            began, used, pending = time.monotonic(), 0.0, b""
             while True:
-                ready = select.select([reader], [], [], max(0.0, SECONDS + began - time.monotonic()))[0]
+                while not (ready := select.select([reader], [], [], 1.0)[0]) and not child.hangs(SECONDS, began, used):
+                    pass
                 data = os.read(reader, 1 << 16) if ready else b""
                 pending += data
                 *whole, pending = pending.split(b"\n")
@@ -590,7 +594,7 @@ def fuzz(folder: Path, count: int, seed: int = 0) -> dict[str, Any]:
                     number, told, grown = json.loads(line)
                     number += 1
                     most, slowest = max(most, grown), max(slowest, time.monotonic() - began)
-                    began = time.monotonic()
+                    began, used = time.monotonic(), child.seconds()
                     outcomes[family][told if told in ("done", "refused") else "defect"] += 1
                     if told not in ("done", "refused"):
                         defects.append({"case": f"{family}:{number - 1}", "what": told})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from dfcli.cli import app
 from dfcli.runs.run import Run
 from dfcli.training.trainer import Trainer
 from tests.reliability import material
-from tests.reliability.warm import Child
+from tests.reliability.warm import Child, command
 
 SHOW, HIDE = b"\x1b[?25h", b"\x1b[?25l"
 
@@ -140,3 +141,46 @@ def test_ctrl_c_twice_stops_at_once(tmp_path: Path, home: Path):
     assert training.end() == 130
     assert time.monotonic() - began < 5
     training.check_cursor()
+
+
+@pytest.mark.parametrize("stream", [1, 2])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "gpt"],
+        ["sample", "gpt", "--run", "talk", "--tokens", "400", "--engine", "plain"],
+        ["runs", "list"],
+        ["data", "list"],
+        ["eval", "--run", "talk", "--json"],
+    ],
+    ids=lambda words: " ".join(words[:2]),
+)
+def test_a_pipe_that_is_closed_is_quiet(words: list[str], stream: int, tmp_path: Path, home: Path):
+    """As behind `| head -1`: nothing is said of it; what only tells how work goes does not end that work."""
+    material.data(tmp_path)
+    training = material.trainings(tmp_path, 4)["gpt, muon"]
+    assert command([*training, "--name", "talk"], tmp_path / "said", home).wait() == 0
+    if words[0] == "train":
+        words = [word for word in training if word != "--quiet"] + ["--name", "r", "--json"]
+
+    kept: list[object] = []
+
+    def work() -> int | None:
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, stream)
+        kept.append(sys.stdout if stream == 1 else sys.stderr)  # its end would close the descriptor
+        setattr(sys, "stdout" if stream == 1 else "stderr", os.fdopen(stream, "w"))
+        try:
+            app.main(words)
+        except SystemExit as ended:
+            return int(ended.code or 0)
+
+    child = Child(work, tmp_path / "said", home)
+    code = child.wait()
+    said = child.said() if stream == 1 else ""  # else: what was to be said is data
+    assert code == (1 if stream == 1 else 0), said
+    assert "Traceback" not in said
+    assert "error" not in said.lower()
+    if words[0] == "train":
+        assert Run.open(home / "runs" / "r").load("last", optimizer=True).step == 4

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -23,17 +24,19 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import psutil
 import torch
 
-from dfcli.cli import app, output
+from dfcli.cli import app, commands, output
 
 FOR_CHILDREN = """
     torch._dynamo typer._adapters filelock psutil soundfile numpy.ma encodings.ascii encodings.utf_32_le rich.table
-    rich.live dfcli.cli.commands dfcli.cli.live dfcli.data.prepare dfcli.evaluation.evaluate dfcli.generation.sample
+    rich.live dfcli.cli.live dfcli.data.prepare dfcli.evaluation.evaluate dfcli.generation.sample
     dfcli.training.train dfcli.runs.rebuild dfcli.runs.tensors dfcli.system.stats
 """  # what they import sooner or later
 for _name in FOR_CHILDREN.split():
     importlib.import_module(_name)
+_TREE = commands.build(completion=False)
 
 FAILED = 99  # a child's status where it raised what no command may raise
 
@@ -56,6 +59,8 @@ class Child:
             self.pid = os.fork()
         if not self.pid:
             status = FAILED
+            gc.freeze()  # else its first collection copies all pages of the parent
+            commands.build = lambda completion: _TREE  # half of a small command's time
             try:
                 if not terminal:
                     descriptor = os.open(out, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
@@ -90,10 +95,22 @@ class Child:
         pid, status = os.waitpid(self.pid, os.WNOHANG)
         return os.waitstatus_to_exitcode(status) if pid else None
 
+    def hangs(self, seconds: float, since: float = 0.0, used: float = 0.0) -> bool:
+        """Whether it has worked for so many seconds since that time, when it had `used` so many of the processor's:
+        on a busy machine it is given ten times as long as on an idle one."""
+        passed = time.monotonic() - (since or self.began)
+        return passed > seconds and (self.seconds() - used > seconds or passed > 10 * seconds)
+
+    def seconds(self) -> float:
+        """How long it has had a processor."""
+        with contextlib.suppress(psutil.Error):
+            return sum(psutil.Process(self.pid).cpu_times()[:2])
+        return 0.0
+
     def wait(self, seconds: float = 60) -> int:
-        """Its status. A child that takes longer is killed, and an AssertionError."""
+        """Its status. A child that hangs for longer is killed, and an AssertionError."""
         while (status := self.ended()) is None:
-            if time.monotonic() - self.began > seconds:
+            if self.hangs(seconds):
                 self.kill()
                 os.waitpid(self.pid, 0)
                 raise AssertionError(f"a child hung for {seconds} s\n{self.said()}")
