@@ -38,7 +38,7 @@ class WaveNetConfig:
     decoder: int = 0  # width of one more linear layer before the logits; 0: none
     bias: bool = True  # in the layers (the head always has biases)
     norm: str = "none"  # none | rmsnorm, without gain, before each layer
-    init: str = "torch"  # torch | zero: residual projections and the last layer start at zero
+    init: str = "torch"  # torch | zero: projections at zero, levels that are neighbours start alike
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dilations", tuple(self.dilations))  # JSON gives a list
@@ -151,10 +151,20 @@ class WaveNet(nn.Module):
         self.head2 = nn.Linear(config.head, config.decoder or config.vocab_size)
         self.decoder = nn.Linear(config.decoder, config.vocab_size) if config.decoder else nn.Identity()
         if config.init == "zero":
-            last = self.decoder if config.decoder else self.head2
-            for linear in (*(layer.residual for layer in self.layers), last):
-                for parameter in linear.parameters():
-                    nn.init.zeros_(parameter)
+            self.initialise()
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Start each layer as the identity and the prediction as uniform: residual projections and the last layer at
+        zero. An id's embedding is a row of a cosine transform (channel r holds cos(pi (r + 1) (id + 1/2) / V)), so that
+        mu-law levels that are neighbours look alike from the first step on."""
+        last = self.decoder if self.config.decoder else self.head2
+        for linear in (*(layer.residual for layer in self.layers), last):
+            for parameter in linear.parameters():
+                nn.init.zeros_(parameter)
+        V, width = self.table.weight.shape
+        wave = torch.arange(1, width + 1) * torch.pi / V
+        self.table.weight.copy_(2**0.5 * torch.cos(torch.outer(torch.arange(V) + 0.5, wave)))
 
     @property
     def context(self) -> int:

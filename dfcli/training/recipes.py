@@ -23,10 +23,11 @@ from dfcli.training.settings import Recipe
 
 DEFAULT_MINUTES = 5.0
 
-GPT_SIZES = ((3, 3, 96), (4, 4, 128), (6, 6, 192), (6, 8, 256), (6, 6, 384), (8, 8, 512), (12, 12, 768))
+GPT_SIZES = ((2, 2, 64), (3, 3, 96), (4, 4, 128), (6, 6, 192), (6, 8, 256), (6, 6, 384), (8, 8, 512), (12, 12, 768))
 WAVENET_SIZES = ((2, 32, 128), (2, 64, 256), (3, 64, 256), (3, 128, 512))  # cycles, residual, skip
 TOKENS_PER_PARAMETER = {"gpt": 4.0, "wavenet": 12.0}  # a model that sees fewer is too large for its budget
 PARAMETERS_PER_TOKEN = 10.0  # a model with more than that for each token of the corpus only learns it by heart
+NGRAM_TOKENS = (20_000, 100_000, 500_000)  # from so many ids on, 2-grams, 3-grams and 4-grams come often enough
 EFFICIENCY = 0.4  # the share of a device's peak rate that a small model's training reaches
 
 
@@ -79,10 +80,10 @@ def _gpt(corpus: Corpus, device: Device, steps: int, minutes: float, pinned: dic
     config: dict[str, Any] = {
         "vocab_size": corpus.vocab_size, "context": context, "position": "rotary", "norm": "rmsnorm",
         "activation": "relu2", "bias": False, "qkv_bias": False, "qk_norm": True, "tied_head": False, "init": "zero",
-        "ngrams": 4,
+        "ngrams": 1 + sum(corpus.tokens >= least for least in NGRAM_TOKENS),
     }  # fmt: skip
     recipe: dict[str, Any] = {
-        "optimizer": "muon", "lr": 0.02, "adam_lr": 0.005, "momentum": 0.95, "betas": (0.9, 0.95), "eps": 1e-10,
+        "optimizer": "muon", "lr": 0.02, "adam_lr": 0.01, "momentum": 0.95, "betas": (0.9, 0.95), "eps": 1e-10,
         "schedule": "linear", "warmup": 10, "decay_start": 0.3, "final_lr": 0.0,
         "eval_tokens": 1_000_000 if device.kind == "cuda" else 32_768,
     }  # fmt: skip
@@ -90,10 +91,12 @@ def _gpt(corpus: Corpus, device: Device, steps: int, minutes: float, pinned: dic
     if not fixed:
         if "context" not in pinned:
             draft.choose("context", str(context), reason)
+        if "ngrams" not in pinned:
+            draft.choose("ngrams", str(config["ngrams"]), f"tables of up to so many ids, of {corpus.tokens:,}")
         sizes = [
             config | {"layers": layers, "heads": heads, "channels": channels} for layers, heads, channels in GPT_SIZES
         ]
-        _size(draft, sizes, 4 if device.kind == "cuda" else 1, corpus, device, steps, minutes, pinned)
+        _size(draft, sizes, 5 if device.kind == "cuda" else 2, corpus, device, steps, minutes, pinned)
     config |= {name: value for name, value in pinned.items() if name not in Recipe.__dataclass_fields__}
     if corpus.lines and corpus.longest <= config["context"]:
         recipe["sampling"] = "documents"
@@ -114,7 +117,7 @@ def _wavenet(corpus: Corpus, device: Device, steps: int, minutes: float, pinned:
     }  # fmt: skip
     cuda = device.kind == "cuda"
     recipe: dict[str, Any] = {
-        "optimizer": "muon", "lr": 0.02, "adam_lr": 0.004, "momentum": 0.95, "betas": (0.9, 0.95), "eps": 1e-10,
+        "optimizer": "muon", "lr": 0.035, "adam_lr": 0.01, "momentum": 0.95, "betas": (0.9, 0.95), "eps": 1e-10,
         "schedule": "linear", "warmup": 20, "decay_start": 0.3, "final_lr": 0.0, "clip": 1.0,
         "window": 8192 if cuda else 4096, "batch_size": 8 if cuda else 1,
         "eval_tokens": 1_000_000 if cuda else 65_536,
@@ -127,7 +130,7 @@ def _wavenet(corpus: Corpus, device: Device, steps: int, minutes: float, pinned:
         ]
         _size(draft, sizes, 2 if cuda else 0, corpus, device, steps, minutes, pinned)
     config |= {name: value for name, value in pinned.items() if name not in Recipe.__dataclass_fields__}
-    many = recipe["window"] * recipe["batch_size"]
+    many = (recipe | pinned)["window"] * recipe["batch_size"]
     draft.choose("batch_size", str(recipe["batch_size"]), f"{many:,} samples a step on {_article(device)}")
     return draft
 
@@ -182,7 +185,7 @@ def _dropout(draft: Draft, corpus: Corpus, device: Device, steps: int, minutes: 
     small = cores.config("gpt", draft.config).parameters() < 2 * corpus.tokens
     dropout = 0.0 if epochs < (20 if small else 6) else 0.1 if epochs < 40 else 0.2
     draft.config["dropout"] = dropout
-    times = "less than once" if epochs < 1 else "about once" if epochs < 1.5 else f"about {epochs:.0f} times"
+    times = "less than once" if epochs < 1 else "about once" if epochs < 1.5 else f"about {epochs:,.0f} times"
     draft.choose("dropout", f"{dropout:g}", f"the budget reads the corpus {times}")
 
 
