@@ -8,7 +8,8 @@ GPT: tables for the last 2, 3 and 4 ids together, RMSNorm, rotary positions, QK-
 head, projections that start at zero; Muon for the matrices and AdamW for the rest; a short rise, then a linear fall to
 zero over the last 70 % (scaled down from KellerJordan/modded-nanogpt, track 3).
 WaveNet: two cycles of dilations 1 to 512, RMSNorm before each layer, residual projections and last layer that
-start at zero, Muon for the matrices.
+start at zero, embeddings that are alike for neighbouring levels, Muon for the matrices.
+What was tried, and what it gave: tests/benchmarks/experiments.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One change to a default recipe at a time: what the table in dfcli/training/recipes.py was made with.
+"""One change to a default recipe at a time: what experiments.md, beside this file, was made with.
 
     python -m tests.benchmarks.experiments gpt --data shakespeare.txt --minutes 0.5 "" "ngrams=1" "ngrams=1 lr=0.03"
 

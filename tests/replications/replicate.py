@@ -121,10 +121,10 @@ ROWS: dict[str, Row] = {
     "gpt2": Row(
         "GPT-2 124M",
         "124,439,808 parameters",
-        ["gpt", "--preset", "gpt2", "--steps", "1", "--batch-size", "1", "--set", "accumulate=1", "--set", "context=64"]
-        + ["--set", "eval_tokens=640"],
+        ["gpt", "--preset", "gpt2", "--steps", "1", "--batch-size", "1", "--set", "accumulate=1"]
+        + ["--set", "eval_tokens=1024"],
         (),
-        note="one training step, on windows of 64: that it trains, not how well",
+        note="one training step on one window of 1,024: that it trains, not how well",
     ),
     "wavenet-paper": Row(
         "WaveNet, van den Oord et al. 2016",
@@ -167,7 +167,7 @@ def machine(device: str) -> str:
 
 
 def replicate(name: str, data: str | None, device: str, run: str | None = None) -> dict[str, Any]:
-    """Train the row's model and score it. A `run` that this row's line began is resumed, and only scored if it ended."""
+    """Train the row's model and score it. A `run` that this line began is resumed, and only scored if it has ended."""
     row = ROWS[name]
     if run is None:
         run = f"replicate-{name}-{time.strftime('%Y%m%d-%H%M%S')}"
