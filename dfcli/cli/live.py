@@ -224,10 +224,7 @@ class TrainView:
         from rich.text import Text
 
         if self.stop.exit_code:
-            return Text(
-                "stopping: this step is finished and saved first; Ctrl-C again stops at once",
-                style="bold yellow",
-            )
+            return Text(self.stop.notice, style="bold yellow")
         step, progress = self.step, self.progress  # as they are now: training goes on while this is drawn
         if progress is not None:
             share = f" {progress.done / progress.total:.0%}" if progress.total else ""

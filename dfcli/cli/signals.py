@@ -47,6 +47,12 @@ class Stop:
         """Why training should stop, or None."""
         return {0: None, INTERRUPTED: "interrupted", TERMINATED: "terminated"}[self.exit_code]
 
+    @property
+    def notice(self) -> str:
+        """What a person is told who asked to stop."""
+        more = "; Ctrl-C again stops at once" if self.exit_code == INTERRUPTED else ""
+        return f"stopping: this step is finished and saved first{more}"
+
     def __enter__(self) -> Stop:
         for number in (signal.SIGINT, *_TERMINATION):
             self._before[number] = signal.getsignal(number)
@@ -62,6 +68,5 @@ class Stop:
             raise KeyboardInterrupt
         self.exit_code = INTERRUPTED if number == signal.SIGINT else TERMINATED
         if self.announce:  # not through Rich or sys.stderr, whose buffers the signal may have interrupted
-            line = b"stopping: this step is finished and saved first; Ctrl-C again stops at once\n"
             with contextlib.suppress(OSError):  # its reader may be gone
-                os.write(sys.stderr.fileno(), line)
+                os.write(sys.stderr.fileno(), f"{self.notice}\n".encode())

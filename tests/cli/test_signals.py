@@ -57,6 +57,7 @@ def test_the_first_signal_asks_to_stop_and_says_so(number: int, reason: str, cod
     status, out, err = run([number])
     assert (status, out) == (code, f"{reason}\n")
     assert "finished and saved" in err
+    assert ("Ctrl-C again" in err) == (number == signal.SIGINT)
 
 
 def test_the_second_interrupt_stops_at_once():
