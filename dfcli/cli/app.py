@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shlex
 import sys
 from collections.abc import Container, Sequence
@@ -85,12 +86,26 @@ def _command(arguments: list[str]) -> int:
     except typer.TyperException as error:  # asked wrongly: an unknown option, a missing or bad value
         if type(error).__name__ == "NoArgsIsHelpError":  # it has printed the help
             return error.exit_code
-        message = " ".join(error.format_message().replace("Value error, ", "").split()).removesuffix(".")
+        message = _number_expected(error) or error.format_message().replace("Value error, ", "")
+        message = " ".join(message.split()).removesuffix(".")
         _report(message[:1].lower() + message[1:], _hint(error, message, program, arguments, command.commands))
         return error.exit_code
 
 
+def _number_expected(error: Exception) -> str:
+    """The sentence for an option whose value is no number; "" for any other error."""
+    option, cause = getattr(error, "param", None), error.__cause__
+    for problem in getattr(cause, "errors", list)():  # pydantic's, whose own words are a library's
+        kind = {"int": "a whole number", "float": "a number"}.get(problem["type"].partition("_")[0])
+        if option is not None and kind:
+            return f"{option.opts[0]} takes {kind}, not `{problem['input']}`"
+    return ""
+
+
 def _hint(error: Exception, message: str, program: str, arguments: list[str], commands: Container[str]) -> str:
+    option = {"train": "--data", "sample": "--run", "eval": "--run"}.get(arguments[0])
+    if option and (extra := re.search(r"extra argument\S* \((\S+)", message)):
+        return f"name it by its option: `{option} {extra[1].rstrip(')')}`"
     context = getattr(error, "ctx", None)
     if context is not None and context.parent is not None:
         return f"`{context.command_path} --help` shows what there is"
@@ -99,4 +114,4 @@ def _hint(error: Exception, message: str, program: str, arguments: list[str], co
     if "Did you mean" in message or "Possible options" in message:
         return f"`{program} --help` lists the commands"
     disk = shlex.join(["command", "-p", "df", *arguments])
-    return f"this is dfcli, which trains models; for the disk tool type `{disk}`"
+    return f"this is dfcli, which trains models: see `{program} --help`; for the disk tool type `{disk}`"

@@ -52,12 +52,18 @@ def evaluate(
       df eval --run shakespeare --split train
       df eval --run shakespeare --data other.txt --stride 32 --json
     """
-    with output.loading():
-        from dfcli.evaluation.evaluate import evaluate
+    from dfcli.data.prepare import check_sources
+    from dfcli.runs import Run, newest
 
     with output.Listener() as listener:
+        chosen = Run.open(run) if run else newest(on_event=listener)
+        check_sources(data or [])
+        output.say(f"run {chosen.name}", style="dim")
+        with output.loading():
+            from dfcli.evaluation.evaluate import evaluate
+
         found = evaluate(
-            run, data or [], split=split, stride=stride, checkpoint=checkpoint, device=device, on_event=listener
+            chosen, data or [], split=split, stride=stride, checkpoint=checkpoint, device=device, on_event=listener
         )
     if json:
         output.write_json(dataclasses.asdict(found))

@@ -13,6 +13,7 @@ import typer
 from dfcli.cli import output
 from dfcli.cli.figures import count, duration, short, size
 from dfcli.cli.options import Device, Json, mention_terminal
+from dfcli.cli.signals import Stop
 from dfcli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -79,15 +80,18 @@ def train(
       df train wavenet --data recordings/ --minutes 30
       df train gpt --data notes/ --set layers=6 --set dropout=0.2 --show
     """
+    from dfcli.training.request import Request
+
     settings = [*(set_ or []), *([f"on_nonfinite={on_nonfinite}"] if on_nonfinite else [])]
     options: dict[str, Any] = {
         "preset": preset, "name": name, "steps": steps, "minutes": minutes, "device": device,
         "batch_size": batch_size, "lr": lr, "seed": seed, "init": init, "overrides": _overrides(settings),
     }  # fmt: skip
+    if show and resume:
+        raise UsageError("`--show` and `--resume` exclude each other")
+    Request(kind, tuple(data or ()), **options).check(show=show, resume=resume)  # before PyTorch is imported
     mention_terminal(data or [])
     if show:
-        if resume:
-            raise UsageError("`--show` and `--resume` exclude each other")
         _show(kind, data or [], json, quiet, options)
     else:
         _train(kind, data or [], resume, json, quiet, options, context.find_root().obj["arguments"])
@@ -123,31 +127,36 @@ def _show(kind: str, data: list[str], json: bool, quiet: bool, options: dict[str
 def _train(
     kind: str, data: list[str], resume: bool, json: bool, quiet: bool, options: dict[str, Any], line: list[str]
 ) -> None:
-    with output.loading():
-        from dfcli.cli.live import TrainView
-        from dfcli.cli.signals import Stop
-        from dfcli.training.events import Started
-        from dfcli.training.train import train
-
     stop = Stop(announce=not quiet)
     plan: Plan | None = None
+    kept = False  # whether there is a checkpoint to go on from
 
     with ExitStack() as stack:
-        view = stack.enter_context(TrainView(stop, quiet))
-
-        def on_event(event: object) -> None:
-            nonlocal plan
-            if isinstance(event, Started):  # until here Ctrl-C ends the program at once; now there is a run to save
-                plan = event.plan
-                stack.enter_context(stop)
-            view(event)
-
         try:
+            with output.loading():
+                from dfcli.cli.live import TrainView
+                from dfcli.training.events import Saved, Started
+                from dfcli.training.train import train
+
+            view = stack.enter_context(TrainView(stop, quiet))
+
+            def on_event(event: object) -> None:
+                nonlocal plan, kept
+                if isinstance(event, Started):  # until here Ctrl-C ends the program at once; now there is a run to save
+                    plan, kept = event.plan, event.step > 0
+                    stack.enter_context(stop)
+                elif isinstance(event, Saved):
+                    kept = True
+                view(event)
+
             result = train(kind, data, resume=resume, previews=view.animated, on_event=on_event, stop=stop, **options)
-        except KeyboardInterrupt:
-            view.close()
-            if plan is not None:
+        except (KeyboardInterrupt, SystemExit):
+            stack.close()
+            if plan is not None and kept:
                 _tell_resume(line, plan)
+            elif not quiet:
+                before = "first step: nothing to save" if plan is None else "first checkpoint: nothing is kept"
+                output.say(f"stopped before the {before}")
             raise
     if json:
         output.write_json(dataclasses.asdict(result))

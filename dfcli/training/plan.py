@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,63 +16,16 @@ from dfcli import cores
 from dfcli.codecs import Codec
 from dfcli.data.builtin import builtin_sources
 from dfcli.data.dataset import Dataset, find_dataset
-from dfcli.data.download import corpus_path
 from dfcli.data.prepare import prepare
 from dfcli.errors import DfError, UsageError
 from dfcli.runs.run import Run, runs_home
 from dfcli.system.device import Device, resolve
 from dfcli.system.events import Choice, OnEvent, ignore
-from dfcli.system.files import check_name, free_bytes, same_name
+from dfcli.system.files import free_bytes, same_name
 from dfcli.training import recipes
-from dfcli.training.presets import PRESETS, preset
+from dfcli.training.presets import preset
+from dfcli.training.request import Request
 from dfcli.training.settings import Recipe, change, override
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a caller of `train` or `plan` asked for; None where nothing was said."""
-
-    kind: str
-    data: tuple[str, ...] = ()
-    preset: str | None = None
-    name: str | None = None
-    steps: int | None = None
-    minutes: float | None = None
-    device: str = "auto"
-    batch_size: int | None = None
-    lr: float | None = None
-    seed: int | None = None
-    init: str | None = None
-    overrides: dict[str, str] = field(default_factory=dict)
-
-    def check(self) -> None:
-        """Raise UsageError for what makes no sense whatever the data."""
-        if self.kind not in PRESETS:
-            raise UsageError(f"there is no kind of model `{self.kind}`", f"there are {', '.join(PRESETS)}")
-        if self.steps is not None and self.minutes is not None:
-            raise UsageError("--steps and --minutes exclude each other", "give one of them")
-        if self.steps is not None and not 1 <= self.steps <= 10**9:
-            raise UsageError(f"--steps must be from 1 to 1,000,000,000, not {self.steps}")
-        if self.minutes is not None and not 0 < self.minutes <= 10**6:  # false for NaN too
-            raise UsageError(f"--minutes must be above 0 and at most 1,000,000, not {self.minutes}")
-        if self.batch_size is not None and not 1 <= self.batch_size <= 10**6:
-            raise UsageError(f"--batch-size must be from 1 to 1,000,000, not {self.batch_size}")
-        if self.lr is not None and not 0 < self.lr <= 1000:
-            raise UsageError(f"--lr must be above 0 and at most 1,000, not {self.lr}")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise UsageError(f"--seed must be from 0 to 2^63 - 1, not {self.seed}")
-        if self.init is not None and self.preset is not None:
-            raise UsageError("--init takes the model of another run, --preset a published one", "give one of them")
-        if self.name is not None:
-            check_name(self.name, "run")
-        for option, value in self.options().items():
-            if option in self.overrides:
-                raise UsageError(f"{option} is given twice: by its option ({value}) and by --set", "give it once")
-
-    def options(self) -> dict[str, Any]:
-        """The recipe's values that were given by options of their own."""
-        values = {"steps": self.steps, "minutes": self.minutes, "batch_size": self.batch_size, "lr": self.lr}
-        return {key: value for key, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -145,15 +98,13 @@ def make(request: Request, *, show: bool = False, on_event: OnEvent = ignore) ->
 
     With `show` no data is prepared where the preset fixes the vocabulary, and no name is taken.
     """
-    request.check()
+    request.check(show=show)
     device = resolve(request.device)
     entry = preset(request.kind, request.preset) if request.preset else {}
     parent = Run.open(request.init) if request.init else None
     core = parent.info["core"]["name"] if parent else entry.get("core", request.kind)
     config_values, recipe_values = override(core, request.overrides)
     recipe_values |= request.options()
-    if request.name is not None and not show:
-        refuse_taken(request.name)
     if parent:
         _check_init(request, parent, config_values)
         entry = {"config": parent.info["core"]["config"], "recipe": {}, "data": _protocol_of(parent)}
@@ -199,12 +150,6 @@ def make(request: Request, *, show: bool = False, on_event: OnEvent = ignore) ->
         data=data, protocol=protocol, codec_name=codec_name, dataset=dataset, init=parent.name if parent else None,
         choices=tuple(choices),
     )  # fmt: skip
-
-
-def refuse_taken(name: str) -> None:
-    """Raise UsageError where there is a run of that name."""
-    if taken := same_name(runs_home(), name):
-        raise UsageError(f"there is a run `{taken}` already", "go on with it by `--resume`, or choose another `--name`")
 
 
 def check_fits(plan: Plan) -> None:
@@ -281,24 +226,14 @@ def _sources(request: Request, entry: dict[str, Any], parent: Run | None, choice
         sources = tuple(record["sources"]) if find_dataset(record["name"]) is None else (record["name"],)
         choices.append(Choice("data", ", ".join(sources), f"that of run `{parent.name}`"))
         return sources
-    corpus = entry.get("corpus")
-    if corpus == "sc09":
-        raise UsageError(
-            f"preset `{request.preset}` was published on SC09, the spoken digits of Speech Commands",
-            "give recordings with `--data FOLDER`",
-        )
-    if corpus:
-        if find_dataset(corpus) is None and corpus_path(corpus) is None:
-            raise UsageError(
-                f"preset `{request.preset}` was published on the corpus `{corpus}`, which is not here yet",
-                f"fetch it with `df data get {corpus}`, or give other data with `--data`",
-            )
+    if corpus := entry.get("corpus"):
         choices.append(Choice("data", corpus, "what the preset was published on"))
         return (corpus,)
     usual = "mulaw" if request.kind == "wavenet" else "chars"
     kind = "audio" if entry.get("data", {}).get("codec", usual) == "mulaw" else "text"
     what = "the Python standard library's sources" if kind == "text" else "melodies made by this project"
-    choices.append(Choice("data", what, "no --data was given"))
+    either = ", and the preset names no corpus" if request.preset else ""
+    choices.append(Choice("data", what, f"no --data was given{either}"))
     return tuple(str(path) for path in builtin_sources(kind))
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -28,7 +29,8 @@ from dfcli.system.events import Choice, Note, OnEvent, ignore
 from dfcli.system.files import DAMAGED, read_json, same_name, write_json
 from dfcli.training import plan as plans
 from dfcli.training.events import Finished, Started
-from dfcli.training.plan import Plan, Request
+from dfcli.training.plan import Plan
+from dfcli.training.request import Request
 from dfcli.training.settings import Recipe, override
 from dfcli.training.trainer import State, Trainer
 
@@ -115,7 +117,7 @@ def train(
     request = Request(
         kind, tuple(data), preset, name, steps, minutes, device, batch_size, lr, seed, init, overrides or {}
     )
-    request.check()
+    request.check(resume=resume)
     session = Session(previews, on_event, stop, clock)
     run = _existing(request, on_event) if resume else None
     if run is not None:
@@ -126,8 +128,8 @@ def train(
     with made.dataset as dataset:
         for choice in made.choices:
             on_event(choice)
-        _warn(made, on_event)
         plans.check_fits(made)
+        _warn(made, on_event)
         run = Run.create(str(made.name), _info(made, dataset), dataset.codec)
         try:
             with run.lock():
@@ -208,12 +210,18 @@ class Session:
 
 
 def _existing(request: Request, on_event: OnEvent) -> Run | None:
-    """The run that --resume means: the one of that name, else the newest of the kind; None where there is none."""
+    """The run that --resume means: the one of that name, else the newest of the kind; None, which is said, where there
+    is none."""
     if request.name is not None:
-        found = same_name(runs.runs_home(), request.name)
-        return Run.open(runs.runs_home() / found) if found else None
+        if found := same_name(runs.runs_home(), request.name):
+            return Run.open(runs.runs_home() / found)
+        close = get_close_matches(request.name, [run.name for run in runs.list_runs()], 1)
+        other = f" (but a run `{close[0]}`)" if close else ""
+        on_event(Note(f"there is no run `{request.name}` to resume{other}: it is started"))
+        return None
     there = [run for run in runs.list_runs() if run.kind == request.kind]
     if not there:
+        on_event(Note(f"there is no {request.kind} run to resume: one is started"))
         return None
     newest = max(there, key=lambda run: (str(run.info.get("created")), run.name))
     on_event(Choice("run", newest.name, f"the newest {request.kind} run; --name says which one to resume"))
@@ -243,7 +251,7 @@ def _resume(run: Run, request: Request, session: Session) -> TrainResult:
         began, here = run.info.get("device"), made.device.name
         if began != here:
             session.on_event(Note(f"the run began on {began}: on {here} it goes on, but not bit for bit"))
-        return session.run(run, made, dataset, state)
+        return session.run(run, replace(made, dataset=dataset), dataset, state)
 
 
 def _finished(run: Run, on_event: OnEvent) -> TrainResult:

@@ -38,6 +38,13 @@ def test_every_command_has_help_with_an_example(here, command: str):
     assert shown.out == here(*command.split(), "--help").out
 
 
+@pytest.mark.parametrize("command", ["", "train", "data", "sample", "sample wavenet", "runs remove"])
+def test_flags_show_no_type(here, command: str):
+    shown = here(*command.split(), "--help").out
+    assert "--help" in shown
+    assert "bool" not in shown
+
+
 def test_options_are_those_of_the_design(here, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "200")
     expected = {
@@ -90,6 +97,26 @@ def test_help_imports_nothing_heavy_and_is_fast():
     assert min(seconds) < 0.8
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "train gpt --data none.txt", "train gpt --data", "train gpt --preset none", "train gpt --minutes abc",
+        "train gpt --minutes -1", "train gpt --init none", "train gpt --data shakespeare", "train gpt --preset nano",
+        "train gpt --preset none --resume", "train gpt --preset none --show", "eval --run none",
+        "sample gpt --run none",
+    ],
+)  # fmt: skip
+def test_a_typing_error_is_told_before_torch_is_imported(line: str):
+    code = (
+        "import sys; from dfcli.cli.app import run; code = run(sys.argv[1:]);"
+        "print(code, [m for m in ('torch', 'torchaudio', 'soundfile') if m in sys.modules])"
+    )
+    words = [*line.split(), ""] if line.endswith("--data") else line.split()
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    assert done.stdout == "2 []\n"
+    assert done.stderr.startswith("error: ")
+
+
 def test_completion_is_offered_for_dfcli_only(df):
     assert "--install-completion" in df("--help", program="dfcli").out
     assert "--install-completion" not in df("--help", program="df").out
@@ -113,8 +140,16 @@ def test_what_the_disk_tool_would_take_gets_a_hint_to_it(here, words: list[str])
         ("train", "missing argument 'KIND'. Choose from: gpt, wavenet", "`df train --help`"),
         ("train mlp", "'mlp' is not one of 'gpt', 'wavenet'", "`df train --help`"),
         ("train gpt --foo", "no such option: --foo", "`df train --help`"),
+        ("train gpt book.txt", "extra argument(s) (book.txt)", "`--data book.txt`"),
+        ("train gpt --data a.txt b.txt c.txt", "extra argument(s) (b.txt c.txt)", "`--data b.txt`"),
+        ("sample gpt first", "extra argument(s) (first)", "`--run first`"),
+        ("data show a b", "extra argument(s) (b)", "`df data show --help`"),
+        ("help", "no such command 'help'", "see `df --help`"),
         ("train gpt --data", "option '--data' requires an argument", "`df train --help`"),
-        ("train gpt --steps many", "'--steps'", "`df train --help`"),
+        ("train gpt --steps many", "--steps takes a whole number, not `many`", "`df train --help`"),
+        ("train gpt --minutes abc", "--minutes takes a number, not `abc`", "`df train --help`"),
+        ("train gpt --steps 1e9", "--steps takes a whole number, not `1e9`", "`df train --help`"),
+        ("sample wavenet -o x.wav --seconds 4s", "--seconds takes a number, not `4s`", "`df sample wavenet --help`"),
         ("train gpt --set layers", "`--set layers` is not key=value", "--set layers=4"),
         ("train gpt --set a=1 --set a=2", "`--set a` is given twice", ""),
         ("train gpt --show --resume", "`--show` and `--resume` exclude each other", ""),

@@ -54,6 +54,7 @@ def test_other_data_splits_and_strides(here, trained):
     (trained / "other.txt").write_text("It was the age of times.\n" * 9)
     other = json.loads(here("eval", "--run", "talk", "--data", trained / "other.txt", "--json").out)
     assert (other["split"], other["tokens"]) == ("all", 25 * 9 - 1)
+    assert other["dataset"] == str(trained / "other.txt")
     train = json.loads(here("eval", "--run", "talk", "--split", "train", "--json").out)
     assert train["split"] == "train"
     assert json.loads(here("eval", "--run", "talk", "--stride", 1, "--json").out)["stride"] == 1

@@ -14,6 +14,8 @@ import pytest
 import torch
 
 import dfcli
+from dfcli.cli.live import title
+from dfcli.training.events import Started
 
 TINY = []
 for pair in ("layers=1", "heads=2", "channels=16", "context=16", "compile=off"):
@@ -80,6 +82,59 @@ def test_a_name_that_is_taken_and_a_finished_run(here, trained):
     other = here("train", "gpt", *TINY, "--name", "talk", "--steps", 13, "--resume")
     assert other.code == 2
     assert "--steps" in other.err
+
+
+def test_resume_says_that_it_starts_a_run(here, talk):
+    first = here(*LINE, "--steps", 2, "--resume")
+    assert first.code == 0, first.err
+    assert "there is no gpt run to resume: one is started\n" in first.err
+    made = here(*LINE, "--steps", 2, "--resume", "--name", "nano")
+    assert made.code == 0, made.err
+    assert "there is no run `nano` to resume: it is started\n" in made.err
+    typed = here(*LINE, "--steps", 2, "--resume", "--name", "nanoo")
+    assert "there is no run `nanoo` to resume (but a run `nano`): it is started\n" in typed.err
+    again = here(*LINE, "--steps", 2, "--resume", "--name", "nano")
+    assert "to resume" not in again.err
+
+
+def test_the_title_of_a_resumed_run_names_its_data(talk):
+    titles = []
+
+    def note(event: object) -> None:
+        if isinstance(event, Started):
+            titles.append(title(event.plan))
+
+    options = {"steps": 4, "name": "a", "overrides": {pair.split("=")[0]: pair.split("=")[1] for pair in TINY[1:-2:2]}}
+    asked = iter([None, None, "interrupted"])
+    dfcli.train("gpt", [str(talk)], **options, on_event=note, stop=lambda: next(asked))
+    dfcli.train("gpt", [str(talk)], **options, on_event=note, resume=True)
+    assert titles[0] == titles[1]
+    assert f" · {dfcli.Run.open('a').dataset['name']} · " in titles[1]
+
+
+def test_a_preset_without_its_corpus_says_how_to_get_it(here, home):
+    names = here("train", "wavenet", "--preset", "makemore")
+    assert (names.code, "`df data get names`" in names.err) == (2, True)
+    digits = here("train", "wavenet", "--preset", "sc09")
+    assert digits.code == 2
+    for part in ("Speech Commands v0.02", "speech_commands_v0.02.tar.gz", "unpack", "`--data FOLDER`"):
+        assert part in digits.err
+    assert not home.exists()
+
+
+def test_a_preset_without_a_corpus_says_what_it_takes(here):
+    small = ["--batch-size", 1, "--set", "window=512", "--set", "dilations=1,2", "--set", "eval_tokens=512"]
+    shown = here("train", "wavenet", "--preset", "paper", "--steps", 1, *small)
+    assert shown.code == 0, shown.err
+    reason = " ".join(shown.err.split())
+    assert "melodies made by this project no --data was given, and the preset names no corpus" in reason
+
+
+def test_what_does_not_fit_is_said_once(here, talk):
+    shown = here("train", "gpt", "--data", "talk.txt", "--steps", 2, "--batch-size", 999_999)
+    assert shown.code == 1
+    assert shown.err.count("of memory") == 1
+    assert shown.err.count("learns the same") == 1
 
 
 def test_show_trains_nothing(here, talk, home):
@@ -159,6 +214,21 @@ def test_a_signal_saves_and_the_line_it_gives_goes_on(here, talk, number: int, c
         more = here(*words)
         assert more.code == 0, more.err
         assert json.loads(more.out)["steps"] == 600
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals as on POSIX")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_before_the_first_step_says_that_nothing_is_saved(talk, home, number: int, code: int):
+    program = (
+        "import os, sys; from dfcli.system import device;"
+        f"device.resolve = lambda name: os.kill(os.getpid(), {number});"
+        "from dfcli.cli.app import main; main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", program, *LINE, "--steps", "9"]
+    done = subprocess.run(command, cwd=talk.parent, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert done.stderr.endswith("stopped before the first step: nothing to save\n")
+    assert not (home / "runs").exists()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals as on POSIX")

@@ -1,0 +1,99 @@
+"""What a caller of `train` or `plan` asks for, and what can be refused of it at once.
+
+Nothing here imports PyTorch, which takes seconds: a typing error is told before that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from dfcli.data.dataset import find_dataset
+from dfcli.data.download import corpus_path
+from dfcli.data.prepare import check_sources
+from dfcli.errors import UsageError
+from dfcli.runs.run import Run, refuse_taken
+from dfcli.system.files import check_name
+from dfcli.training.presets import PRESETS, preset
+
+SPEECH_COMMANDS = "https://storage.googleapis.com/download.tensorflow.org/data/speech_commands_v0.02.tar.gz"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for; None where nothing was said."""
+
+    kind: str
+    data: tuple[str, ...] = ()
+    preset: str | None = None
+    name: str | None = None
+    steps: int | None = None
+    minutes: float | None = None
+    device: str = "auto"
+    batch_size: int | None = None
+    lr: float | None = None
+    seed: int | None = None
+    init: str | None = None
+    overrides: dict[str, str] = field(default_factory=dict)
+
+    def check(self, *, show: bool = False, resume: bool = False) -> None:
+        """Raise UsageError for what makes no sense, and for names of nothing: of a preset, a source, a run.
+
+        With `show` no run's name is taken, and a preset needs no data; with `resume` the run has its data and its name.
+        """
+        self._check_values()
+        entry = preset(self.kind, self.preset) if self.preset else {}
+        if self.init:
+            Run.open(self.init)
+        if resume:
+            return
+        check_sources(self.data)
+        if not show:
+            if self.name is not None:
+                refuse_taken(self.name)
+            if not self.data and "corpus" in entry:
+                check_corpus(self.preset, entry["corpus"])
+
+    def _check_values(self) -> None:
+        if self.kind not in PRESETS:
+            raise UsageError(f"there is no kind of model `{self.kind}`", f"there are {', '.join(PRESETS)}")
+        if self.steps is not None and self.minutes is not None:
+            raise UsageError("--steps and --minutes exclude each other", "give one of them")
+        if self.steps is not None and not 1 <= self.steps <= 10**9:
+            raise UsageError(f"--steps must be from 1 to 1,000,000,000, not {self.steps}")
+        if self.minutes is not None and not 0 < self.minutes <= 10**6:  # false for NaN too
+            raise UsageError(f"--minutes must be above 0 and at most 1,000,000, not {self.minutes:g}")
+        if self.batch_size is not None and not 1 <= self.batch_size <= 10**6:
+            raise UsageError(f"--batch-size must be from 1 to 1,000,000, not {self.batch_size}")
+        if self.lr is not None and not 0 < self.lr <= 1000:
+            raise UsageError(f"--lr must be above 0 and at most 1,000, not {self.lr:g}")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise UsageError(f"--seed must be from 0 to 2^63 - 1, not {self.seed}")
+        if self.init is not None and self.preset is not None:
+            raise UsageError("--init takes the model of another run, --preset a published one", "give one of them")
+        if self.name is not None:
+            check_name(self.name, "run")
+        for option, value in self.options().items():
+            if option in self.overrides:
+                raise UsageError(f"{option} is given twice: by its option ({value}) and by --set", "give it once")
+
+    def options(self) -> dict[str, Any]:
+        """The recipe's values that were given by options of their own."""
+        values = {"steps": self.steps, "minutes": self.minutes, "batch_size": self.batch_size, "lr": self.lr}
+        return {key: value for key, value in values.items() if value is not None}
+
+
+def check_corpus(preset: str | None, corpus: str) -> None:
+    """Raise UsageError, saying how to get it, where the corpus that a preset was published on is not here."""
+    if find_dataset(corpus) is not None or corpus_path(corpus) is not None:
+        return
+    if corpus == "sc09":
+        raise UsageError(
+            f"preset `{preset}` was published on SC09, the ten spoken digits of Speech Commands v0.02",
+            f"unpack the folders zero to nine of {SPEECH_COMMANDS} (2.4 GB) into a folder, and give it: "
+            "`--data FOLDER`; other recordings will do too",
+        )
+    raise UsageError(
+        f"preset `{preset}` was published on the corpus `{corpus}`, which is not here yet",
+        f"fetch it with `df data get {corpus}`, or give other data with `--data`",
+    )
