@@ -13,14 +13,16 @@ import typer
 
 from dfcli.cli import output
 from dfcli.cli.figures import short
+from dfcli.cli.layout import Command, Group
 from dfcli.cli.options import Checkpoint, Device, Json, RunName
 from dfcli.cli.signals import INTERRUPTED
 from dfcli.errors import DfError, UsageError
 
 if TYPE_CHECKING:
     from dfcli.generation.sample import SampleResult
+    from dfcli.runs import Run
 
-app = typer.Typer(no_args_is_help=True, help="Let a trained model write text or make sound.")
+app = typer.Typer(cls=Group, no_args_is_help=True, help="Let a trained model write text or make sound.")
 
 STDIN_SECONDS = 1.0  # of silence on standard input before saying that it is being read
 
@@ -46,7 +48,7 @@ Engine = Annotated[
 ]
 
 
-@app.command()
+@app.command(cls=Command)
 def gpt(
     run: RunName = None,
     prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="What to go on from.")] = None,
@@ -83,6 +85,8 @@ def gpt(
 
     with output.Listener() as listener:
         found = Run.open(run) if run else newest("gpt", listener)
+        if found.codec.kind != "text":
+            raise UsageError(f"the run `{found.name}` makes sound, not text", f"type `{_sound_line(found)}`")
         _write_text(
             found,
             _prompt(prompt, prompt_file),
@@ -102,7 +106,7 @@ def gpt(
         )
 
 
-@app.command()
+@app.command(cls=Command)
 def wavenet(
     run: RunName = None,
     seconds: Annotated[float | None, typer.Option("--seconds", metavar="S", help="How much sound to make.")] = None,
@@ -153,7 +157,7 @@ def wavenet(
             _write_sound(found, seconds, out, json, listener, prime=prime, keep_prime=keep_prime, **options)
 
 
-def _write_text(run: Any, prompt: str, json: bool, listener: output.Listener, **options: Any) -> None:
+def _write_text(run: Run, prompt: str, json: bool, listener: output.Listener, **options: Any) -> None:
     with output.loading():
         from dfcli.generation.sample import sample_text
 
@@ -172,14 +176,12 @@ def _write_text(run: Any, prompt: str, json: bool, listener: output.Listener, **
 
 
 def _write_sound(
-    run: Any, seconds: float | None, out: str | None, json: bool, listener: output.Listener, **options: Any
+    run: Run, seconds: float | None, out: str | None, json: bool, listener: output.Listener, **options: Any
 ) -> None:
     if seconds is None or out is None:
-        missing = " and ".join(name for name, value in (("--seconds", seconds), ("-o", out)) if value is None)
-        raise UsageError(
-            f"{missing} must be given: how much sound to make, and where to",
-            "for example `df sample wavenet --seconds 4 -o out.wav`",
-        )
+        wanted = (("--seconds (how much sound to make)", seconds), ("-o (where to write it)", out))
+        missing = " and ".join(name for name, value in wanted if value is None)
+        raise UsageError(f"{missing} must be given", f"for example `{_sound_line(run)}`")
     if out == "-" and json:
         raise UsageError("`-o -` and `--json` exclude each other", "both would write to stdout")
     if out == "-" and sys.stdout.isatty():
@@ -208,6 +210,10 @@ def _write_sound(
     _tell(result)
     if result.interrupted:
         raise typer.Exit(INTERRUPTED)
+
+
+def _sound_line(run: Run) -> str:
+    return f"df sample wavenet --run {run.name} --seconds 4 -o out.wav"
 
 
 def _tell(result: SampleResult) -> None:

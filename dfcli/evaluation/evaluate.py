@@ -172,7 +172,8 @@ def _split(dataset: Dataset, split: str | None) -> str:
     split = split or "val"
     if split not in dataset.splits:
         raise UsageError(
-            f"dataset {dataset.name} has no split {split!r}", f"it has {', '.join(sorted(dataset.splits))}"
+            f"dataset {dataset.name} has no split {split!r}",
+            f"choose by `--split` what it has: {', '.join(sorted(dataset.splits))}",
         )
     return split
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -133,11 +134,21 @@ def test_sound_needs_a_length_and_a_place(here):
         shown = here("sample", "wavenet", "--run", "tune", *words)
         assert shown.code == 2
         assert "must be given" in shown.err
-        assert "df sample wavenet --seconds 4 -o out.wav" in shown.err
+        assert "df sample wavenet --run tune --seconds 4 -o out.wav" in shown.err
     for seconds, out in (("nan", "x.wav"), ("0", "x.wav"), ("-1", "x.wav"), ("1e30", "x.wav"), ("1", "none/x.wav")):
         shown = here("sample", "wavenet", "--run", "tune", "--seconds", seconds, "-o", out)
         assert shown.code == 2, shown.err
         assert "error: " in shown.err
+
+
+def test_a_run_of_sound_is_refused_for_text_with_a_line_that_works(here, tmp_path):
+    shown = here("sample", "gpt", "--run", "tune")
+    assert shown.code == 2
+    line = re.search(r"type `df (.*)`", shown.err)
+    assert line is not None, shown.err
+    assert here(*line[1].split()).code == 0
+    assert (tmp_path / "out.wav").exists()
+    assert "-o (where to write it) must be given" in here("sample", "wavenet", "--run", "tune", "--seconds", 1).err
 
 
 def test_a_wavenet_of_text_needs_neither(here):
