@@ -95,6 +95,21 @@ def test_a_corpus_read_many_times_gets_dropout() -> None:
     assert parts(default("gpt", SHAKESPEARE, machine(), 100, 0.0, {}))[0].dropout == 0  # pyright: ignore
 
 
+def test_reasons_are_sentences_of_their_data() -> None:
+    def reason(corpus: Corpus, what: str, steps: int) -> str:
+        choices = default("gpt", corpus, machine(), steps, 0.0, {}).choices
+        return next(choice.reason for choice in choices if choice.what == what)
+
+    assert reason(NAMES, "batch_size", 100) == "about 1,024 ids a step on a CPU, at 7 ids a line"
+    assert reason(SHAKESPEARE, "batch_size", 100) == "about 1,024 ids a step on a CPU"
+    steps = SHAKESPEARE.tokens // 1024
+    assert reason(SHAKESPEARE, "dropout", steps // 2) == "the budget reads the corpus less than once"
+    assert reason(SHAKESPEARE, "dropout", steps + 10) == "the budget reads the corpus about once"
+    assert reason(SHAKESPEARE, "dropout", 3 * steps) == "the budget reads the corpus about 3 times"
+    speech = default("wavenet", SPEECH, machine(), 100, 0.0, {"window": 512})
+    assert "512 samples a step on a CPU" in [choice.reason for choice in speech.choices]
+
+
 @pytest.mark.parametrize(
     ("core", "values"),
     [
