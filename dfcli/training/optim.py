@@ -12,6 +12,8 @@ from collections import defaultdict
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
 
 from dfcli.errors import CorruptError
 from dfcli.training.settings import Recipe
@@ -72,6 +74,51 @@ class Muon:
                 p.add_((update.T if tall else update).reshape(p.shape), alpha=-lr * ((n / m) ** 0.5 if tall else 1.0))
 
 
+class Elementwise:
+    """AdamW or SGD over named `parameters`, of which those in `decays` decay; `state` maps what is kept of each to
+    {parameter: tensor}.
+
+    By torch's functional forms: its optimiser classes import the compiler, which takes three seconds at the start.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], decays: set[str], recipe: Recipe) -> None:
+        self.parameters, self.recipe = parameters, recipe
+        self.groups = [([name for name in parameters if name in decays], recipe.weight_decay)]
+        self.groups += [([name for name in parameters if name not in decays], 0.0)]
+        kept = ("momentum_buffer",) if recipe.optimizer == "sgd" else ("step", "exp_avg", "exp_avg_sq")
+        self.state: dict[str, dict[str, Tensor]] = {what: {} for what in kept}
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        for group, weight_decay in self.groups:
+            grads = {name: p.grad for name in group if (p := self.parameters[name]).grad is not None}
+            if grads:
+                (self._sgd if self.recipe.optimizer == "sgd" else self._adamw)(grads, lr, weight_decay)
+
+    def _adamw(self, grads: dict[str, Tensor], lr: float, weight_decay: float) -> None:
+        r, s = self.recipe, self.state
+        ps: list[Tensor] = [self.parameters[name] for name in grads]
+        for name, p in zip(grads, ps, strict=True):
+            if name not in s["step"]:
+                s["step"][name] = torch.zeros((), device=p.device)
+                s["exp_avg"][name], s["exp_avg_sq"][name] = torch.zeros_like(p), torch.zeros_like(p)
+        steps, means, squares = ([s[what][name] for name in grads] for what in ("step", "exp_avg", "exp_avg_sq"))
+        adamw(
+            ps, list(grads.values()), means, squares, [], steps, fused=True, amsgrad=False, maximize=False,
+            beta1=r.betas[0], beta2=r.betas[1], lr=lr, weight_decay=weight_decay, eps=r.eps,
+        )  # fmt: skip
+
+    def _sgd(self, grads: dict[str, Tensor], lr: float, weight_decay: float) -> None:
+        ps: list[Tensor] = [self.parameters[name] for name in grads]
+        kept = self.state["momentum_buffer"]
+        buffers = [kept.get(name) for name in grads]
+        sgd(
+            ps, list(grads.values()), buffers, fused=True, weight_decay=weight_decay, momentum=self.recipe.momentum,
+            lr=lr, dampening=0.0, nesterov=False, maximize=False,
+        )  # fmt: skip
+        kept |= {name: buffer for name, buffer in zip(grads, buffers, strict=True) if buffer is not None}
+
+
 class Optimizer:
     """The optimiser that a recipe asks for, over a core's parameters. `step` expects their gradients."""
 
@@ -83,23 +130,12 @@ class Optimizer:
         decays = {name for name, p in rest.items() if recipe.decay == "all" or p.ndim >= 2}
         if recipe.optimizer == "muon":
             decays = set()  # the scale of embeddings and of the output layer is theirs to choose
-        groups = [
-            {"params": [p for name, p in rest.items() if name in decays], "weight_decay": recipe.weight_decay},
-            {"params": [p for name, p in rest.items() if name not in decays], "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
-        self.names = {id(p): name for name, p in rest.items()}
+        self.base = Elementwise(rest, decays, recipe)
         self.lr = recipe.adam_lr if recipe.optimizer == "muon" else recipe.lr
-        if recipe.optimizer == "sgd":
-            self.base: torch.optim.Optimizer = torch.optim.SGD(groups, self.lr, recipe.momentum, fused=True)
-        else:
-            self.base = torch.optim.AdamW(groups, self.lr, recipe.betas, recipe.eps, fused=True)
 
     def step(self, lr_factor: float) -> None:
         """Update the parameters at `lr_factor` times the recipe's rates, and drop their gradients."""
-        for group in self.base.param_groups:
-            group["lr"] = self.lr * lr_factor
-        self.base.step()
+        self.base.step(self.lr * lr_factor)
         if self.muon:
             self.muon.step(lr_factor)
         self.drop_gradients()
@@ -122,26 +158,19 @@ class Optimizer:
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything a later `load_state_tensors` needs to go on bit for bit, as "<what>/<parameter>": tensor."""
         tensors = {f"muon/{name}": buffer for name, buffer in (self.muon.buffers if self.muon else {}).items()}
-        for p, state in self.base.state.items():
-            for what, value in state.items():
-                if isinstance(value, Tensor):
-                    tensors[f"{what}/{self.names[id(p)]}"] = value
+        for what, state in self.base.state.items():
+            tensors |= {f"{what}/{name}": tensor for name, tensor in state.items()}
         return tensors
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Take back what `state_tensors` gave. Raises CorruptError where it does not belong to these parameters."""
-        names = [self.names[id(p)] for group in self.base.param_groups for p in group["params"]]
-        number = {name: i for i, name in enumerate(names)}
-        state: dict[int, dict[str, Tensor]] = defaultdict(dict)
         for key, tensor in tensors.items():
             what, _, name = key.partition("/")
-            if name not in self.named or (what != "step" and tensor.shape != self.named[name].shape):
+            state = self.muon.buffers if what == "muon" and self.muon else self.base.state.get(what)
+            shape = self.named[name].shape if name in self.named and what != "step" else torch.Size()
+            if state is None or name not in self.named or tensor.shape != shape:
                 raise CorruptError(f"the optimizer's state has a `{key}` that the model has no place for")
-            if what == "muon" and self.muon:
-                self.muon.buffers[name] = tensor.to(self.named[name].device, copy=True)
-            elif name in number:
-                state[number[name]][what] = tensor
-        self.base.load_state_dict({"state": dict(state), "param_groups": self.base.state_dict()["param_groups"]})
+            state[name] = tensor.to(self.named[name].device, copy=True)
 
 
 def matrices(core: nn.Module) -> dict[str, nn.Parameter]:

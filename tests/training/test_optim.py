@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -113,6 +115,32 @@ def test_adamw_is_torchs_and_decays_matrices_only() -> None:
         plain.step()
     for p, q in zip(core.parameters(), other.parameters(), strict=True):
         assert torch.allclose(p, q, atol=1e-6)
+
+
+def test_sgd_is_torchs() -> None:
+    core = cores.build("gpt", GPT)
+    other = copy.deepcopy(core)
+    optimizer = Optimizer(core, Recipe(optimizer="sgd", lr=0.1, momentum=0.9))
+    plain = torch.optim.SGD(other.parameters(), lr=0.05, momentum=0.9)
+    for step in range(3):
+        set_gradients(core, step)
+        set_gradients(other, step)
+        optimizer.step(0.5)
+        plain.step()
+    for p, q in zip(core.parameters(), other.parameters(), strict=True):
+        assert torch.allclose(p, q, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
+def test_the_compiler_is_not_imported(name: str) -> None:
+    code = (
+        "import sys; from torch import nn; from dfcli.training.optim import Optimizer;"
+        "from dfcli.training.settings import Recipe; core = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2));"
+        f"optimizer = Optimizer(core, Recipe(optimizer={name!r}, momentum=0.9));"
+        "import torch; core(torch.ones(1, 4)).sum().backward(); optimizer.step(1.0);"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_decay_all_reaches_biases() -> None:
