@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import filelock
 import pytest
@@ -141,6 +142,22 @@ def test_other_content_is_refused(content: bytes, server: Server, home: Path) ->
     assert f"at {home / 'downloads' / 'one.txt'} by hand" in caught.value.hint
     assert stored(home) == set()
     assert max(event.done for event in events if isinstance(event, Progress)) <= len(CONTENT)
+
+
+def test_no_more_is_taken_than_the_file_has(server: Server, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    real = download._receive
+
+    def receive(*arguments: Any) -> bytes:
+        chunk = real(*arguments)
+        taken.append(len(chunk))
+        return chunk
+
+    monkeypatch.setattr(download, "_receive", receive)
+    server.content = CONTENT * 50
+    with pytest.raises(DfError, match="not the one that was published"):
+        get("one")
+    assert sum(taken) == len(CONTENT) + 1  # one byte more tells that it is another file
 
 
 def test_a_shorter_file_never_ends_well(server: Server, home: Path) -> None:
