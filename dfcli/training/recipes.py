@@ -169,7 +169,8 @@ def _size(
         elif chosen == fed[-1] < len(sizes) - 1:
             reason = "as large as the corpus feeds"
     draft.config |= sizes[chosen]
-    draft.choose("size", f"{counts[chosen] / 1e6:.2g}M parameters", reason)
+    apart = " beside the tables" if draft.config.get("ngrams", 1) > 1 else ""
+    draft.choose("size", f"{counts[chosen] / 1e6:.2g}M parameters{apart}", reason)
 
 
 def _dropout(draft: Draft, corpus: Corpus, device: Device, steps: int, minutes: float, pinned: dict[str, Any]) -> None:
