@@ -173,26 +173,28 @@ def in_child(function: Callable[..., Any], *values: Any) -> tuple[Any, int]:
     """What `function` (of a module) returns in a new process, and the most memory that process had of its own, in
     bytes: resident, without the pages of files."""
     context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_answer, args=(sender, function, *values))
+    ours, theirs = context.Pipe()
+    child = context.Process(target=_answer, args=(theirs, function, *values))
     child.start()
-    sender.close()
-    process, most = psutil.Process(child.pid), 0
-    while child.is_alive():
-        try:
-            info = process.memory_info()
-        except psutil.Error:
-            break
+    theirs.close()
+    process, most, done = psutil.Process(child.pid), 0, False
+    while not done:
+        done = ours.poll(0.002)  # the child then waits, so that it is measured once more before it ends
+        info = process.memory_info()
         most = max(most, info.rss - getattr(info, "shared", 0))  # only Linux tells the pages of files apart
-        child.join(0.002)
-    child.join()
-    if child.exitcode:
-        raise SystemExit(f"{function.__name__} failed in its process")
-    return receiver.recv(), most
+    try:
+        result = ours.recv()
+        ours.send("measured")
+    except EOFError:
+        raise SystemExit(f"{function.__name__} failed in its process") from None
+    finally:
+        child.join()
+    return result, most
 
 
-def _answer(sender: Any, function: Callable[..., Any], *values: Any) -> None:
-    sender.send(function(*values))
+def _answer(ours: Any, function: Callable[..., Any], *values: Any) -> None:
+    ours.send(function(*values))
+    ours.recv()
 
 
 def repeated(source: Path, target: Path, size: int) -> Path:
