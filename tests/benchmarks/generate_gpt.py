@@ -24,6 +24,7 @@ from dfcli.generation.plain import Plain
 from dfcli.generation.sampling import Dice, Filters
 from dfcli.system.device import Device, resolve
 from tests.benchmarks import common
+from tests.generation.engine import start
 
 MODELS = {
     "nano-cpu": GPTConfig(65, context=64, layers=4, heads=4, channels=128, bias=False, qkv_bias=False),
@@ -51,8 +52,7 @@ def best(jobs: dict[str, tuple[Any, int, Filters]], tokens: int) -> dict[str, fl
     """Seconds a token of one sequence, for jobs (engine, sequences, filters): the best of `ROUNDS`, in turns."""
     found = dict.fromkeys(jobs, float("inf"))
     for engine, batch, _ in jobs.values():
-        engine.start(batch)
-        engine.prefill(np.zeros((batch, 1), np.int64))
+        start(engine, [[0]] * batch)
     for _ in range(ROUNDS):
         for name, (engine, batch, filters) in jobs.items():
             uniforms = Dice(0, range(batch)).draw(tokens)

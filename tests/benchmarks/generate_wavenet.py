@@ -21,6 +21,7 @@ from dfcli.generation.plain import Plain
 from dfcli.generation.sampling import Dice, Filters
 from dfcli.system.device import Device, resolve
 from tests.benchmarks import common
+from tests.generation.engine import cpu, start
 
 PAPER = WaveNetConfig()
 SMALL = WaveNetConfig(cycles=2, residual=32, skip=128, head=128)
@@ -38,8 +39,7 @@ def best(jobs: dict[str, tuple[Any, int, int, Filters]], rounds: int = ROUNDS) -
     """µs a sample of one clip, for jobs (engine, clips, samples, filters): the best of `rounds`, in turns."""
     found = dict.fromkeys(jobs, float("inf"))
     for engine, clips, _, _ in jobs.values():
-        engine.start(clips)
-        engine.prefill(torch.full((clips, 1), 128).numpy())
+        start(engine, [[128]] * clips)
     for _ in range(rounds):
         for name, (engine, clips, samples, filters) in jobs.items():
             uniforms = Dice(0, range(clips)).draw(samples)
@@ -47,10 +47,6 @@ def best(jobs: dict[str, tuple[Any, int, int, Filters]], rounds: int = ROUNDS) -
             engine.generate(uniforms, filters)
             found[name] = min(found[name], 1e6 * (time.perf_counter() - began) / samples / clips)
     return found
-
-
-def cpu(threads: int) -> Device:
-    return Device(torch.device("cpu"), "cpu", "CPU", "float32", "", threads)
 
 
 def on_gpu(device: Device) -> dict[str, Any]:

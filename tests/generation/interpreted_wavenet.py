@@ -8,7 +8,6 @@ program after the other, so that with several of them only one sample a launch c
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,17 +20,12 @@ from dfcli.generation.plain import Plain
 from dfcli.generation.sampling import Dice, Filters, pick
 from dfcli.generation.wavenet_cuda import Persistent
 from dfcli.system.device import Device
+from tests.generation.engine import start
 from tests.generation.test_wavenet_cpu import VARIANTS, build
 
 KIND = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 FEW = KIND == "cpu"  # the interpreter takes about a second for a sample
 DEVICE = Device(torch.device(KIND), KIND, KIND, "float32", "", 1)
-
-
-def start(engine: Any, opening: list[list[int]]) -> Any:
-    engine.start(len(opening))
-    engine.prefill(np.array(opening, np.int64))
-    return engine
 
 
 def fast(core: WaveNet, opening: list[list[int]], processors: int = 1) -> Persistent:

@@ -13,7 +13,7 @@ from dfcli.errors import DfError
 from dfcli.generation import engines, gpt_cpu
 from dfcli.generation.plain import Plain
 from dfcli.generation.sampling import Dice, Filters
-from dfcli.system.device import Device
+from tests.generation.engine import cpu, start
 
 V = 50
 VARIANTS = {
@@ -42,16 +42,6 @@ def build(**values: Any) -> GPT:
         for parameter in core.parameters():
             parameter += 0.05 * torch.randn_like(parameter)  # gains and biases too
     return core
-
-
-def cpu(threads: int = 1) -> Device:
-    return Device(torch.device("cpu"), "cpu", "CPU", "float32", "", threads)
-
-
-def start(engine: Any, opening: list[list[int]]) -> Any:
-    engine.start(len(opening))
-    engine.prefill(np.array(opening, np.int64))
-    return engine
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

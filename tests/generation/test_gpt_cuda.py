@@ -16,9 +16,8 @@ from dfcli.generation.sampling import Dice, Filters
 from dfcli.generation.sampling import pick as reference
 from dfcli.system.device import Device
 from dfcli.system.events import Note
-from tests.generation.test_gpt_cpu import VARIANTS, V, build, cpu, start
-
-CUDA = Device(torch.device("cuda"), "cuda", "GPU", "bfloat16", "", 1)
+from tests.generation.engine import CUDA, NO_CUDA, cpu, start
+from tests.generation.test_gpt_cpu import VARIANTS, V, build
 
 
 @pytest.fixture(params=["cpu", "cuda"])
@@ -85,7 +84,7 @@ def test_a_capture_tries_the_step_and_leaves_no_trace(monkeypatch: pytest.Monkey
     core = build()
     with pytest.raises(RuntimeError, match="not permitted"):
         fast(core, cpu(), [[1]]).generate(Dice(0, [0]).draw(1), Filters())
-    engine, reason = engines.choose("gpt", core, 1, Device(torch.device("cpu"), "cuda", "", "float32", "", 1))
+    engine, reason = engines.choose("gpt", core, 1, NO_CUDA)
     assert engine.name == "plain"
     assert reason == "the CUDA graph failed (RuntimeError: operation not permitted when stream is capturing)"
     told: list[Any] = []

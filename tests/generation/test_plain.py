@@ -13,7 +13,7 @@ from dfcli.errors import DfError, UsageError
 from dfcli.generation import engines, plain
 from dfcli.generation.plain import Plain
 from dfcli.generation.sampling import Dice, Filters, pick
-from dfcli.system.device import resolve
+from tests.generation.engine import cpu, start
 
 V = 12
 CORES = {
@@ -28,11 +28,8 @@ def build(name: str) -> Any:
     return CORES[name]().eval()
 
 
-def start(core: Any, opening: list[list[int]]) -> Plain:
-    engine = Plain(core, resolve("cpu"))
-    engine.start(len(opening))
-    engine.prefill(np.array(opening, np.int64))
-    return engine
+def begin(core: Any, opening: list[list[int]]) -> Plain:
+    return start(Plain(core, cpu()), opening)
 
 
 @pytest.mark.parametrize("name", CORES)
@@ -41,7 +38,7 @@ def start(core: Any, opening: list[list[int]]) -> Plain:
 def test_it_makes_what_the_definition_makes(name: str, filters: Filters) -> None:
     core, opening = build(name), [[1, 2, 3], [4, 5, 6]]
     uniforms = Dice(9, range(2)).draw(20)
-    made = start(core, opening).generate(uniforms, filters)
+    made = begin(core, opening).generate(uniforms, filters)
     ids = torch.tensor(opening)
     for roll in uniforms.T:
         picked = pick(core(ids)[:, -1].numpy(), filters, roll)
@@ -53,8 +50,8 @@ def test_it_makes_what_the_definition_makes(name: str, filters: Filters) -> None
 @pytest.mark.parametrize("name", CORES)
 def test_where_the_chunks_are_cut_changes_nothing(name: str) -> None:
     uniforms = Dice(9, range(2)).draw(60)  # beyond the GPT's context
-    whole = start(build(name), [[1], [2]]).generate(uniforms, Filters())
-    engine = start(build(name), [[1], [2]])
+    whole = begin(build(name), [[1], [2]]).generate(uniforms, Filters())
+    engine = begin(build(name), [[1], [2]])
     parts = [engine.generate(part, Filters()) for part in np.split(uniforms, [1, 8, 9, 40], axis=1)]
     assert np.array_equal(np.concatenate(parts, axis=1), whole)
 
@@ -63,14 +60,14 @@ def test_where_the_chunks_are_cut_changes_nothing(name: str) -> None:
 def test_an_opening_read_in_pieces(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     opening = np.random.default_rng(1).integers(V, size=(2, 25)).tolist()
     uniforms = Dice(9, range(2)).draw(20)
-    whole = start(build(name), opening).generate(uniforms, Filters())
+    whole = begin(build(name), opening).generate(uniforms, Filters())
     for positions in (1, 6, 49):
         monkeypatch.setattr(plain, "POSITIONS", positions)
-        assert np.array_equal(start(build(name), opening).generate(uniforms, Filters()), whole)
+        assert np.array_equal(begin(build(name), opening).generate(uniforms, Filters()), whole)
 
 
 def test_a_start_forgets_what_was_before() -> None:
-    engine = start(build("wavenet"), [[1, 2]])
+    engine = begin(build("wavenet"), [[1, 2]])
     first = engine.generate(Dice(1, [0]).draw(30), Filters())
     engine.start(3)
     engine.prefill(np.array([[1, 2]] * 3))
@@ -82,7 +79,7 @@ def test_a_broken_model_is_told() -> None:
     core = build("gpt")
     torch.nn.init.constant_(core.blocks[0].mlp.projection.bias, float("nan"))
     with pytest.raises(DfError, match="not finite"):
-        start(core, [[1]]).generate(Dice(1, [0]).draw(3), Filters())
+        begin(core, [[1]]).generate(Dice(1, [0]).draw(3), Filters())
 
 
 class Fake:
@@ -112,7 +109,7 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.usefixtures("fast")
 def test_choose() -> None:
-    core, device = build("gpt"), resolve("cpu")
+    core, device = build("gpt"), cpu()
     for engine, batch, name, reason in [
         ("auto", 1, "fake", "fastest"), ("fast", 4, "fake", "asked for"), ("plain", 1, "plain", "asked for"),
         ("auto", 5, "plain", "faster without it"),

@@ -22,8 +22,8 @@ from dfcli.generation.plain import Plain
 from dfcli.generation.sample import AudioProgress, SampleResult, sample_audio, sample_text
 from dfcli.generation.sampling import Dice, Filters
 from dfcli.generation.wav import HEADER, pcm
-from dfcli.system.device import resolve
 from dfcli.system.events import Choice, Note
+from tests.generation.engine import cpu, start
 from tests.generation.runs import RATE, gpt_run, save, wavenet_run
 
 
@@ -47,9 +47,7 @@ def audio(out: Any, seconds: float = 0.5, **options: Any) -> SampleResult:
 def test_it_is_what_the_engine_makes() -> None:
     run = gpt_run()
     core, _ = run.build()
-    engine = Plain(core, resolve("cpu"))
-    engine.start(1)
-    engine.prefill(np.array([[1, 2, 3]]))
+    engine = start(Plain(core, cpu()), [[1, 2, 3]])
     ids = engine.generate(Dice(5, [0]).draw(30), Filters(0.7, 3))
     result = text(run=run, prompt="abc", temperature=0.7, top_k=3)
     assert result.samples == ["abc" + Chars("\nabc").decode(ids[0])]
@@ -196,9 +194,7 @@ def read(path: Path | str | io.BytesIO) -> np.ndarray:
 def test_sound_is_what_the_engine_makes(tmp_path: Path) -> None:
     run = wavenet_run()
     core, _ = run.build()
-    engine = Plain(core, resolve("cpu"))
-    engine.start(1)
-    engine.prefill(np.array([[128]]))
+    engine = start(Plain(core, cpu()), [[128]])
     ids = engine.generate(Dice(5, [0]).draw(500), Filters(0.9))[0]
     result = audio(tmp_path / "out.wav", run=run, temperature=0.9)
     assert np.array_equal(read(tmp_path / "out.wav"), pcm(MuLaw(RATE).decode(ids)))
@@ -257,9 +253,8 @@ def test_a_prime_is_continued(tmp_path: Path) -> None:
     codec = MuLaw(RATE)
     heard = codec.encode(soundfile.read(prime, dtype="float32")[0])
     core, _ = run.build()
-    engine = Plain(core, resolve("cpu"))
-    engine.start(1)
-    engine.prefill(np.array([[128, *heard]]))  # all of it: what the model does not see makes no difference
+    # All of it: what the model does not see makes no difference.
+    engine = start(Plain(core, cpu()), [[128, *heard]])
     ids = engine.generate(Dice(5, [0]).draw(500), Filters())[0]
     assert np.array_equal(continuation, pcm(codec.decode(ids)))
 

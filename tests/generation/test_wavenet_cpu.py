@@ -15,7 +15,7 @@ from dfcli.errors import DfError
 from dfcli.generation import engines, plain, wavenet_cpu
 from dfcli.generation.plain import Plain
 from dfcli.generation.sampling import Dice, Filters
-from dfcli.system.device import Device
+from tests.generation.engine import cpu, start
 from tests.generation.rounding import rounded
 
 VARIANTS = {
@@ -41,16 +41,6 @@ def build(**values: Any) -> WaveNet:
         for parameter in core.parameters():
             parameter *= 2  # so that the logits are as large as a trained model's
     return core
-
-
-def cpu(threads: int = 1) -> Device:
-    return Device(torch.device("cpu"), "cpu", "CPU", "float32", "", threads)
-
-
-def start(engine: Any, opening: list[list[int]]) -> Any:
-    engine.start(len(opening))
-    engine.prefill(np.array(opening, np.int64))
-    return engine
 
 
 def logits(engine: Any) -> np.ndarray:

@@ -12,12 +12,11 @@ import pytest
 import torch
 
 from dfcli.generation import engines
-from dfcli.system.device import Device
+from tests.generation.engine import CUDA, NO_CUDA
 from tests.generation.test_wavenet_cpu import build
 
 triton = pytest.importorskip("triton", reason="PyTorch brings Triton on Linux only")
 FOLDER = Path(__file__).parent
-CUDA = Device(torch.device("cuda"), "cuda", "GPU", "bfloat16", "", 1)
 
 
 @pytest.mark.parametrize("interpret", ["1", "0"])
@@ -64,6 +63,6 @@ def test_where_it_does_not_run_the_plain_engine_does(monkeypatch: pytest.MonkeyP
         assert part in reason
     monkeypatch.setattr(Properties, "major", 9)  # and then there is none
     core = build()
-    engine, reason = engines.choose("wavenet", core, 1, Device(torch.device("cpu"), "cuda", "", "float32", "", 1))
+    engine, reason = engines.choose("wavenet", core, 1, NO_CUDA)
     assert engine.name == "plain"
     assert reason.startswith("Triton could not run its kernel (")
