@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from dfcli.errors import UsageError
+from dfcli.errors import DfError, UsageError
 from dfcli.generation.plain import Plain
 from dfcli.generation.sampling import Filters
 from dfcli.system.device import Device
@@ -83,6 +83,24 @@ def choose(
         if engine == "fast":
             raise UsageError(f"no fast engine runs this model here: {why}", "use `--engine auto`") from None
         return Plain(core, device), str(why)
+
+
+def try_out(engine: Engine, batch: int, failure: str) -> None:
+    """Makes two ids of each of `batch` sequences, to see whether the machine can. Where it cannot, raises Unavailable:
+    `failure` and what was said."""
+    try:
+        engine.start(batch)
+        engine.prefill(np.zeros((batch, 1), np.int64))
+        engine.generate(np.zeros((batch, 2)), Filters())
+    except DfError:  # a model that diverged; it is told when it runs
+        pass
+    except Exception as error:  # of Triton, a missing C compiler, the driver, the memory: they share no base class
+        raise Unavailable(f"{failure} ({first_line(error)})") from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what it says, with its kind; compilers say many."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _fast(core_name: str, core: nn.Module, batch: int, device: Device, exact: bool, on_event: OnEvent) -> Engine:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from dfcli.cores.gpt import GPT, GPTState, rotate
 from dfcli.errors import DfError
-from dfcli.generation.engines import Unavailable
+from dfcli.generation.engines import first_line, try_out
 from dfcli.generation.plain import Plain
 from dfcli.generation.sampling import Filters
 from dfcli.system.device import Device
@@ -95,14 +95,7 @@ def build(core: nn.Module, batch: int, device: Device, exact: bool = True, on_ev
     where PyTorch cannot capture its graph."""
     assert isinstance(core, GPT)
     engine = Graphed(core, device, on_event)
-    try:
-        engine.start(batch)
-        engine.prefill(np.zeros((batch, 1), np.int64))
-        engine.generate(np.zeros((batch, 1)), Filters())
-    except DfError:  # a model that diverged; it is told when it runs
-        pass
-    except RuntimeError as error:  # out of memory, and what cannot be captured
-        raise Unavailable(f"the CUDA graph failed ({_told(error)})") from error
+    try_out(engine, batch, "the CUDA graph failed")
     return engine
 
 
@@ -180,15 +173,10 @@ class Graphed(Plain):
         except RuntimeError as error:
             if not self._proven:
                 raise
-            self._on_event(Note(f"without a CUDA graph from here on, which is slower ({_told(error)})"))
+            self._on_event(Note(f"without a CUDA graph from here on, which is slower ({first_line(error)})"))
             return advance
         finally:
             self._next.copy_(before[0])
             self._position.copy_(before[1])
         self._proven = True
         return graph.replay
-
-
-def _told(error: Exception) -> str:
-    """The first line of what it says."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from dfcli.cores.wavenet import WaveNet
 from dfcli.generation import compiled, kernels
 from dfcli.generation.compiled import Compiled, inner
-from dfcli.generation.engines import Unavailable
+from dfcli.generation.engines import Unavailable, first_line
 from dfcli.generation.kernels import add, copy, copy_to_rows, multiply, padded, pick, relu, tanh_sigmoid, tiles
 from dfcli.generation.lanes import Lanes
 from dfcli.generation.plain import pieces
@@ -163,7 +163,7 @@ def build(core: nn.Module, batch: int, device: Device, exact: bool = True, on_ev
             on_event, model, _state(model, core, 1), np.empty((1, 0)), 1.0, 1, 1.0, 0.0, np.empty((1, 0), np.int64)
         )
     except Exception as error:  # numba has no base class for what it raises
-        raise Unavailable(f"numba could not compile it ({type(error).__name__}: {error})") from error
+        raise Unavailable(f"numba could not compile it ({first_line(error)})") from error
     name, reason = "numba", "compiled for this processor, with the plain engine's picks"
     if rounded:
         name = "numba-bfloat16"

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 
 from dfcli.cores.wavenet import WaveNet
 from dfcli.errors import DfError
-from dfcli.generation.engines import Unavailable
+from dfcli.generation.engines import Unavailable, try_out
 from dfcli.generation.plain import Plain
 from dfcli.generation.sampling import Filters
 from dfcli.system.device import Device
@@ -211,15 +211,7 @@ def build(core: nn.Module, batch: int, device: Device, exact: bool = True, on_ev
         raise Unavailable("its tensor cores are too old for the kernel")
     on_event(Note("compiling the WaveNet kernel (once for this shape of model)"))
     engine = Persistent(core, device, where.multi_processor_count)
-    try:
-        engine.start(batch)
-        engine.prefill(np.zeros((batch, 1), np.int64))
-        engine.generate(np.zeros((batch, 2)), Filters())
-    except DfError:  # a model that diverged; it is told when it runs
-        pass
-    except Exception as error:  # Triton, a missing C compiler or the driver: they share no base class
-        what = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise Unavailable(f"Triton could not run its kernel ({what})") from error
+    try_out(engine, batch, "Triton could not run its kernel")
     return engine
 
 

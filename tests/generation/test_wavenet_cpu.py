@@ -187,7 +187,7 @@ def test_a_model_that_diverged_is_told() -> None:
 
 def test_without_numba_the_plain_engine_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> None:
-        raise RuntimeError("no such processor")
+        raise RuntimeError("no such processor\nand where it was met")
 
     monkeypatch.setattr(wavenet_cpu._exact, "load", broken)
     engine, reason = engines.choose("wavenet", build(), 1, cpu())
