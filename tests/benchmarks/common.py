@@ -35,6 +35,13 @@ def arguments(documentation: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
+def device_argument(documentation: str | None) -> str:
+    """What `--device` says, for a benchmark that has no other argument."""
+    parser = arguments(documentation)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:<n>")
+    return parser.parse_args().device
+
+
 @contextmanager
 def home() -> Iterator[Path]:
     """A data dir for this benchmark alone ($DFCLI_HOME), removed at its end."""

@@ -79,9 +79,7 @@ def no_cache(core: GPT) -> float:
 
 
 def main() -> None:
-    parser = common.arguments(__doc__)
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:<n>")
-    where = parser.parse_args().device
+    where = common.device_argument(__doc__)
     torch.manual_seed(0)
     device = resolve(where)
     slow = device.kind == "cpu"

@@ -113,9 +113,7 @@ def on_cpu() -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = common.arguments(__doc__)
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:<n>")
-    name = parser.parse_args().device
+    name = common.device_argument(__doc__)
     torch.manual_seed(0)
     device = resolve(name)
     if device.kind == "cuda":
