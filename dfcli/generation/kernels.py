@@ -65,8 +65,10 @@ def pack(weights: NDArray[np.float32]) -> NDArray[np.uint32]:
     """float32 tiles as bfloat16 in pairs: a word holds elements i and i + 8 of 16 successive floats."""
     low, high = (part.astype(np.int64) for part in weights.view(np.uint32).reshape(-1, 2, _WIDTH).swapaxes(0, 1))
     low = (low + 0x7FFF + (low >> 16 & 1)) >> 16
-    word = (high - low + 0x8000 & ~0xFFFF) + low  # the word nearest to `high` that ends in `low`
-    return word.astype(np.uint32).ravel()
+    sign, high = high & 1 << 31, high & ~(1 << 31)
+    # The word nearest to `high` that ends in `low`. Nothing lies below 0, where a padding zero stands beside a weight.
+    word = np.maximum(high - low + 0x8000 & ~0xFFFF, 0) + low
+    return (sign + word).astype(np.uint32).ravel()
 
 
 def unpack(words: NDArray[np.uint32]) -> NDArray[np.float32]:

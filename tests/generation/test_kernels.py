@@ -66,10 +66,10 @@ def test_multiply(rows: int, K: int, packed: bool, rng: np.random.Generator) -> 
 
 
 def test_packed_weights_are_the_nearest(rng: np.random.Generator) -> None:
-    weights = np.concatenate([rng.standard_normal(3200), [0.0, -0.0, 1e-30, -1e30, 1, -1, 3e-39, 2**-126]])
-    weights = weights.astype(np.float32)
-    assert len(weights) % 16 == 8
-    weights = np.concatenate([weights, weights[-8:]])  # the special ones as the first and as the second of a pair
+    odd = [0.0, -0.0, 1e-30, -1e30, 1, -1, 3e-39, 2**-126, -0.7, 0.7, 1 / 3, -1 / 3, 1e30, -1e-30, -3e-39, 0.1]
+    both = [np.repeat(odd, len(odd)), np.tile(odd, len(odd))]  # each beside each in a pair
+    pairs = np.concatenate([np.stack(both, 1), rng.standard_normal((1600, 2))])
+    weights = pairs.reshape(-1, 8, 2).swapaxes(1, 2).ravel().astype(np.float32)
     back = kernels.unpack(kernels.pack(weights))
     tolerance = np.maximum(2.0**-8 * np.abs(weights), 1e-38)  # bfloat16 has 8 significant bits
     assert (np.abs(back - weights) <= tolerance).all()

@@ -169,6 +169,17 @@ def test_rounding_the_weights_costs_no_bits(
         np.testing.assert_allclose(logits(engine), plain._logits, atol=1e-4)
 
 
+def test_weights_are_rounded_whatever_the_widths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zeros that fill a tile stand beside weights in a pair."""
+    monkeypatch.setattr(wavenet_cpu, "ROUNDED", 0)
+    core = build(residual=33, skip=40, head=70, vocab_size=65)
+    engine = start(wavenet_cpu.build(core, 1, cpu(), exact=False), [[1, 2, 3]])
+    plain = start(Plain(core, cpu()), [[1, 2, 3]])
+    uniforms = Dice(9, [0]).draw(1)
+    np.testing.assert_array_equal(engine.generate(uniforms, Filters()), plain.generate(uniforms, Filters()))
+    np.testing.assert_allclose(logits(engine)[:, :65], plain._logits, atol=0.02)
+
+
 @pytest.mark.parametrize(("exact", "name"), [(True, "numba"), (False, "numba-bfloat16")])
 def test_only_large_weights_are_rounded_and_only_unless_exactness_is_asked_for(exact: bool, name: str) -> None:
     paper = WaveNet(WaveNetConfig()).eval()
