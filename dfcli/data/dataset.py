@@ -32,13 +32,13 @@ from typing import Any
 import numpy as np
 
 from dfcli.codecs import Codec, codec_from_json
+from dfcli.codecs.boundary import is_boundary
 from dfcli.errors import CorruptError, DfError, UsageError
 from dfcli.system.events import Note, OnEvent, ignore
 from dfcli.system.files import alone, check_name, clean_debris, data_home, hold, os_errors, read_json, remove_folder
 
 FILE = "dataset.json"
 FORMAT = 1
-MAX_LEAD = 1 << 20  # ids; no model sees more before a document
 BLOCK = 1 << 20  # bytes of tokens under one checksum
 SPLITS = ("train", "val", "test", "all")
 DTYPES = {"uint8": "<u1", "uint16": "<u2", "uint32": "<u4"}
@@ -277,9 +277,9 @@ class Dataset:
         try:
             self.name: str = str(info["name"])
             self.kind: str = _one_of(info["kind"], ("text", "audio"))
-            self.boundary: int | None = None if info["boundary"] is None else int(info["boundary"])
+            self.boundary: int | None = info["boundary"]
             self.lines = bool(info["lines"])
-            self.lead = int(info["lead"])
+            self.lead: int = info["lead"]
             self.fingerprint: str = str(info["fingerprint"])
             self.vocab_size = int(info["vocab_size"])
             dtype = _one_of(info["dtype"], tuple(DTYPES))
@@ -288,7 +288,7 @@ class Dataset:
                 self.splits[split] = Split(path, split, record, dtype, self.vocab_size, int(self.lines))
             if not self.splits:
                 raise ValueError("it has no splits")
-            if not 1 <= self.lead <= MAX_LEAD or not 0 <= (self.boundary or 0) < self.vocab_size:
+            if not is_boundary(self.boundary, self.lead, self.vocab_size):
                 raise ValueError("its boundary cannot be")
             if not _is_described(info):
                 raise ValueError("its description is incomplete")

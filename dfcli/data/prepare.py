@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dfcli.codecs import CODECS, Codec
+from dfcli.codecs.boundary import MAX_LEAD
 from dfcli.data.audio import NORMALIZE
 from dfcli.data.build import SOURCES, Build, Options
 from dfcli.data.dataset import (
@@ -159,8 +160,8 @@ def _check(options: Options) -> None:
             raise UsageError(f"there is no {what} {value!r}", f"known: {', '.join(known)}")
     if options.split_rule != "auto" and not options.lines:
         raise UsageError(f"the split rule {options.split_rule} is one of lines", "add `--lines`")
-    if options.lead < 1:
-        raise UsageError(f"a lead of {options.lead} leaves out the boundary before a document", "give at least 1")
+    if not 1 <= options.lead <= MAX_LEAD:
+        raise UsageError(f"a lead of {options.lead} is not from 1 to {MAX_LEAD:,} boundaries before a document")
     check_fractions(options.val_fraction, options.test_fraction)
 
 

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 FORMAT = 1
 RUN, METRICS = "run.json", "metrics.jsonl"
 KEPT_LAST = 2
-MAX_LEAD = 1 << 20  # ids; no model sees more before a document
 
 
 def runs_home() -> Path:
@@ -107,14 +106,13 @@ class Run:
     def dataset(self) -> dict[str, Any]:
         """What `run.json` says of the data: name, path, fingerprint, boundary, lead, lines, ... CorruptError where that
         is wrong."""
+        from dfcli.codecs.boundary import is_boundary
+
         found = self.info.get("dataset") or {}
         try:
             names = all(isinstance(found[key], str) for key in ("name", "path", "fingerprint", "normalize"))
-            boundary, lead = found["boundary"], found["lead"]
-            inside = boundary is None or (type(boundary) is int and 0 <= boundary < self.codec.vocab_size)
-            sound = (
-                names and inside and type(lead) is int and 1 <= lead <= MAX_LEAD and isinstance(found["lines"], bool)
-            )
+            begins = is_boundary(found["boundary"], found["lead"], self.codec.vocab_size)
+            sound = names and begins and isinstance(found["lines"], bool)
         except (KeyError, TypeError):
             sound = False
         if not sound:

@@ -233,8 +233,9 @@ def test_a_name_wins_over_a_path_and_a_path_can_be_forced(tmp_path: Path, monkey
 @pytest.mark.parametrize(
     "changes",
     [
-        {"boundary": 256}, {"boundary": 10**30}, {"lead": 0}, {"lead": 10**9}, {"codec": []}, {"codec": {}},
-        {"facts": {"n": "x"}}, {"skipped": {"count": 1, "files": [1]}}, {"skipped": {}}, {"created": None},
+        {"boundary": 256}, {"boundary": 10**30}, {"boundary": 1.0}, {"lead": 0}, {"lead": 10**9}, {"lead": True},
+        {"codec": []}, {"codec": {}}, {"facts": {"n": "x"}}, {"skipped": {"count": 1, "files": [1]}}, {"skipped": {}},
+        {"created": None},
     ],
 )  # fmt: skip
 def test_a_description_that_cannot_be_is_refused(changes: dict[str, object]) -> None:

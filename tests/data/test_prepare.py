@@ -473,6 +473,7 @@ def test_text_or_audio(tmp_path: Path) -> None:
         {"split_rule": "makemore"},
         {"split_rule": "makemore", "lines": True, "val": ["a.txt"]},
         {"lead": 0},
+        {"lead": 2**20 + 1},
         {"val_fraction": 1.0},
         {"val_fraction": -0.1},
         {"val_fraction": float("nan")},
