@@ -303,11 +303,11 @@ class Dataset:
     def open(cls, name_or_path: str | Path) -> Dataset:
         """Open a dataset by its name or by the path of its folder; a name wins over a path of that name.
 
-        Raises DfError when there is none, CorruptError when its files are not what was written.
+        Raises UsageError when there is none, CorruptError when its files are not what was written.
         """
         folder = find_dataset(name_or_path)
         if folder is None:
-            raise DfError(f"there is no dataset {str(name_or_path)!r}", "`df data list` shows what is prepared")
+            raise UsageError(f"there is no dataset {str(name_or_path)!r}", "`df data list` shows what is prepared")
         return open_folder(folder)
 
     @property
@@ -348,7 +348,7 @@ def find_dataset(name_or_path: str | Path) -> Path | None:
 
 
 def open_folder(folder: Path) -> Dataset:
-    """Open the dataset in `folder`; raises as `Dataset.open`.
+    """Open the dataset in `folder`; raises as `Dataset.open`, and DfError when it was removed.
 
     It may be replaced by a newer one meanwhile, and files opened before and after do not belong together.
     So what looks broken is looked at again if it has changed.
@@ -379,7 +379,7 @@ def list_datasets(on_event: OnEvent = ignore) -> list[Dataset]:
 
 
 def remove_dataset(name: str) -> None:
-    """Remove a prepared dataset, whole or not at all. Raises DfError when there is none or it is in use."""
+    """Remove a prepared dataset, whole or not at all. UsageError when there is none, DfError when it is in use."""
     folder = datasets_folder() / check_name(name, "dataset")
     clean_debris(folder.parent)
     if not folder.is_dir():

@@ -31,7 +31,7 @@ def test_prepare_list_show_and_remove(here, tmp_path):
     assert rows["path"] == str(dfcli.Dataset.open("abc").path)
     assert rows["skipped"] == "0"
     assert here("data", "remove", "abc").code == 0
-    assert here("data", "show", "abc").code == 1
+    assert here("data", "show", "abc").code == 2
     assert here("data", "remove", "abc").code == 2
     assert (tmp_path / "a.txt").exists()
 
