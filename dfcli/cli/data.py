@@ -11,6 +11,7 @@ from dfcli.cli import output
 from dfcli.cli.figures import count, size
 from dfcli.cli.layout import Command, Group
 from dfcli.cli.options import Yes, confirmed, mention_terminal
+from dfcli.system.words import counted
 
 if TYPE_CHECKING:
     from dfcli.data.dataset import Dataset
@@ -133,7 +134,7 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME", help="A dataset's n
             ("dataset", dataset.name),
             ("path", dataset.path),
             ("kind", dataset.kind),
-            ("codec", f"{dataset.info['codec']['name']}, {count(dataset.vocab_size)} ids"),
+            ("codec", f"{dataset.info['codec']['name']}, {counted(dataset.vocab_size, 'id')}"),
             ("documents", "one a line" if dataset.lines else "one a source"),
             ("boundary", _boundary(dataset)),
         ]

@@ -13,6 +13,7 @@ from dfcli.cli.figures import age, count, duration, size, sparkline
 from dfcli.cli.layout import Command, Group
 from dfcli.cli.options import Yes, confirmed
 from dfcli.errors import DfError
+from dfcli.system.words import counted
 
 if TYPE_CHECKING:
     from dfcli.runs import Run
@@ -85,7 +86,7 @@ def show(name: Name) -> None:
         items.append(("best", f"step {count(run.resolve('best'))}, val loss {loss(state.get('val_loss'))}"))
     if last:
         items.append(
-            ("last", f"step {count(last['step'])}, {count(last['tokens'])} tokens, {duration(last['seconds'])}")
+            ("last", f"step {count(last['step'])}, {counted(last['tokens'], 'token')}, {duration(last['seconds'])}")
         )
     for key, title in (("train_loss", "train loss"), ("val_loss", "val loss")):
         course = [row[key] for row in rows if isinstance(row.get(key), float)]

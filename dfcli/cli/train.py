@@ -15,6 +15,7 @@ from dfcli.cli.figures import count, duration, short, size
 from dfcli.cli.options import Device, Json, mention_terminal
 from dfcli.cli.signals import Stop
 from dfcli.errors import UsageError
+from dfcli.system.words import counted
 
 if TYPE_CHECKING:
     from dfcli.cli.live import TrainView
@@ -113,7 +114,7 @@ def _show(kind: str, data: list[str], json: bool, quiet: bool, options: dict[str
             ("recipe", _values(made.recipe)),
             ("codec", made.codec_name),
             ("parameters", count(made.parameters)),
-            ("context", f"{count(made.config.context)} ids"),
+            ("context", counted(made.config.context, "id")),
             ("FLOPs per token", f"{count(made.flops_per_token)} forward"),
             ("memory", f"about {size(made.memory)}"),
             ("seed", made.seed),
@@ -170,7 +171,7 @@ def _train(
 
 def _tell(result: TrainResult, kind: str, view: TrainView) -> None:
     """Where the run is, its figures, and what to type next."""
-    reached = f"{count(result.steps)} steps, {short(result.tokens_seen)} tokens in {duration(result.train_seconds)}"
+    reached = f"{counted(result.steps, 'step')}, {short(result.tokens_seen)} tokens in {duration(result.train_seconds)}"
     output.say(f"{result.run}: {reached} ({short(result.tokens_per_second)} tokens/s)", style="bold")
     if result.val_loss is not None:
         bits = result.val_loss / math.log(2)

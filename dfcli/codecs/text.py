@@ -71,7 +71,7 @@ class Chars(TextCodec):
         shown = shown if len(shown) <= 200 else shown[:200] + "..."
         return DfError(
             f"the alphabet lacks {character!a} (U+{ord(character):04X}), at position {start + place}",
-            f"it has these {self.vocab_size} characters: {shown}",
+            f"it has {self.vocab_size} character{'s' * (self.vocab_size != 1)}: {shown}",
         )
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:

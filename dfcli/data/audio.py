@@ -24,6 +24,7 @@ from typing import IO, Any, NamedTuple, cast
 import numpy as np
 
 from dfcli.errors import DfError
+from dfcli.system.words import counted
 
 EXTENSIONS = (".wav", ".wave", ".flac", ".ogg", ".oga", ".opus", ".mp3")
 NORMALIZE = ("none", "peak", "minmax")
@@ -326,7 +327,7 @@ class _Decoder:
                 raise DfError(f"it unfolds to more than {MAX_EXPANSION} frames per byte", CONVERT)
             yield block
         if self.frames and total < self.frames and self._file.format == "FLAC":  # MP3 lengths are estimates
-            raise DfError(f"it is cut off: {total:,} of {self.frames:,} frames are there")
+            raise DfError(f"it is cut off after {total:,} of {self.frames:,} frames")
 
 
 @contextmanager
@@ -429,7 +430,7 @@ def _identify_wav(file: IO[bytes], start: int, size: int, order: str) -> _Source
             if length >= UNKNOWN_SIZE and long_size is None:  # written to a pipe: as much as there is
                 length = there
             if length > there:
-                raise DfError(f"it is cut off: {there:,} of {length:,} bytes of sound are there")
+                raise DfError(f"it is cut off after {there:,} of {length:,} bytes of sound")
             if length < layout[1]:
                 raise DfError("it holds no sound: its header is followed by nothing")
             return _Source(place, length, "RAW", {"format": "RAW", **layout[0]})
@@ -450,9 +451,10 @@ def _wav_layout(chunk: bytes, order: str) -> tuple[dict[str, Any], int]:
         raise DfError(f"its encoding ({what}) is not supported", CONVERT)
     if not channels or not rate or frame != channels * ((bits + 7) // 8):
         raise DfError(
-            f"its wav header contradicts itself: {channels} channels of {bits} bits in frames of {frame} bytes"
+            f"its wav header contradicts itself: {counted(channels, 'channel')} of {counted(bits, 'bit')} "
+            f"in frames of {counted(frame, 'byte')}"
         )
     if rate > RATES[1] or channels > MAX_CHANNELS:  # more than soundfile's integers or buffers should see
-        raise DfError(f"its header claims {channels:,} channels at {rate:,} Hz")
+        raise DfError(f"its header claims {counted(channels, 'channel')} at {rate:,} Hz")
     endian = "LITTLE" if order == "<" else "BIG"
     return {"samplerate": rate, "channels": channels, "subtype": subtype, "endian": endian}, frame

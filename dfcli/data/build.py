@@ -42,6 +42,7 @@ from dfcli.data.splits import TEST, TRAIN, VAL, Labels
 from dfcli.errors import DfError, UsageError
 from dfcli.system.events import Choice, Note, OnEvent, Progress
 from dfcli.system.files import write_json
+from dfcli.system.words import counted
 
 SPLITS = ("train", "val", "test")  # by label
 SOURCES = "sources.jsonl"  # beside dataset.json: what each source was when it was read
@@ -183,7 +184,7 @@ class Build:
         return [(train,), (val,), (test,)]
 
     def _deal(self, n: int, what: str) -> tuple[Labels, str]:
-        """How `n` documents are dealt out, and the rule as a sentence."""
+        """How `n` documents (each called `what`) are dealt out, and the rule as a sentence."""
         if self._options.whole:
             return _constant(TRAIN), "everything in one split"
         if self._options.split_rule == "makemore":
@@ -192,7 +193,7 @@ class Build:
             return rules.makemore_transformer(n)
         if self._val or self._test:
             return rules.by_shuffle(n, self._val, self._test, what)
-        return _constant(TRAIN), f"all {n:,} {what} train"
+        return _constant(TRAIN), f"the only {what} trains" if n == 1 else f"all {n:,} {what}s train"
 
     def _plan(
         self, groups: list[list[D]], size: Callable[[D], int], writers: list[Writers], what: str
@@ -212,10 +213,9 @@ class Build:
 
     def _complete(self, rule: str, what: str) -> str:
         """The rule with what has sources of its own, told."""
-        own = [
-            f"{len(self._groups[k]):,} {what} given for it {verb}" for k, verb in ((VAL, "validate"), (TEST, "test"))
-        ]
-        rule = "; ".join([rule, *(text for k, text in zip((VAL, TEST), own, strict=True) if self._groups[k])])
+        for k, verb in ((VAL, "validate"), (TEST, "test")):
+            if n := len(self._groups[k]):
+                rule += f"; {counted(n, what)} given for it {verb}{'s' if n == 1 else ''}"
         if not self._options.whole:
             self._on_event(Choice("split", rule, "fixed, so that figures can be compared"))
         return rule
@@ -272,8 +272,9 @@ class Build:
         if self._marked:
             self._on_event(Note(f"byte order marks were left out, of {list_some(self._marked)}"))
         if facts["blank_lines"]:
-            self._on_event(Note(f"{facts['blank_lines']:,} blank lines were left out"))
-        return Made(codec, boundary, self._complete(rule, "texts"), facts)
+            were = "was" if facts["blank_lines"] == 1 else "were"
+            self._on_event(Note(f"{counted(facts['blank_lines'], 'blank line')} {were} left out"))
+        return Made(codec, boundary, self._complete(rule, "text"), facts)
 
     def _scan(self, source: Source, alphabet: Alphabet | None, total: int) -> Text | None:
         """Read a text for the first time. None where it cannot be used; raises BadText if the user named it."""
@@ -319,7 +320,7 @@ class Build:
         if alphabet is not None:
             chars = Chars(alphabet.characters())
             reason = "the default for text" if codec is None else "as asked"
-            self._on_event(Choice("codec", f"chars, {chars.vocab_size} distinct ones", reason))
+            self._on_event(Choice("codec", f"chars, {counted(chars.vocab_size, 'distinct one')}", reason))
             return chars
         return Bytes() if self._options.bpe is None else GPT2(Path(self._options.bpe))
 
@@ -332,7 +333,7 @@ class Build:
         total: int,
     ) -> str:
         """Each text is a document; the only one is cut by position."""
-        plan, rule = self._plan(texts, lambda text: text.characters, writers, "texts")
+        plan, rule = self._plan(texts, lambda text: text.characters, writers, "text")
         for text, portions in plan:
             characters = _Characters(self._read(text.source, total))
             for destinations, size in portions:
@@ -356,7 +357,7 @@ class Build:
         total: int,
     ) -> str:
         """Each line is a document; lines of all main texts are dealt out together."""
-        labels, rule = self._deal(sum(text.lines for text in texts[TRAIN]), "lines")
+        labels, rule = self._deal(sum(text.lines for text in texts[TRAIN]), "line")
         for label, group in enumerate(texts):
             dealer = _Dealer(writers, labels if label == TRAIN else _constant(label))
             for text in group:
@@ -401,7 +402,7 @@ class Build:
             rule = self._write_recordings(codec, sounds, writers, ids)
         path.unlink()
         every = [sound for group in sounds for sound in group]
-        return Made(codec, codec.zero_level, self._complete(rule, "recordings"), self._levels(every, codec))
+        return Made(codec, codec.zero_level, self._complete(rule, "recording"), self._levels(every, codec))
 
     def _probe(self, source: Source) -> tuple[Source, Recording] | None:
         if source.path is None:
@@ -429,13 +430,14 @@ class Build:
         counts = Counter(found)
         common = max(counts, key=lambda rate: (counts[rate], -rate))
         rate = min(common, MAX_RATE)
-        reason = (
-            "all recordings have it"
-            if len(counts) == 1
-            else f"{counts[common]:,} of {len(found):,} recordings have it, more than any other"
-        )
+        if len(counts) == 1:
+            have, rest = "all recordings have" if len(found) > 1 else "the recording has", ""
+        else:
+            have = f"{counts[common]:,} of {len(found):,} recordings {'has' if counts[common] == 1 else 'have'}"
+            rest = ", and no other rate is more common"
+        reason = f"{have} it{rest}"
         if rate < common:
-            reason = f"the highest that is chosen without --sample-rate; the recordings have {common:,} Hz"
+            reason = f"the highest that is chosen without --sample-rate; {have} {common:,} Hz{rest}"
         self._on_event(Choice("sample rate", f"{rate:,} Hz", reason))
         return MuLaw(rate, self._options.quantizer)
 
@@ -459,7 +461,7 @@ class Build:
 
     def _write_recordings(self, codec: MuLaw, sounds: list[list[Sound]], writers: list[Writers], ids: IO[bytes]) -> str:
         """Each recording is a document; the only one is cut by position."""
-        plan, rule = self._plan(sounds, lambda sound: sound.samples, writers, "recordings")
+        plan, rule = self._plan(sounds, lambda sound: sound.samples, writers, "recording")
         for sound, portions in plan:
             ids.seek(sound.start)
             for destinations, size in portions:
@@ -490,7 +492,8 @@ class Build:
         for what, found in odd.items():
             if found:
                 names = list_some([sound.source.name for sound in found])
-                self._on_event(Note(f"{len(found):,} of {len(sounds):,} recordings are {words[what]}: {names}"))
+                share = f"{len(found):,} of {counted(len(sounds), 'recording')} {'is' if len(found) == 1 else 'are'}"
+                self._on_event(Note(f"{share} {words[what]}: {names}"))
         seconds = sum(sound.samples for sound in sounds) / codec.sample_rate
         return {"recordings": len(sounds), "seconds": seconds, **{what: len(found) for what, found in odd.items()}}
 

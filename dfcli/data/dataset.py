@@ -36,6 +36,7 @@ from dfcli.codecs.boundary import is_boundary
 from dfcli.errors import CorruptError, DfError, UsageError
 from dfcli.system.events import Note, OnEvent, ignore
 from dfcli.system.files import alone, check_name, clean_debris, data_home, hold, os_errors, read_json, remove_folder
+from dfcli.system.words import counted
 
 FILE = "dataset.json"
 FORMAT = 1
@@ -465,7 +466,7 @@ def _map(file: Path, dtype: str, count: int) -> np.ndarray:
             with file.open("rb") as handle:
                 found = os.fstat(handle.fileno()).st_size
                 if found != size or size <= 0:
-                    raise CorruptError(f"{file} is {found:,} bytes long where {size:,} were written", _HINT)
+                    raise CorruptError(f"{file} is {counted(found, 'byte')} long where {size:,} were written", _HINT)
                 return np.frombuffer(mmap.mmap(handle.fileno(), size, access=mmap.ACCESS_READ), dtype)
         except FileNotFoundError:
             raise CorruptError(f"{file} is missing", _HINT) from None

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from dfcli.errors import UsageError
+from dfcli.system.words import counted
 
 TRAIN, VAL, TEST = 0, 1, 2
 SEED = 1337
@@ -43,7 +44,7 @@ def by_position(n: int, val: float, test: float) -> tuple[list[int], str]:
 
 
 def by_shuffle(n: int, val: float, test: float, what: str) -> tuple[Labels, str]:
-    """Deals `n` documents (called `what`) out by a fixed shuffle; each split that is asked for gets at
+    """Deals `n` documents (each called `what`) out by a fixed shuffle; each split that is asked for gets at
     least one.
 
     Raises UsageError where there are fewer documents than splits.
@@ -51,7 +52,7 @@ def by_shuffle(n: int, val: float, test: float, what: str) -> tuple[Labels, str]
     needed = 1 + (val > 0) + (test > 0)
     if n < needed:
         raise UsageError(
-            f"{n} {what} cannot be split into {needed} parts",
+            f"{counted(n, what)} cannot be split into {needed} parts",
             "use `--val-fraction 0`, or give the validation data with `--val`",
         )
     group: dict[int, np.ndarray] = {}
@@ -83,7 +84,7 @@ def by_shuffle(n: int, val: float, test: float, what: str) -> tuple[Labels, str]
             start = end
         return np.concatenate(found) if found else np.empty(0, np.uint8)
 
-    return labels, f"by a fixed shuffle of {n:,} {what} (seed {SEED}): {_parts(val, test, ['', '', ''])}"
+    return labels, f"by a fixed shuffle of {counted(n, what)} (seed {SEED}): {_parts(val, test, ['', '', ''])}"
 
 
 def makemore(n: int) -> tuple[Labels, str]:
@@ -107,8 +108,8 @@ def makemore_transformer(n: int) -> tuple[Labels, str]:
     labels = np.full(n, TRAIN, np.uint8)
     labels[order[n - size :]] = TEST
     rule = (
-        f"the shuffle of makemore.py (torch.randperm, seed 3407): the last {size:,} test, and validate too, "
-        "the others train"
+        f"the shuffle of makemore.py (torch.randperm, seed 3407): the last {counted(size, 'line')} to validate and to "
+        "test, the others to train"
     )
     return lambda start, stop: labels[start:stop], rule
 

@@ -22,6 +22,7 @@ from dfcli.evaluation.sweep import Loss, sweep
 from dfcli.runs.run import Run, newest
 from dfcli.system.device import resolve
 from dfcli.system.events import Note, OnEvent, ignore
+from dfcli.system.words import counted
 
 WHOLE = "all"  # the one split of data that is given to be scored whole
 
@@ -79,7 +80,9 @@ def evaluate(
         core, loaded = run.build(checkpoint, where.torch_device)
         config: Any = core.config
         if stride is not None and not isinstance(config, GPTConfig):
-            on_event(Note(f"the stride changes nothing: this model sees {config.context:,} ids at every position"))
+            on_event(
+                Note(f"the stride changes nothing: this model sees {counted(config.context, 'id')} at every position")
+            )
             stride = None
         began = time.perf_counter()
         loss = sweep(core, dataset, split, where, stride=stride, on_event=on_event)
@@ -201,11 +204,12 @@ def _protocol(loss: Loss, dataset: Dataset, split: str, others: dict[str, float]
     unit = "line" if dataset.lines else "recording" if dataset.kind == "audio" else "text"
     where = f"one {unit}" if documents == 1 else f"{documents:,} {unit}s"
     if loss.stride == 1:
-        seen = f"seeing the newest {loss.context:,} ids of its {unit} (fewer at its start)"
+        seen = f"seeing the newest {counted(loss.context, 'id')} of its {unit} (fewer at its start)"
     elif loss.stride == loss.context:
-        seen = f"in windows of {loss.context:,} ids that do not overlap, from the start of its {unit}"
+        seen = f"in windows of {counted(loss.context, 'id')} that do not overlap, from the start of its {unit}"
     else:
         least = loss.context - loss.stride + 1
-        seen = f"seeing the newest {least:,} to {loss.context:,} ids of its {unit} (fewer at its start)"
+        seen = f"seeing the newest {least:,} to {counted(loss.context, 'id')} of its {unit} (fewer at its start)"
     counts = "; n-grams are counted on the train split, with add-one smoothing" if len(others) > 1 else ""
-    return f"each of the {loss.tokens:,} targets in {where} is scored once, {seen}{counts}"
+    every = "each of the" if loss.tokens > 1 else "the"
+    return f"{every} {counted(loss.tokens, 'target')} in {where} is scored once, {seen}{counts}"

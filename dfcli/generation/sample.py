@@ -189,7 +189,7 @@ def sample_audio(
     if isinstance(target, list) and total + kept > MOST_SAMPLES:
         raise UsageError(f"a wav file holds at most {MOST_SAMPLES // rate:,} seconds at {rate:,} Hz")
     if isinstance(target, list) and free_bytes(target[0].parent) < 2 * num * (total + kept):
-        raise DfError(f"there is no room for {num * seconds:,.0f} seconds of sound in {target[0].parent}")
+        raise DfError(f"there is no room for {num * seconds:,.0f} s of sound in {target[0].parent}")
     opening = model.opening(np.empty(0) if recording is None else recording.newest)
 
     frame = Frame(model, num, engine, on_event)

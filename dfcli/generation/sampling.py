@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfcli.errors import UsageError
+from dfcli.system.words import counted
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Filters:
         """
         top_k = vocab_size if self.top_k is None else self.top_k
         if top_k > vocab_size:
-            raise UsageError(f"top-k is {top_k}, but the model knows only {vocab_size} ids")
+            raise UsageError(f"top-k is {top_k}, but the model knows only {counted(vocab_size, 'id')}")
         return (
             float(self.temperature),
             top_k,

@@ -13,6 +13,7 @@ import torch
 
 from dfcli.errors import UsageError
 from dfcli.system import limits
+from dfcli.system.words import counted
 
 # Dense peak rates in FLOP/s from the makers' data sheets: bfloat16 with float32 accumulation, and float32
 # for the GPUs without bfloat16 units. The first key whose words stand in the device's name counts.
@@ -121,7 +122,7 @@ def set_threads() -> int:
 def _cpu(threads: int, reason: str) -> Device:
     # bfloat16 without units for it is emulated, about 300 times slower, and most CPUs have none.
     why = f"{reason}; float32, which every CPU computes at full speed"
-    name = f"CPU, {threads} thread{'s' * (threads != 1)}"
+    name = f"CPU, {counted(threads, 'thread')}"
     return Device(torch.device("cpu"), "cpu", name, "float32", why, threads)
 
 

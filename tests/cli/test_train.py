@@ -245,3 +245,4 @@ def test_the_built_in_corpus_needs_nothing(here):
     shown = here("train", "gpt", "--steps", 1, *TINY)
     assert shown.code == 0, shown.err
     assert "standard library" in shown.err
+    assert ": 1 step, " in shown.err

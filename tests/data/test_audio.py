@@ -271,7 +271,7 @@ HOSTILE = {
     "wav: 12 bytes": (wav()[:12], "it holds no sound"),
     "wav: half a header": (wav()[:30], "incomplete|no sound"),
     "wav: header only": (wav(b""), "it holds no sound"),
-    "wav: truncated": (wav(PIECE)[:-50], "it is cut off: 150 of 200 bytes"),
+    "wav: truncated": (wav(PIECE)[:-50], "it is cut off after 150 of 200 bytes"),
     "wav: lying size": (wav(PIECE, size=1 << 30), "it is cut off"),
     "wav: less than a frame": (wav(b"\0"), "it holds no sound"),
     "wav: no format": (wav().replace(b"fmt ", b"fmtx"), "does not say how"),

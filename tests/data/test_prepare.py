@@ -183,7 +183,36 @@ def test_separate_sources(tmp_path: Path) -> None:
     assert decoded(dataset, "val") == [texts[2]]
     assert decoded(dataset, "test") == ["ÄÖ only here"]
     assert "002.txt (used for validation)" in notes(events)
-    assert dataset.info["split_rule"] == "all 5 texts train; 1 texts given for it validate; 1 texts given for it test"
+    assert dataset.info["split_rule"] == "all 5 texts train; 1 text given for it validates; 1 text given for it tests"
+
+
+def test_one_of_something_is_told_as_one(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("aa\n\nab")
+    (tmp_path / "b.txt").write_text("ab\n")
+    events: list[object] = []
+    with prepare([str(tmp_path / "a.txt")], name="whole", val_fraction=0) as dataset:
+        assert dataset.info["split_rule"] == "the only text trains"
+    prepare([str(tmp_path / "a.txt")], name="lines", val_fraction=0, lines=True, on_event=events.append).close()
+    assert "1 blank line was left out" in notes(events)
+    with pytest.raises(UsageError, match=r"^1 line cannot be split into 2 parts"):
+        prepare([str(tmp_path / "b.txt")], lines=True)
+
+    def told(**rates: int) -> str:
+        """What is said of silent recordings of these rates."""
+        folder = tmp_path / "-".join(f"{name}{rate}" for name, rate in rates.items())
+        folder.mkdir()
+        for name, rate in rates.items():
+            wav(folder / f"{name}.wav", np.zeros(800, np.float32), rate)
+        events.clear()
+        prepare([str(folder)], val_fraction=0, on_event=events.append).close()
+        return notes(events) + " " + " ".join(event.reason for event in events if isinstance(event, Choice))
+
+    one, two, three = told(a=8000), told(a=8000, b=44_100), told(a=22_050, b=22_050, c=8000)
+    assert "1 of 1 recording is silent" in one
+    assert "the recording has it" in one
+    assert "2 of 2 recordings are silent" in two
+    assert "1 of 2 recordings has it, and no other rate is more common" in two
+    assert "2 of 3 recordings have 22,050 Hz, and no other rate is more common" in three
 
 
 def test_what_cannot_be_used_is_counted_and_named(tmp_path: Path) -> None:
@@ -743,7 +772,7 @@ def test_memory_stays_flat(tmp_path: Path, lines: bool) -> None:
 
 def test_groups_of_lines_are_dealt_out_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(splits, "GROUP", 100)
-    labels, _ = splits.by_shuffle(1050, 0.1, 0.05, "lines")
+    labels, _ = splits.by_shuffle(1050, 0.1, 0.05, "line")
     everything = labels(0, 1050)
     assert np.bincount(everything).tolist() == [1050 - 105 - 52, 105, 52]
     random_cuts = [0, 1, 99, 100, 101, 350, 999, 1050]
@@ -753,5 +782,5 @@ def test_groups_of_lines_are_dealt_out_alike(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_shuffle_is_the_same_everywhere() -> None:
-    labels, _ = splits.by_shuffle(20, 0.1, 0.2, "texts")
+    labels, _ = splits.by_shuffle(20, 0.1, 0.2, "text")
     assert "".join(map(str, labels(0, 20).tolist())) == "00101200000022000002"

@@ -153,6 +153,11 @@ def test_sound(sound: Run) -> None:
     assert "2 recordings" in found.protocol
 
 
+def test_a_single_target_is_told_as_one(text: Run, tmp_path: Path) -> None:
+    (tmp_path / "two.txt").write_text("ab")
+    assert measure(text, [str(tmp_path / "two.txt")]).protocol.startswith("the 1 target in one text is scored once")
+
+
 def test_a_stride_gives_more_context_and_is_stated(text: Run) -> None:
     whole, half = measure(text), measure(text, stride=4)
     assert half.stride == 4

@@ -1,0 +1,8 @@
+"""Words of the sentences that people read."""
+
+from __future__ import annotations
+
+
+def counted(n: int, thing: str) -> str:
+    """1, "line" -> "1 line"; 2000, "line" -> "2,000 lines"."""
+    return f"{n:,} {thing}" if n == 1 else f"{n:,} {thing}s"
