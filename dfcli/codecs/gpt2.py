@@ -154,6 +154,8 @@ def _cores() -> int:
 
 def _read(path: Path) -> bytes:
     try:
+        if path.exists() and not path.is_file():  # a FIFO would be waited for without end
+            raise OSError(0, "not a regular file")
         with path.open("rb") as file:
             data = file.read(MAX_FILE + 1)
     except OSError as error:

@@ -35,7 +35,17 @@ from dfcli.codecs import Codec, codec_from_json
 from dfcli.codecs.boundary import is_boundary
 from dfcli.errors import CorruptError, DfError, UsageError
 from dfcli.system.events import Note, OnEvent, ignore
-from dfcli.system.files import alone, check_name, clean_debris, data_home, hold, os_errors, read_json, remove_folder
+from dfcli.system.files import (
+    alone,
+    check_name,
+    clean_debris,
+    data_home,
+    hold,
+    os_errors,
+    read_json,
+    reading,
+    remove_folder,
+)
 from dfcli.system.words import counted
 
 FILE = "dataset.json"
@@ -461,15 +471,11 @@ def _changed(file: Path) -> CorruptError:
 def _map(file: Path, dtype: str, count: int) -> np.ndarray:
     """`count` numbers of a file, memory-mapped and read-only, its length checked."""
     size = count * np.dtype(dtype).itemsize
-    with os_errors("read", file):
-        try:
-            with file.open("rb") as handle:
-                found = os.fstat(handle.fileno()).st_size
-                if found != size or size <= 0:
-                    raise CorruptError(f"{file} is {counted(found, 'byte')} long where {size:,} were written", _HINT)
-                return np.frombuffer(mmap.mmap(handle.fileno(), size, access=mmap.ACCESS_READ), dtype)
-        except FileNotFoundError:
-            raise CorruptError(f"{file} is missing", _HINT) from None
+    with reading(file) as handle:
+        found = os.fstat(handle.fileno()).st_size
+        if found != size or size <= 0:
+            raise CorruptError(f"{file} is {counted(found, 'byte')} long where {size:,} were written", _HINT)
+        return np.frombuffer(mmap.mmap(handle.fileno(), size, access=mmap.ACCESS_READ), dtype)
 
 
 def _settled(folder: Path) -> bool:

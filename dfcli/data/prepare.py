@@ -41,7 +41,7 @@ from dfcli.data.sources import (
 from dfcli.data.splits import check_fractions
 from dfcli.errors import CorruptError, DfError, UsageError
 from dfcli.system.events import Choice, Note, OnEvent, ignore
-from dfcli.system.files import building, check_name, clean_debris, os_errors, same_name
+from dfcli.system.files import building, check_name, clean_debris, os_errors, reading, same_name
 
 SPLIT_RULES = ("auto", "makemore", "makemore-transformer")
 SETTLED = 2 * 10**9  # ns after which a change surely shows in a file's times (FAT counts in 2 s)
@@ -319,8 +319,9 @@ def _unchanged(dataset: Dataset, groups: list[list[Source]]) -> bool:
     """Whether the sources are those that the dataset was made from: by what the file system says of them,
     else by their contents. Times are not trusted when the file was read within their resolution."""
     try:
-        data = (dataset.path / SOURCES).read_bytes()
-    except OSError:
+        with reading(dataset.path / SOURCES) as file:
+            data = file.read()
+    except DfError:
         return False
     if hashlib.sha256(data).hexdigest() != dataset.info["sources"]["sha256"]:
         return False

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dfcli.errors import CorruptError
-from dfcli.system.files import DAMAGED, building, check_format, json_bytes, os_errors, read_json
+from dfcli.system.files import DAMAGED, building, check_format, json_bytes, os_errors, read_json, reading
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,7 +81,7 @@ def save(run: Path, step: int, model: dict[str, Tensor], optimizer: dict[str, Te
 
 
 def read_state(run: Path, step: int) -> dict[str, Any]:
-    """The whole of `state.json`: format, step, files, state. CorruptError, or DfError if it is missing."""
+    """The whole of `state.json`: format, step, files, state. CorruptError if it is damaged or missing."""
     path = folder(run, step) / STATE
     found = read_json(path)
     check_format(found, FORMAT, path)
@@ -102,15 +102,11 @@ def load(run: Path, step: int, core: Blueprint, *, optimizer: bool = False) -> C
     """
     from dfcli.runs import tensors
 
-    place = folder(run, step)
-    for name in (STATE, MODEL, OPTIMIZER) if optimizer else (STATE, MODEL):
-        with os_errors("read", place / name):
-            if not (place / name).is_file():
-                raise CorruptError(f"{place / name} is missing", DAMAGED)
     found = read_state(run, step)
-    path, files = place / MODEL, found["files"]
-    with os_errors("read", path):
-        size = path.stat().st_size
+    place, files = folder(run, step), found["files"]
+    path = place / MODEL
+    with reading(path) as file:
+        size = os.fstat(file.fileno()).st_size
     if core.parameters > size:
         raise CorruptError(
             f"{path} is damaged: {size} bytes cannot hold the {core.parameters} parameters of {core.source.name}",

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from dfcli.errors import CorruptError
-from dfcli.system.files import DAMAGED, check_format, os_errors, strict_json, write_atomic
+from dfcli.system.files import DAMAGED, check_format, os_errors, read_bytes, strict_json, write_atomic
 
 FORMAT = 2
+MAX_BYTES = 1 << 30  # some million lines
 HEADER = b'{"format": 2}\n'
 SEALED = re.compile(rb'(?P<body>\{.*), "crc": "(?P<crc>[0-9a-f]{8})"\}', re.DOTALL)
 
@@ -43,9 +44,7 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """All whole lines but the first. CorruptError naming file and line where one is not what was written."""
-    with os_errors("read", path):
-        data = path.read_bytes()
-    *whole, torn = data.split(b"\n")
+    *whole, torn = read_bytes(path, MAX_BYTES).split(b"\n")
     if _is_sealed(torn[:-1]):  # no write that broke off leaves a whole line and something else than its end
         whole.append(torn)
     rows: list[dict[str, Any]] = []

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dfcli.errors import CorruptError
-from dfcli.system.files import DAMAGED, os_errors, strict_json
+from dfcli.system.files import DAMAGED, reading, strict_json
 
 MAX_HEADER_BYTES = 16 << 20  # about 100,000 tensors
 MAX_ELEMENTS = 1 << 48
@@ -80,7 +80,7 @@ def read(path: Path, sha256: str, expected: Mapping[str, Kind] | None = None) ->
     CorruptError naming the file if it is not in the format, holds other tensors than `expected` (found before
     memory is taken for them), or differs from what was written (`sha256`). DfError if it cannot be read.
     """
-    with os_errors("read", path), open(path, "rb") as file:
+    with reading(path) as file:
         digest = hashlib.sha256()
         kinds = _read_header(file, path, digest)
         if expected is not None:

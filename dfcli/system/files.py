@@ -22,11 +22,12 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 from dfcli.errors import CorruptError, DfError, UsageError
 
@@ -103,6 +104,31 @@ def os_errors(verb: str, path: Path) -> Iterator[None]:
         raise family(f"could not {verb} {path}: {reason}", HINTS.get(error.errno or 0, "")) from error
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[BinaryIO]:
+    """A file that dfcli wrote, opened to be read; OSErrors of the block are told as `os_errors` does.
+
+    CorruptError where it is missing, or no regular file: a FIFO is waited for and a device read without end.
+    """
+    with os_errors("read", path):
+        try:
+            regular = stat.S_ISREG(path.stat().st_mode)
+        except FileNotFoundError:
+            raise CorruptError(f"{path} is missing", DAMAGED) from None
+        if not regular:
+            raise CorruptError(f"{path} is damaged: not a regular file", DAMAGED)
+        with open(path, "rb") as file:
+            yield file
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """All of a file that dfcli wrote. Errors as of `reading`; CorruptError where it has more than `most` bytes."""
+    with reading(path) as file:
+        if os.fstat(file.fileno()).st_size > most:
+            raise CorruptError(f"{path} is damaged: larger than any file that dfcli writes there", DAMAGED)
+        return file.read()
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Create or replace the file `path`, durably: readers and crashes find the old contents or the new."""
     temporary = _beside(path, "tmp")
@@ -140,12 +166,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object whose `json_bytes` are in the file `path`, without the checksum.
 
     CorruptError naming the file if any byte differs from what was written, or if that was not one JSON object
-    with distinct keys; DfError if there is no such file or it cannot be read.
+    with distinct keys, or if there is no such file; DfError if it cannot be read.
     """
-    with os_errors("read", path), open(path, "rb") as file:
-        data = file.read(MAX_JSON_BYTES + 1)
-    if len(data) > MAX_JSON_BYTES:
-        raise CorruptError(f"{path} is damaged: larger than any file that dfcli writes there", DAMAGED)
+    data = read_bytes(path, MAX_JSON_BYTES)
     match = CHECKSUM_LINE.fullmatch(data)
     if not match or hashlib.sha256(match["body"]).hexdigest().encode() != match["sha256"]:
         raise CorruptError(f"{path} is damaged: its checksum does not match its contents", DAMAGED)
@@ -266,6 +289,8 @@ def alone(files: Iterable[Path], refusal: DfError) -> Iterator[None]:
         for file in files:
             if fcntl is None:
                 break
+            if not file.is_file():  # nobody holds it, and a FIFO would be waited for
+                continue
             with os_errors("read", file):
                 handle = stack.enter_context(file.open("rb"))
             for last in [False] * 10 + [True]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -91,6 +92,13 @@ def test_json_and_files_rebuild_the_codec(small: GPT2, tmp_path: Path) -> None:
     with pytest.raises(DfError, match=r"could not read.*vocab\.bpe") as caught:
         codec_from_json(small.to_json(), tmp_path)
     assert "df data get gpt2-bpe" in caught.value.hint
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs FIFOs")
+def test_a_fifo_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "encoder.json")
+    with pytest.raises(DfError, match=r"could not read.*encoder\.json: not a regular file"):
+        GPT2(tmp_path)
 
 
 ENCODERS = [

@@ -649,6 +649,11 @@ def test_a_damaged_dataset_is_made_again(tmp_path: Path) -> None:
     again = prepare([str(tmp_path / "a.txt")], on_event=events.append)
     assert "preparing it again" in notes(events)
     assert again.splits["train"].tokens_count == 8
+    (again.path / "sources.jsonl").unlink()
+    if os.name != "nt":
+        os.mkfifo(again.path / "sources.jsonl")
+    again = prepare([str(tmp_path / "a.txt")], on_event=events.append)
+    assert notes(events).count("preparing it again") == 2
 
 
 # Faults --------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 import random
 import struct
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dfcli.errors import CorruptError, DfError
-from dfcli.runs import Run, tensors
+from dfcli.runs import Checkpoint, Run, list_runs, remove, tensors
 from dfcli.system import files
 from dfcli.system.events import Note
 from tests.runs.small import make_run, same, save, weights
@@ -30,9 +31,13 @@ FILES = [
 ]
 
 
+def all_of(run: Run) -> Checkpoint:
+    return run.load("last", optimizer=True)
+
+
 def refused(path: Path) -> None:
     with pytest.raises(CorruptError) as error:
-        Run.open("r").load("last", optimizer=True)
+        all_of(Run.open("r"))
     assert str(path) in error.value.message
     assert error.value.hint
 
@@ -84,6 +89,23 @@ def test_a_missing_file_is_named(name: str):
     with pytest.raises(CorruptError, match="is missing") as error:
         run.load("last", optimizer=True)
     assert str(run.path / name) in error.value.message
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs FIFOs")
+@pytest.mark.parametrize("name", [*FILES, "metrics.jsonl"])
+def test_a_fifo_is_named_and_not_waited_for(name: str):
+    run = make_run()
+    save(run, 1)
+    (run.path / name).unlink()
+    os.mkfifo(run.path / name)
+    events: list[object] = []
+    assert [run.name for run in list_runs(events.append)] == ["r"] * (name != "run.json")
+    assert len(events) == (name == "run.json")
+    with pytest.raises(CorruptError, match="not a regular file") as error:
+        Run.open("r").metrics() if name == "metrics.jsonl" else all_of(Run.open("r"))
+    assert str(run.path / name) in error.value.message
+    remove("r")
+    assert not run.path.exists()
 
 
 def test_without_the_optimizer_a_run_can_still_be_sampled():

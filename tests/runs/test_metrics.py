@@ -128,6 +128,13 @@ def test_a_carriage_return_hides_nothing(path: Path):
         metrics.read(path)
 
 
+def test_a_huge_file_is_not_read(path: Path):
+    write(path, 1)
+    os.truncate(path, metrics.MAX_BYTES + 1)
+    with pytest.raises(CorruptError, match="larger than any"):
+        metrics.read(path)
+
+
 def test_a_newer_format_is_refused(path: Path):
     path.write_bytes(b'{"format": 3}\n')
     with pytest.raises(DfError, match="format 3"):

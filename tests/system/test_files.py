@@ -162,9 +162,14 @@ def test_any_bytes_are_refused_with_a_sentence(tmp_path_factory: pytest.TempPath
         files.read_json(path)
 
 
-def test_a_missing_file_and_a_folder_are_named(tmp_path: Path):
-    for path in (tmp_path / "absent", tmp_path):
-        with pytest.raises(DfError, match=str(path)):
+def test_a_missing_file_and_what_is_no_file_are_named(tmp_path: Path):
+    reasons = {tmp_path / "absent": "is missing", tmp_path: "not a regular file"}
+    if os.name != "nt":  # to read these would not end
+        os.mkfifo(tmp_path / "fifo")
+        (tmp_path / "zeros").symlink_to("/dev/zero")
+        reasons |= {tmp_path / "fifo": "not a regular file", tmp_path / "zeros": "not a regular file"}
+    for path, reason in reasons.items():
+        with pytest.raises(CorruptError, match=f"{path} .*{reason}"):
             files.read_json(path)
 
 
