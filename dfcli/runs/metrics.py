@@ -10,6 +10,7 @@ Files of format 1 have lines without it (and with it, once a newer program went 
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -72,6 +73,19 @@ def truncate(path: Path, step: int) -> None:
     kept = [row for row in rows if row.get("step", 0) <= step]
     if len(kept) < len(rows):
         write_atomic(path, HEADER + b"".join(map(_sealed, kept)))
+
+
+def set_aside(path: Path) -> Path | None:
+    """Begin a new history. What stood there goes to a free name beside it, which is returned (None: nothing did)."""
+    names = (path.with_name(f"{path.stem}.damaged-{number}{path.suffix}") for number in itertools.count(1))
+    aside = next(name for name in names if not os.path.lexists(name))
+    with os_errors("write", path):
+        try:
+            os.rename(path, aside)
+        except FileNotFoundError:
+            aside = None
+    write_atomic(path, HEADER)
+    return aside
 
 
 def sync(path: Path) -> None:

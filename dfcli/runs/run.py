@@ -225,9 +225,15 @@ class Run:
         """The history, a row a line. CorruptError if a line is damaged; one cut off by a crash is left out."""
         return metrics.read(self.path / METRICS)
 
-    def truncate_metrics(self, step: int) -> None:
-        """Drop the history after `step`, atomically."""
-        metrics.truncate(self.path / METRICS, step)
+    def truncate_metrics(self, step: int, on_event: OnEvent = ignore) -> None:
+        """Drop the history after `step`, atomically. A damaged one is no part of what a training goes on from: it is
+        set aside whole, and a Note says so."""
+        try:
+            metrics.truncate(self.path / METRICS, step)
+        except CorruptError as error:
+            aside = metrics.set_aside(self.path / METRICS)
+            kept = f", and what is there is kept as {aside.name}" if aside else ""
+            on_event(Note(f"{error.message}: the history begins anew{kept}"))
 
     def size_bytes(self) -> int:
         """What the run takes on the disk."""

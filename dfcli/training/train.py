@@ -247,7 +247,7 @@ def _resume(run: Run, request: Request, session: Session) -> TrainResult:
             # Loading shows which checkpoint is sound; with the optimiser, since both are needed.
             last = run.load("last", optimizer=True, fallback=True, on_event=session.on_event)
             state = State.from_json(last.state)
-        run.truncate_metrics(state.step if state else -1)
+        run.truncate_metrics(state.step if state else -1, session.on_event)
         began, here = run.info.get("device"), made.device.name
         if began != here:
             session.on_event(Note(f"the run began on {began}: on {here} it goes on, but not bit for bit"))

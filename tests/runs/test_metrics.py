@@ -154,6 +154,18 @@ def test_truncation(path: Path):
     assert metrics.read(path) == []
 
 
+def test_what_is_set_aside_is_kept_however_often(path: Path):
+    for number, damaged in enumerate((b"garbage\n", b"worse\n"), start=1):
+        path.write_bytes(damaged)
+        aside = metrics.set_aside(path)
+        assert aside == path.with_name(f"metrics.damaged-{number}.jsonl")
+        assert aside.read_bytes() == damaged
+        assert metrics.read(path) == []
+    path.unlink()
+    assert metrics.set_aside(path) is None
+    assert metrics.read(path) == []
+
+
 def test_lines_without_a_step_stay(path: Path):
     metrics.append(path, {"note": "resumed"})
     write(path, 2)

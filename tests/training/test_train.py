@@ -144,6 +144,32 @@ def test_resume_after_a_crash_drops_the_lines_after_the_checkpoint(text: str) ->
     assert timeless(run) == timeless(Run.open("b"))
 
 
+@pytest.mark.parametrize("damage", ["bit", "gone"])
+def test_a_damaged_history_is_set_aside_and_the_training_goes_on_exactly(text: str, damage: str) -> None:
+    line: dict[str, Any] = {"steps": 9, "overrides": TINY_GPT | EVERY}
+    train("gpt", [text], **line, name="whole")
+    train("gpt", [text], **line, name="parts", stop=stop_after(6))
+    whole, parts = Run.open("whole"), Run.open("parts")
+    history = parts.path / "metrics.jsonl"
+    spoiled = history.read_bytes().replace(b'"step": 2', b'"step": 3')
+    history.unlink()
+    if damage == "bit":
+        history.write_bytes(spoiled)
+        with pytest.raises(CorruptError, match=r"metrics\.jsonl is damaged"):
+            parts.metrics()
+    events: list[object] = []
+    assert train("gpt", resume=True, name="parts", on_event=events.append).steps == 9
+    said = [event.text for event in events if isinstance(event, Note) and "history begins anew" in event.text]
+    assert len(said) == 1
+    aside = sorted(parts.path.glob("metrics.damaged*"))
+    assert [path.read_bytes() for path in aside] == ([spoiled] if damage == "bit" else [])
+    assert all(path.name in said[0] for path in aside)
+    assert timeless(parts) == [row for row in timeless(whole) if row["step"] > 6]
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        files = [run.path / "step-00000009" / name for run in (whole, parts)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_makemores_preset_on_names(names: str) -> None:
     result = train("wavenet", [names], preset="makemore", steps=5, name="m", overrides={"eval_every": "2"})
     run = Run.open("m")
