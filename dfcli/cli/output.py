@@ -7,6 +7,7 @@ imported only where something is drawn, which keeps `df --help` fast.
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 import os
@@ -116,10 +117,13 @@ def silence(stream: Any) -> None:
     os.close(null)
 
 
-def write(text: str) -> None:
+def write(data: str | bytes) -> None:
     """Write data to stdout at once, as it is. Raises DfError where it cannot be written."""
     try:
-        sys.stdout.write(text)
+        if isinstance(data, str):
+            sys.stdout.write(data)
+        else:
+            sys.stdout.buffer.write(data)
         sys.stdout.flush()
     except BrokenPipeError:
         silence(sys.stdout)
@@ -129,6 +133,17 @@ def write(text: str) -> None:
         if error.errno == errno.EINVAL and os.name == "nt":  # what Windows says of a closed pipe
             raise SystemExit(1) from None
         raise DfError(f"could not write to standard output: {error.strerror}") from None
+
+
+class Stdout(io.RawIOBase):
+    """Standard output as a stream of bytes, each of whose writes is a `write`."""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        write(bytes(data))
+        return len(data)
 
 
 def write_json(value: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, cast
 
 import typer
 
@@ -197,7 +197,7 @@ def _write_sound(
             listener(event)
 
     output.say(f"run {run.name}", style="dim")
-    target: str | BinaryIO = sys.stdout.buffer if out == "-" else out
+    target = cast(BinaryIO, output.Stdout()) if out == "-" else out
     result = sample_audio(run, seconds, target, on_event=show, **options)
     listener.close()
     if json:

@@ -80,7 +80,7 @@ class WavFile:
 class WavStream:
     """A wav written to an open binary stream, such as a pipe to a player. The stream is not closed.
 
-    The sizes in its header are unknown: so it is whole wherever it ends.
+    The sizes in its header are unknown: so it is whole wherever it ends. OSErrors of the stream pass through.
     """
 
     def __init__(self, stream: BinaryIO, sample_rate: int) -> None:

@@ -180,6 +180,15 @@ def test_wav_on_stdout():
         assert "Traceback" not in early.stderr
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_full_disk_behind_stdout_is_told():
+    command = [sys.executable, "-m", "dfcli", "sample", "wavenet", "--run", "tune", "--seconds", "0.25", "-o", "-"]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=100)
+    assert done.returncode == 1
+    assert done.stderr.endswith("error: could not write to standard output: No space left on device\n")
+
+
 def test_an_open_pipe_is_not_waited_for_in_silence():
     pipe = subprocess.PIPE
     command = [sys.executable, "-m", "dfcli", "sample", "gpt", "--tokens", "2", "--engine", "plain"]
