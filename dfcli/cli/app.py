@@ -23,9 +23,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     Exit codes: 0 done, 1 could not do it, 2 asked wrongly, 130 interrupted, 143 terminated.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the caller
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - until the end
+    if sys.stdout is None:  # closed by the caller: data that is written there fails, as data that is lost must
+        sys.stdout = open(os.open(os.devnull, os.O_RDONLY), "w", encoding="utf-8")  # noqa: SIM115 - until the end
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):  # data is UTF-8 everywhere; no terminal is ever sent what it lacks
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
@@ -73,6 +74,7 @@ def _report(message: str, hint: str) -> None:
 def _command(arguments: list[str]) -> int:
     import typer
 
+    from dfcli.cli import output
     from dfcli.cli.commands import build
 
     program = "dfcli" if Path(sys.argv[0]).stem == "dfcli" else "df"
@@ -83,6 +85,9 @@ def _command(arguments: list[str]) -> int:
         # The arguments are kept for the line that resumes a training.
         found = command.main(arguments, prog_name=program, standalone_mode=False, obj={"arguments": arguments})
         return found or 0
+    except OSError:  # of the help, which Typer prints, if stdout cannot be written; else a defect
+        output.write("")
+        raise
     except typer.TyperException as error:  # asked wrongly: an unknown option, a missing or bad value
         if type(error).__name__ == "NoArgsIsHelpError":  # it has printed the help
             return error.exit_code

@@ -218,7 +218,7 @@ def test_a_defect_shows_its_traceback_on_request(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("redirect", "code", "message"),
     [
-        (">&-", 0, ""),  # closed: nothing to say
+        (">&-", 1, "could not write to standard output: Bad file descriptor"),
         ("2>&-", 0, ""),
         ("> /dev/full", 1, "could not write to standard output: No space left on device"),
         ("| true", None, ""),
@@ -239,6 +239,29 @@ def test_streams_that_cannot_be_written(redirect: str, code: int | None, message
         assert done.returncode == code
     else:
         assert done.stderr == ""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell as on POSIX")
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("--help > /dev/full", 1),
+        ("--help", 1),
+        ("runs path talk", 1),
+        ("sample gpt --tokens 2 --json", 1),
+        ("sample wavenet --run tune --seconds 0.1 -o -", 1),
+        ("sample wavenet --run tune --seconds 0.1 -o out.wav", 0),
+        ("runs remove talk --yes", 0),
+    ],
+)
+def test_a_closed_stdout_fails_where_data_goes_there_only(line: str, code: int, trained, tmp_path):
+    shell = f"'{sys.executable}' -m dfcli {line}" + ("" if ">" in line else " >&-")
+    done = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == code, done.stderr
+    assert ("error: could not write to standard output: " in done.stderr) == (code == 1)
+    assert "unexpected" not in done.stderr
+    assert "Exception" not in done.stderr
+    assert (tmp_path / "out.wav").exists() == ("out.wav" in line)
 
 
 def test_the_python_api_is_lazy_and_whole():
