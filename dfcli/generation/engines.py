@@ -111,4 +111,6 @@ def _fast(core_name: str, core: nn.Module, batch: int, device: Device, exact: bo
         build = importlib.import_module(module).build
     except ImportError as error:
         raise Unavailable(f"{error.name or module} cannot be imported") from None
+    except Exception as error:  # what a broken installation raises: OSError for a library that is missing, and others
+        raise Unavailable(f"{module} cannot be imported ({first_line(error)})") from error
     return build(core, batch, device, exact, on_event)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -80,6 +82,17 @@ def test_a_broken_model_is_told() -> None:
     torch.nn.init.constant_(core.blocks[0].mlp.projection.bias, float("nan"))
     with pytest.raises(DfError, match="not finite"):
         begin(core, [[1]]).generate(Dice(1, [0]).draw(3), Filters())
+
+
+def test_a_broken_numba_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "numba.py").write_text("raise OSError('could not load libllvmlite.so')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("numba", *(f"dfcli.generation.{part}" for part in ("compiled", "kernels", "gpt_cpu", "wavenet_cpu"))):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    for name in ("gpt", "wavenet"):
+        engine, why = engines.choose(name, build(name), 1, cpu())
+        assert engine.name == "plain"
+        assert why.endswith(f"{name}_cpu cannot be imported (OSError: could not load libllvmlite.so)")
 
 
 class Fake:
