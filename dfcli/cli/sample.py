@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(cls=Group, no_args_is_help=True, help="Let a trained model write text or make sound.")
 
+MAX_PROMPT = 16 << 20  # bytes: far beyond every context, and a device or a pipe may have no end
 STDIN_SECONDS = 1.0  # of silence on standard input before saying that it is being read
 
 Num = Annotated[int, typer.Option("--num", metavar="N", help="How many samples.")]
@@ -255,7 +256,8 @@ def _prompt(text: str | None, file: Path | None) -> str:
         return text
     if file is not None and str(file) != "-":
         try:
-            return _decode(file.read_bytes(), str(file))
+            with file.open("rb") as stream:
+                return _decode(stream, str(file))
         except OSError as error:
             raise DfError(f"could not read {file}: {error.strerror}") from None
     if sys.stdin is None or (file is None and sys.stdin.isatty()):
@@ -266,15 +268,20 @@ def _prompt(text: str | None, file: Path | None) -> str:
     waiting.daemon = True
     waiting.start()
     try:
-        return _decode(sys.stdin.buffer.read(), "standard input")
+        return _decode(sys.stdin.buffer, "standard input")
     except OSError as error:
         raise DfError(f"could not read standard input: {os.strerror(error.errno or 0)}") from None
     finally:
         waiting.cancel()
 
 
-def _decode(data: bytes, source: str) -> str:
+def _decode(stream: BinaryIO, source: str) -> str:
     """UTF-8 without its byte order mark and one final line break, which editors and `echo` add."""
+    data = stream.read(MAX_PROMPT + 1)
+    if len(data) > MAX_PROMPT:
+        raise DfError(
+            f"the prompt from {source} has more than {MAX_PROMPT:,} bytes", "give its end: no model sees as much"
+        )
     try:
         return data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:

@@ -41,6 +41,13 @@ def test_the_prompt_comes_from_an_option_a_file_or_a_pipe(here, tmp_path):
     assert "standard input is not UTF-8 text: see byte 2" in broken.err
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="no /dev/zero here")
+def test_a_prompt_without_end_is_not_read_to_it(here):
+    shown = here("sample", "gpt", "--prompt-file", "/dev/zero")
+    assert shown.code == 1
+    assert "the prompt from /dev/zero has more than 16,777,216 bytes" in shown.err
+
+
 def test_text_as_json(here):
     shown = here("sample", "gpt", "--run", "talk", "--num", 2, "--tokens", 8, "--prompt", "It", "--seed", 3, "--json")
     result = json.loads(shown.out)
