@@ -54,7 +54,7 @@ class Engine(Protocol):
 
         Id j is `sampling.pick` of the logits after everything before it, with uniforms[:, j]; it is then
         read in turn, so that calls can follow each other: where the chunks are cut changes nothing.
-        Raises DfError if the logits are not finite.
+        Raises DfError if the logits after the last id are not finite.
         """
         ...
 

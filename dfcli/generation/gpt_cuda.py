@@ -130,7 +130,7 @@ class Graphed(Plain):
                 self._replay(filters)
                 self._state.length += 1
             picked[:, j] = self._ids
-        if not self._next.isfinite().all():  # such a value stays in the cache: one look a chunk is enough
+        if not self._next.isfinite().all():  # a look a chunk, as in `Plain`
             raise DfError(
                 "the model's output is not finite", "its training may have diverged: try an earlier `--checkpoint`"
             )

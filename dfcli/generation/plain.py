@@ -49,7 +49,7 @@ class Plain:
         for j in range(uniforms.shape[1]):
             ids = picked[:, j] = pick(self._logits, filters, uniforms[:, j])
             self._read(self._core.step(torch.from_numpy(ids).to(self._device), self._state))
-        if not np.isfinite(self._logits).all():  # such a value stays in the state: one look a chunk is enough
+        if not np.isfinite(self._logits).all():  # a look a chunk: weights that were loaded are known to be finite
             raise DfError(
                 "the model's output is not finite", "its training may have diverged: try an earlier `--checkpoint`"
             )

@@ -98,7 +98,8 @@ def read_state(run: Path, step: int) -> dict[str, Any]:
 def load(run: Path, step: int, core: Blueprint, *, optimizer: bool = False) -> Checkpoint:
     """Read a checkpoint. Every byte is verified, and what `core` has is compared before memory is taken for it.
 
-    CorruptError naming the file where one is damaged or missing, DfError where one cannot be read.
+    CorruptError naming the file where one is damaged or missing, or weights are not finite; DfError where one cannot be
+    read.
     """
     from dfcli.runs import tensors
 
@@ -113,6 +114,11 @@ def load(run: Path, step: int, core: Blueprint, *, optimizer: bool = False) -> C
             DAMAGED,
         )
     kept = tensors.read(path, files[MODEL]["sha256"], core.layout.kinds)
+    if not tensors.finite(kept):
+        raise CorruptError(
+            f"{path} holds weights that are not finite: its training diverged, or the file was damaged",
+            "train it again with a lower `--lr`",
+        )
     return Checkpoint(
         step=step,
         model={name: kept[first] for name, first in core.layout.names.items()},

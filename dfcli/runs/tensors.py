@@ -98,6 +98,12 @@ def read(path: Path, sha256: str, expected: Mapping[str, Kind] | None = None) ->
     return tensors
 
 
+def finite(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether none of their numbers, of which each has one at least, is infinite or NaN."""
+    # The extremes are NaN where any number is; found so it takes a tenth of the time that `isfinite` of all takes.
+    return all(bool(extreme.isfinite()) for tensor in tensors.values() for extreme in torch.aminmax(tensor))
+
+
 def _read_header(file: BinaryIO, path: Path, digest: Any) -> dict[str, Kind]:
     """What the header says, in the order of the data. Every byte after it belongs to exactly one tensor."""
     prefix = file.read(8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import pickle
 import random
@@ -178,6 +179,20 @@ def test_the_previous_checkpoint_is_taken_and_that_is_said(name: str, which: str
     assert isinstance(events[0], Note)
     assert name in events[0].text
     assert "checkpoint 2 is passed over" in events[0].text
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_told_and_gone_round(value: float):
+    run = make_run()
+    save(run, 1, 0.5)
+    for name in ("tokens.weight", "norm.bias"):
+        broken = weights(2)
+        broken[name][1] = value
+        run.save(2, broken, {"moment": torch.zeros(3)}, {"val_loss": 0.25})
+        with pytest.raises(CorruptError, match=r"step-00000002.* not finite: its training diverged") as error:
+            run.build()
+        assert error.value.hint == "choose another with `--checkpoint` (1)"
+        assert run.load("last", optimizer=True, fallback=True).step == 1
 
 
 def test_a_damaged_state_is_not_silently_left_out_of_the_choice():
