@@ -9,7 +9,6 @@ batch).
 from __future__ import annotations
 
 import math
-import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from dfcli.codecs import MuLaw, TextCodec
 from dfcli.errors import DfError, UsageError
 from dfcli.generation.audio import AudioClip, Prime, out_paths
 from dfcli.generation.frame import Frame, Model, load
-from dfcli.generation.sampling import Filters
+from dfcli.generation.sampling import Filters, chosen_seed
 from dfcli.generation.text import TextClip
 from dfcli.generation.wav import MOST_SAMPLES, WavFile, WavStream
 from dfcli.runs.run import Run
@@ -94,7 +93,7 @@ def sample_text(
     cannot express.
     """
     filters = Filters(temperature, top_k, top_p, min_p)
-    seed = secrets.randbelow(2**31) if seed is None else seed
+    seed = chosen_seed(seed)
     if not 1 <= num <= MOST_CLIPS:
         raise UsageError(f"the number of samples must be from 1 to {MOST_CLIPS:,}, not {num}")
     tokens = TOKENS if tokens is None else tokens
@@ -165,7 +164,7 @@ def sample_audio(
     written.
     """
     filters = Filters(temperature, top_k, top_p, min_p)
-    seed = secrets.randbelow(2**31) if seed is None else seed
+    seed = chosen_seed(seed)
     if not 1 <= num <= MOST_CLIPS:
         raise UsageError(f"the number of samples must be from 1 to {MOST_CLIPS:,}, not {num}")
     if prime is None and keep_prime:

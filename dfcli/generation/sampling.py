@@ -23,6 +23,7 @@ Sources: top-k: Fan et al. 2018 (arXiv 1805.04833); top-p: Holtzman et al. 2019 
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -108,18 +109,26 @@ def pick(logits: NDArray[np.float32], filters: Filters, uniforms: NDArray[np.flo
     return (sums <= uniforms[:, None] * sums[:, -1:]).sum(-1)
 
 
+def chosen_seed(seed: int | None) -> int:
+    """`seed`; where it is None, one that is drawn. Raises UsageError for one outside 0 .. 2**63 - 1."""
+    if seed is None:
+        return secrets.randbelow(2**31)
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"the seed must be from 0 to 2**63 - 1, not {seed}")
+    return seed
+
+
 class Dice:
     """Streams of uniform numbers, one for each clip, so that a clip does not depend on how many others are
     made.
 
     Stream i is the Philox 4x64 generator with key (seed, i) (Salmon et al. 2011), the upper 53 bits of each
-    draw. Raises UsageError for a seed outside 0 .. 2**63 - 1.
+    draw. Raises as `chosen_seed`.
     """
 
     def __init__(self, seed: int, clips: Iterable[int]) -> None:
-        if not 0 <= seed < 2**63:
-            raise UsageError(f"the seed must be from 0 to 2**63 - 1, not {seed}")
-        self._streams = [np.random.Philox(key=np.array([seed, clip], np.uint64)) for clip in clips]
+        key = chosen_seed(seed)
+        self._streams = [np.random.Philox(key=np.array([key, clip], np.uint64)) for clip in clips]
 
     def draw(self, count: int) -> NDArray[np.float64]:
         """The next `count` numbers in [0, 1) of every stream: [clips, count] float64."""

@@ -57,6 +57,12 @@ def test_it_is_what_the_engine_makes() -> None:
     assert list(asdict(result))[:5] == ["run", "checkpoint", "seed", "engine", "samples"]
 
 
+def test_a_wrong_seed_is_told_before_anything_is_loaded() -> None:
+    for sample_any in (sample_text, sample_audio):
+        with pytest.raises(UsageError, match="the seed must be from 0"):
+            sample_any("absent", seed=-1)
+
+
 def test_seeds() -> None:
     run = gpt_run()
     first = text(run=run)
