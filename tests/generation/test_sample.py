@@ -381,7 +381,7 @@ def test_wrong_requests_leave_nothing(
 
 def test_no_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sample, "free_bytes", lambda path: 1999)
-    with pytest.raises(DfError, match="no room for 1 seconds"):
+    with pytest.raises(DfError, match="no room for 1 s of sound"):
         audio(tmp_path / "out.wav", 1, run=wavenet_run())
     assert not (tmp_path / "out.wav").exists()
 
