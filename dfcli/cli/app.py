@@ -30,7 +30,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):  # data is UTF-8 everywhere; no terminal is ever sent what it lacks
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
-    sys.exit(run(arguments))
+    try:
+        code = run(arguments)
+    finally:
+        signals.ignore()
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:

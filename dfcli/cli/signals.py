@@ -26,6 +26,13 @@ def _terminate(_number: int, _frame: FrameType | None) -> None:
     raise SystemExit(TERMINATED)
 
 
+def ignore() -> None:
+    """Let further signals change nothing: Python puts their system's meaning back while it shuts down, and a second one
+    would then decide how the program ends."""
+    for number in (signal.SIGINT, *_TERMINATION):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _install(number: int, handler: Any) -> None:
     if signal.getsignal(number) is not signal.SIG_IGN:
         signal.signal(number, handler)

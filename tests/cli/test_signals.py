@@ -96,6 +96,28 @@ finally:
         assert run([number], code=code)[:2] == (143, "clean\n")
 
 
+@pytest.mark.parametrize(("first", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)])
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGHUP])
+def test_a_second_signal_while_the_interpreter_shuts_down_changes_nothing(first: int, second: int, code: int):
+    work = """
+import time
+from dfcli.cli import app
+
+class Slow:
+    def __del__(self, sleep=time.sleep):
+        sleep(0.5)
+
+slow = Slow()
+def work(arguments):
+    print("ready", flush=True)
+    time.sleep(20)
+
+app._command = work
+app.main([])
+"""
+    assert run([first, second], code=work) == (code, "", "")
+
+
 def test_handlers_are_put_back():
     from dfcli.cli.signals import Stop
 
