@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from dfcli.cores import GPT, GPTConfig
 from dfcli.errors import DfError
@@ -65,6 +67,34 @@ def test_long_chunks(filters: Filters) -> None:
         for engine in (gpt_cpu.build(core, 2, cpu()), Plain(core, cpu()))
     ]
     np.testing.assert_array_equal(*made)
+
+
+@pytest.fixture(scope="module")
+def trained() -> GPT:
+    """A model that has learned something of words in any order."""
+    torch.manual_seed(1)
+    words = ["the ", "cat ", "sat ", "on ", "a mat.\n", "Where ", "was ", "it? ", "There, ", "and here.\n"]
+    ids = torch.tensor(list("".join(random.Random(0).choices(words, k=2000)).encode()))
+    core = GPT(GPTConfig(256, context=64, layers=2, heads=2, channels=32))
+    optimizer = torch.optim.Adam(core.parameters(), 1e-2)
+    for _ in range(60):
+        batch = torch.stack([ids[begin : begin + 65] for begin in torch.randint(len(ids) - 65, (8,)).tolist()])
+        loss = F.cross_entropy(core(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 3  # nats; 5.5 is what knows nothing
+    return core.eval()
+
+
+@pytest.mark.parametrize(
+    ("seed", "filters"), [(0, Filters()), (1, Filters(0.9, 50)), (2, Filters(1, None, 0.95, 0.01))]
+)
+def test_a_thousand_ids_of_a_trained_model(trained: GPT, seed: int, filters: Filters) -> None:
+    uniforms = Dice(seed, [0]).draw(1000)
+    fast = start(gpt_cpu.build(trained, 1, cpu()), [[10]]).generate(uniforms, filters)
+    plain = start(Plain(trained, cpu()), [[10]]).generate(uniforms, filters)
+    np.testing.assert_array_equal(fast, plain)
 
 
 def test_where_the_chunks_are_cut_changes_nothing() -> None:
