@@ -212,7 +212,8 @@ class Trainer:
         what = f"the {'gradient' if math.isfinite(nats) else 'loss'} of step {s.step + 1} is not finite"
         if r.on_nonfinite == "stop" or s.skipped > r.skip_limit:
             kept = f"the checkpoint of step {self.saved_step} is kept" if self.saved_step else "there is no checkpoint"
-            often = f" ({s.skipped - 1} batches were left out before)" if s.skipped > 1 else ""
+            earlier = "1 batch was" if s.skipped == 2 else f"{s.skipped - 1} batches were"
+            often = f" ({earlier} left out before)" if s.skipped > 1 else ""
             raise DfError(
                 f"{what}{often}, at a learning rate of {r.lr * self.factor:.3g}; "
                 f"training stopped before the update, and {kept}",

@@ -19,6 +19,7 @@ triton = pytest.importorskip("triton", reason="PyTorch brings Triton on Linux on
 FOLDER = Path(__file__).parent
 
 
+@pytest.mark.timeout(400)  # the interpreter takes a minute of a core
 @pytest.mark.parametrize("interpret", ["1", "0"])
 def test_kernel(interpret: str) -> None:
     if interpret == "0" and not torch.cuda.is_available():

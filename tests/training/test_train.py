@@ -232,7 +232,7 @@ def test_batches_that_are_not_finite_are_skipped_on_request_and_counted(
         result = train("gpt", [text], **line, stop=stop_after(at))
     assert result.skipped == 2
     assert timeless(Run.open("whole")) == timeless(Run.open("parts"))
-    with pytest.raises(DfError, match=r"step 5 is not finite \(1 batches were left out before\)"):
+    with pytest.raises(DfError, match=r"step 5 is not finite \(1 batch was left out before\)"):
         train("gpt", [text], steps=7, name="few", overrides=TINY_GPT | skip | {"skip_limit": "1"})
 
 
