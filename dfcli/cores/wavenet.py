@@ -163,15 +163,20 @@ class WaveNet(nn.Module):
     @torch.no_grad()
     def initialise(self) -> None:
         """Start each layer as the identity and the prediction as uniform: residual projections and the last layer at
-        zero. An id's embedding is a row of a cosine transform (channel r holds cos(pi (r + 1) (id + 1/2) / V)), so that
-        mu-law levels that are neighbours look alike from the first step on."""
+        zero. Ids are taken for mu-law levels, and levels that are neighbours look alike from the first step on: the
+        first channels hold the amplitude a at four magnifications, 2 tanh(4^k a), and the others a cosine transform,
+        cos(pi r (id + 1/2) / V) for r = 1, 2, ..."""
         last = self.decoder if self.config.decoder else self.head2
         for linear in (*(layer.residual for layer in self.layers), last):
             for parameter in linear.parameters():
                 nn.init.zeros_(parameter)
         V, width = self.table.weight.shape
-        wave = torch.arange(1, width + 1) * torch.pi / V
-        self.table.weight.copy_(2**0.5 * torch.cos(torch.outer(torch.arange(V) + 0.5, wave)))
+        magnified = min(4, width // 4)
+        y = torch.linspace(-1, 1, V)
+        amplitude = y.sign() * (V ** y.abs() - 1) / max(1, V - 1)
+        frequency = torch.arange(1, width - magnified + 1) * torch.pi / V
+        self.table.weight[:, :magnified] = 2 * torch.tanh(torch.outer(amplitude, 4.0 ** torch.arange(magnified)))
+        self.table.weight[:, magnified:] = 2**0.5 * torch.cos(torch.outer(torch.arange(V) + 0.5, frequency))
 
     @property
     def context(self) -> int:

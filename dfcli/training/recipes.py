@@ -117,7 +117,7 @@ def _wavenet(corpus: Corpus, device: Device, steps: int, minutes: float, pinned:
     }  # fmt: skip
     cuda = device.kind == "cuda"
     recipe: dict[str, Any] = {
-        "optimizer": "muon", "lr": 0.035, "adam_lr": 0.01, "momentum": 0.95, "betas": (0.9, 0.95), "eps": 1e-10,
+        "optimizer": "muon", "lr": 0.06, "adam_lr": 0.01, "momentum": 0.8, "betas": (0.9, 0.95), "eps": 1e-10,
         "schedule": "linear", "warmup": 20, "decay_start": 0.3, "final_lr": 0.0, "clip": 1.0,
         "window": 8192 if cuda else 4096, "batch_size": 8 if cuda else 1,
         "eval_tokens": 1_000_000 if cuda else 65_536,

@@ -107,3 +107,15 @@ def test_charwavenet_starts_near_uniform() -> None:
     ids, targets = torch.randint(27, (512, 8)), torch.randint(27, (512,))
     loss = F.cross_entropy(core(ids, last_only=True)[:, 0], targets).item()
     assert loss == pytest.approx(math.log(27), abs=0.1)
+
+
+def test_zero_initialisation_starts_from_the_amplitudes_of_mu_law() -> None:
+    core = WaveNet(WaveNetConfig(cycles=1, residual=32, init="zero"))
+    table = core.table.weight.detach()
+    y = torch.arange(256) / 255 * 2 - 1
+    amplitude = y.sign() * torch.expm1(y.abs() * torch.log(torch.tensor(256.0))) / 255
+    assert torch.allclose(table[:, 2], 2 * torch.tanh(16 * amplitude), atol=1e-5)
+    distance = torch.cdist(table, table)
+    assert (distance.diagonal(1) < 0.15 * distance.max()).all()
+    assert core(torch.zeros(1, 3, dtype=torch.int64)).abs().max() == 0
+    assert WaveNet(WaveNetConfig(vocab_size=1, cycles=1, residual=2, init="zero")).table.weight.isfinite().all()
