@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import sys
 import threading
 from pathlib import Path
@@ -131,7 +132,8 @@ def wavenet(
     """Make sound with a trained WaveNet, into a wav that grows while it is made.
 
     `--num 3 -o out.wav` writes out-01.wav, out-02.wav and out-03.wav. A WaveNet
-    of text writes text on stdout instead, and needs neither --seconds nor -o.
+    of text writes text on stdout instead, and needs neither --seconds nor -o;
+    `df sample gpt --run NAME` takes a prompt for it.
 
     Examples:
       df sample wavenet --seconds 4 -o out.wav
@@ -147,10 +149,15 @@ def wavenet(
             "device": device, "engine": engine, "checkpoint": checkpoint,
         }  # fmt: skip
         if found.codec.kind == "text":
+            if found.kind != "wavenet":
+                raise UsageError(
+                    f"the run `{found.name}` is a {found.kind} that makes text",
+                    f"type `df sample gpt --run {_word(found)}`",
+                )
             if seconds is not None or out is not None or prime is not None or keep_prime:
                 raise UsageError(
                     f"the run `{found.name}` makes text: --seconds, -o and --prime are for sound",
-                    f"type `df sample wavenet --run {found.name}`",
+                    f"type `df sample wavenet --run {_word(found)}`",
                 )
             _write_text(found, "", json, listener, **options)
         else:
@@ -213,7 +220,14 @@ def _write_sound(
 
 
 def _sound_line(run: Run) -> str:
-    return f"df sample wavenet --run {run.name} --seconds 4 -o out.wav"
+    return f"df sample wavenet --run {_word(run)} --seconds 4 -o out.wav"
+
+
+def _word(run: Run) -> str:
+    """What `--run` finds it by: its name, or its folder where that is not kept among the others."""
+    from dfcli.runs.run import runs_home
+
+    return shlex.quote(run.name if run.path.parent == runs_home() else str(run.path))
 
 
 def _tell(result: SampleResult) -> None:

@@ -4,6 +4,8 @@ import io
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -149,6 +151,24 @@ def test_a_run_of_sound_is_refused_for_text_with_a_line_that_works(here, tmp_pat
     assert here(*line[1].split()).code == 0
     assert (tmp_path / "out.wav").exists()
     assert "-o (where to write it) must be given" in here("sample", "wavenet", "--run", "tune", "--seconds", 1).err
+
+
+def test_a_gpt_is_refused_for_a_wavenet_with_a_line_that_works(here, trained, tmp_path):
+    away = (trained / "home" / "runs" / "talk").rename(tmp_path / "my talk")
+    shutil.copytree(away, trained / "home" / "runs" / "talk")
+    for run in ("talk", away):
+        for words in ([], ["--seconds", 1, "-o", "x.wav"]):
+            shown = here("sample", "wavenet", "--run", run, *words)
+            assert shown.code == 2
+            assert shown.out == ""
+            assert "is a gpt that makes text" in shown.err
+            line = re.search(r"type `df (.*)`", " ".join(shown.err.split()))
+            assert line is not None, shown.err
+            assert here(*shlex.split(line[1]), "--tokens", 3).code == 0
+
+
+def test_a_wavenet_of_text_takes_a_prompt_as_other_text_does(here):
+    assert here("sample", "gpt", "--run", "call", "--prompt", "ann").out.startswith("ann")
 
 
 def test_a_wavenet_of_text_needs_neither(here):
