@@ -27,6 +27,7 @@ from dfcli.data.dataset import (
     open_folder,
     preparation_lock,
 )
+from dfcli.data.recordings import Recordings
 from dfcli.data.sources import (
     STDIN,
     Kind,
@@ -39,6 +40,7 @@ from dfcli.data.sources import (
     shown,
 )
 from dfcli.data.splits import check_fractions
+from dfcli.data.texts import Texts
 from dfcli.errors import CorruptError, DfError, UsageError
 from dfcli.system.events import Choice, Note, OnEvent, ignore
 from dfcli.system.files import building, check_name, clean_debris, os_errors, same_name
@@ -123,7 +125,7 @@ def prepare(
     groups = [_of_kind(group, kind, skipped) for group in groups]
     if not groups[0]:
         raise nothing_usable(skipped)
-    build = Build(groups, kind, options, skipped, on_event)
+    build = (Texts if kind == "text" else Recordings)(groups, options, skipped, on_event)
     if whole:
         clean_debris(datasets_folder())
         return _temporary(build)

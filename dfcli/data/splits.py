@@ -31,6 +31,11 @@ def check_fractions(val: float, test: float) -> None:
         )
 
 
+def constant(label: int) -> Labels:
+    """The same split for all."""
+    return lambda start, stop: np.full(stop - start, label, np.uint8)
+
+
 def by_position(n: int, val: float, test: float) -> tuple[list[int], str]:
     """Sizes of train, val and test when `n` characters or samples are cut by position, and the rule as a
     sentence.

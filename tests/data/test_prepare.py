@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 
 from dfcli.codecs import GPT2, Bytes, Chars, MuLaw, TextCodec
 from dfcli.data import splits
-from dfcli.data.build import _merge_lines
 from dfcli.data.dataset import Dataset, Split, datasets_folder, list_datasets, remove_dataset
 from dfcli.data.prepare import prepare
 from dfcli.data.sources import Lines
+from dfcli.data.texts import _merge_lines
 from dfcli.errors import CorruptError, DfError, UsageError
 from dfcli.system.events import Choice, Note, Progress
 from tests.faults import dies, failing, until_it_passes
