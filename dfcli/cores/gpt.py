@@ -5,7 +5,7 @@ One module covers the published models and the modern ones by a few orthogonal c
 - norm before each block: LayerNorm, or RMSNorm without gain (Zhang & Sennrich 2019, arXiv 1910.07467)
 - activation: ReLU, GELU by erf (nanoGPT), GELU by tanh (GPT-2), squared ReLU (So et al. 2021, arXiv 2109.08668)
 - biases or none, tied or untied head, QK-norm, dropout
-- n-gram tables or none: the last 2 to 4 ids looked up together
+- n-gram tables or none: the last 2, 3, ... ids looked up together
 - init: as published for GPT-2, as in the lecture, torch's own (makemore), or with zeroed projections
 
 Shapes: B sequences, T positions, C channels, H heads, D = C / H channels a head, V ids, L layers.
@@ -31,7 +31,7 @@ ACTIVATIONS = {
 }
 
 
-NGRAM_ROWS = 16_381  # a prime
+NGRAM_ROWS = 32_749  # a prime
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class GPTConfig:
     qk_norm: bool = False  # RMSNorm on queries and keys
     dropout: float = 0.0
     embedding_dropout: bool = True  # dropout on the embeddings too (nanoGPT yes, the lecture no)
-    ngrams: int = 1  # 2 to 4: tables for the last 2, ... ids together; 1: none
+    ngrams: int = 1  # 2 to 8: tables for the last 2, ... ids together; 1: none
     init: str = "gpt2"  # gpt2 | normal | torch | zero
 
     def __post_init__(self) -> None:
@@ -66,7 +66,7 @@ class GPTConfig:
         checks.choice("norm", self.norm, ("layernorm", "rmsnorm"))
         checks.choice("activation", self.activation, ACTIVATIONS)
         checks.choice("init", self.init, ("gpt2", "normal", "torch", "zero"))
-        checks.whole("ngrams", self.ngrams, 1, 4)
+        checks.whole("ngrams", self.ngrams, 1, 8)
         for name in ("bias", "qkv_bias", "head_bias", "tied_head", "qk_norm", "embedding_dropout"):
             checks.flag(name, getattr(self, name))
         if self.channels % self.heads:

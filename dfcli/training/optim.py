@@ -1,4 +1,5 @@
-"""The optimisers: AdamW, SGD, and Muon for matrices beside AdamW for the rest, behind one small class.
+"""The optimisers: AdamW, SGD, and Muon for matrices beside AdamW for the rest, behind one small class. Where Muon is
+asked for, n-gram tables, of which a step reads few rows, are updated row by row.
 
 Muon (Keller Jordan et al. 2024, kellerjordan.github.io/posts/muon) gives each matrix its Nesterov momentum with all
 singular values set to about 1, by five Newton-Schulz steps. Embeddings, the output layer, norms and biases are not its
@@ -119,14 +120,57 @@ class Elementwise:
         kept |= {name: buffer for name, buffer in zip(grads, buffers, strict=True) if buffer is not None}
 
 
+class Rows:
+    """RMSprop without momentum for the rows of tables, by name, each [N, C]: the gradient over its root mean square,
+    the mean being over all the gradients that this row has had so far, all C channels together.
+
+    AdamW would take a row for one that is always there: in the steps that do not read it, its mean of squares fades and
+    its momentum goes on. (torch.optim.SparseAdam leaves such rows alone, but corrects its means by the steps made.) One
+    number a row, as in the row-wise AdaGrad of large recommendation models (Naumov et al. 2019, arXiv 1906.00091)."""
+
+    def __init__(self, tables: dict[str, nn.Embedding], recipe: Recipe) -> None:
+        self.tables, self.recipe = tables, recipe
+        kept = ("row_updates", "row_square")
+        self.state = {
+            what: {name: table.weight.new_zeros(len(table.weight)) for name, table in tables.items()} for what in kept
+        }
+
+    def sparse(self, wanted: bool) -> None:
+        """Have gradients that hold only the rows read, or whole ones: on a CPU that saves writing and reading tables of
+        megabytes, but torch.compile cannot do it."""
+        for table in self.tables.values():
+            table.sparse = wanted
+
+    @torch.no_grad()
+    def step(self, lr_factor: float) -> None:
+        for name, table in self.tables.items():
+            p = table.weight
+            if p.grad is None:
+                continue
+            if p.grad.is_sparse:
+                grad = p.grad.coalesce()
+                rows, grad = grad.indices()[0], grad.values()
+            else:
+                rows = p.grad.norm(dim=1).nonzero().squeeze(1)
+                grad = p.grad[rows]
+            updates, square = self.state["row_updates"][name], self.state["row_square"][name]
+            count = updates[rows] + 1
+            mean = square[rows].lerp(grad.square().mean(dim=1), 1 / count)
+            updates[rows], square[rows] = count, mean
+            scale = mean.sqrt().add_(self.recipe.eps)
+            p.index_add_(0, rows, grad / scale[:, None], alpha=-self.recipe.table_lr * lr_factor)
+
+
 class Optimizer:
     """The optimiser that a recipe asks for, over a core's parameters. `step` expects their gradients."""
 
     def __init__(self, core: nn.Module, recipe: Recipe) -> None:
         self.named = dict(core.named_parameters())
         hidden = matrices(core) if recipe.optimizer == "muon" else {}
-        rest = {name: p for name, p in self.named.items() if name not in hidden}
+        tables = ngram_tables(core) if hidden else {}
+        rest = {name: p for name, p in self.named.items() if name not in hidden and name not in tables}
         self.muon = Muon(hidden, recipe.lr, recipe.momentum, recipe.weight_decay) if hidden else None
+        self.rows = Rows(tables, recipe)
         decays = {name for name, p in rest.items() if recipe.decay == "all" or p.ndim >= 2}
         if recipe.optimizer == "muon":
             decays = set()  # the scale of embeddings and of the output layer is theirs to choose
@@ -136,13 +180,20 @@ class Optimizer:
     def step(self, lr_factor: float) -> None:
         """Update the parameters at `lr_factor` times the recipe's rates, and drop their gradients."""
         self.base.step(self.lr * lr_factor)
+        self.rows.step(lr_factor)
         if self.muon:
             self.muon.step(lr_factor)
         self.drop_gradients()
 
     def gradient_norm(self) -> Tensor:
         """The norm of all gradients together, a scalar on the core's device."""
-        grads = [p.grad for p in self.named.values() if p.grad is not None]
+        grads = []
+        for p in self.named.values():
+            if p.grad is not None and p.grad.is_sparse:
+                p.grad = p.grad.coalesce()  # what was read several times, summed
+                grads.append(p.grad.values())
+            elif p.grad is not None:
+                grads.append(p.grad)
         return torch.nn.utils.get_total_norm(grads, foreach=True)
 
     def clip_gradients(self, norm: float, most: float) -> None:
@@ -158,7 +209,7 @@ class Optimizer:
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything a later `load_state_tensors` needs to go on bit for bit, as "<what>/<parameter>": tensor."""
         tensors = {f"muon/{name}": buffer for name, buffer in (self.muon.buffers if self.muon else {}).items()}
-        for what, state in self.base.state.items():
+        for what, state in (self.base.state | self.rows.state).items():
             tensors |= {f"{what}/{name}": tensor for name, tensor in state.items()}
         return tensors
 
@@ -166,8 +217,9 @@ class Optimizer:
         """Take back what `state_tensors` gave. Raises CorruptError where it does not belong to these parameters."""
         for key, tensor in tensors.items():
             what, _, name = key.partition("/")
-            state = self.muon.buffers if what == "muon" and self.muon else self.base.state.get(what)
-            shape = self.named[name].shape if name in self.named and what != "step" else torch.Size()
+            state = self.muon.buffers if what == "muon" and self.muon else (self.base.state | self.rows.state).get(what)
+            shape = self.named[name].shape if name in self.named else torch.Size()
+            shape = {"step": torch.Size(), "row_updates": shape[:1], "row_square": shape[:1]}.get(what, shape)
             if state is None or name not in self.named or tensor.shape != shape:
                 raise CorruptError(f"the optimizer's state has a `{key}` that the model has no place for")
             state[name] = tensor.to(self.named[name].device, copy=True)
@@ -180,3 +232,9 @@ def matrices(core: nn.Module) -> dict[str, nn.Parameter]:
     others = [module for module in core.modules() if isinstance(module, nn.Embedding)] + linears[-1:]
     taken = {id(module.weight) for module in others}
     return {name: p for name, p in core.named_parameters() if p.ndim >= 2 and id(p) not in taken}
+
+
+def ngram_tables(core: nn.Module) -> dict[str, nn.Embedding]:
+    """The n-gram tables of a GPT, by the names of their weights."""
+    found = ((name, module) for name, module in core.named_modules() if name.startswith("ngrams."))
+    return {f"{name}.weight": module for name, module in found if isinstance(module, nn.Embedding)}

@@ -216,9 +216,10 @@ def memory_bytes(core: str, config: cores.CoreConfig, recipe: Recipe, device: De
     """About how much memory training takes, in bytes: weights, gradients and optimiser state in float32, and what a
     micro-batch keeps for its backward pass, counted from the tensors that each layer saves."""
     optimizer = {"sgd": int(recipe.momentum > 0), "adamw": 2, "muon": 2}[recipe.optimizer]
-    weights = 4 * config.parameters() * (2 + optimizer)
-    window = recipe.window or config.context
     c: Any = config
+    tables = c.channels * sum(c.ngram_rows) if core == "gpt" and recipe.optimizer == "muon" else 0  # see optim.Rows
+    weights = 4 * ((config.parameters() - tables) * (2 + optimizer) + 2 * tables)
+    window = recipe.window or config.context
     if core == "gpt":
         kept = c.layers * c.channels * (18 + 2 * c.qk_norm + 8 * (c.dropout > 0))
     elif core == "wavenet":

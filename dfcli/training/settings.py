@@ -35,6 +35,7 @@ class Recipe:
     optimizer: str = "adamw"  # adamw | muon (for matrices, AdamW for the rest) | sgd
     lr: float = 1e-3  # peak learning rate
     adam_lr: float = 3e-3  # with muon: peak learning rate of what AdamW updates
+    table_lr: float = 0.05  # with muon: peak learning rate of n-gram tables
     betas: tuple[float, float] = (0.9, 0.999)  # AdamW
     eps: float = 1e-8  # AdamW
     momentum: float = 0.0  # muon, sgd
@@ -65,8 +66,8 @@ class Recipe:
         ):  # fmt: skip
             _within(name, getattr(self, name), low, high, whole=True)
         for name, low, high in (
-            ("minutes", 0, 10**6), ("lr", 0, 1e3), ("adam_lr", 0, 1e3), ("eps", 0, 1), ("momentum", 0, 1),
-            ("weight_decay", 0, 100), ("clip", 0, 1e9), ("decay_start", 0, 1), ("final_lr", 0, 1),
+            ("minutes", 0, 10**6), ("lr", 0, 1e3), ("adam_lr", 0, 1e3), ("table_lr", 0, 1e3), ("eps", 0, 1),
+            ("momentum", 0, 1), ("weight_decay", 0, 100), ("clip", 0, 1e9), ("decay_start", 0, 1), ("final_lr", 0, 1),
         ):  # fmt: skip
             _within(name, getattr(self, name), low, high)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):

@@ -130,6 +130,7 @@ class Trainer:
         self.last_evaluation = self.last_save = s.seconds
         self.core.train()
         self.forward = compiled(self.core, self, self.on_event)
+        self.optimizer.rows.sparse(self.forward is self.core and self.device.kind == "cpu")
         self._start_interval()
         with kept_memory():
             while not s.done:

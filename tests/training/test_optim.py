@@ -150,12 +150,51 @@ def test_decay_all_reaches_biases() -> None:
     assert torch.allclose(core.blocks[0].mlp.expansion.bias, torch.tensor(0.95))  # pyright: ignore
 
 
+def backward(core: nn.Module, seed: int) -> None:
+    """The gradients of some loss over ids of which no two steps read the same."""
+    torch.manual_seed(seed)
+    ids = torch.randint(0, 11, (2, 8))
+    logits = core(ids)
+    (logits * torch.randn_like(logits)).sum().backward()
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_a_row_moves_when_it_is_read_by_the_root_mean_square_of_its_own_gradients(sparse: bool) -> None:
+    core = cores.build("gpt", GPT | {"ngrams": 3})
+    optimizer = Optimizer(core, Recipe(optimizer="muon", lr=0.01, table_lr=0.2, eps=1e-10))
+    optimizer.rows.sparse(sparse)
+    tables = [table.weight for table in core.ngrams.tables]  # pyright: ignore
+    expected = [table.detach().clone() for table in tables]
+    history: list[dict[int, list[Tensor]]] = [{} for _ in tables]
+    for step in range(4):
+        backward(core, step)
+        for table, values, past in zip(tables, expected, history, strict=True):
+            assert table.grad is not None
+            assert table.grad.is_sparse == sparse
+            for row, grad in enumerate(table.grad.to_dense()):
+                if grad.any():
+                    past.setdefault(row, []).append(grad)
+                    values[row] -= 0.5 * 0.2 * grad / torch.stack(past[row]).square().mean().sqrt()
+        optimizer.gradient_norm()
+        optimizer.step(0.5)
+    for table, values, past in zip(tables, expected, history, strict=True):
+        assert torch.allclose(table, values, atol=1e-6)
+        assert {len(grads) for grads in past.values()} >= {1, 2}
+        assert len(past) < len(table)
+
+
+def test_rows_are_for_muon_alone() -> None:
+    assert not Optimizer(cores.build("gpt", GPT | {"ngrams": 3}), Recipe()).rows.tables
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
-@pytest.mark.parametrize("core_name", ["gpt", "wavenet"])
+@pytest.mark.parametrize("core_name", ["gpt", "n-grams", "wavenet"])
 def test_state_tensors_carry_everything(name: str, core_name: str) -> None:
     torch.manual_seed(0)
     recipe = Recipe(optimizer=name, lr=0.01, momentum=0.9)
-    core = cores.build(core_name, GPT if core_name == "gpt" else WAVENET)
+    core = cores.build("wavenet", WAVENET) if core_name == "wavenet" else cores.build("gpt", GPT)
+    if core_name == "n-grams":
+        core = cores.build("gpt", GPT | {"ngrams": 3})
     optimizer = Optimizer(core, recipe)
     for step in range(2):
         set_gradients(core, step)
@@ -198,6 +237,20 @@ def test_norm_and_clip_are_over_all_gradients() -> None:
     assert optimizer.gradient_norm().item() == pytest.approx(every.norm().item(), rel=1e-5)
     optimizer.clip_gradients(every.norm().item(), 1.5)
     assert optimizer.gradient_norm().item() == pytest.approx(1.5, rel=1e-5)
+
+
+def test_norm_and_clip_reach_sparse_gradients() -> None:
+    core = cores.build("gpt", GPT | {"ngrams": 3})
+    optimizer = Optimizer(core, Recipe(optimizer="muon"))
+    backward(core, 0)
+    whole = optimizer.gradient_norm().item()
+    optimizer.drop_gradients()
+    optimizer.rows.sparse(True)
+    backward(core, 0)
+    assert core.ngrams.tables[0].weight.grad.is_sparse  # pyright: ignore
+    assert optimizer.gradient_norm().item() == pytest.approx(whole, rel=1e-5)
+    optimizer.clip_gradients(whole, 0.5)
+    assert optimizer.gradient_norm().item() == pytest.approx(0.5, rel=1e-5)
 
 
 def test_step_drops_the_gradients() -> None:
