@@ -54,6 +54,7 @@ class GPTConfig:
     dropout: float = 0.0
     embedding_dropout: bool = True  # dropout on the embeddings too (nanoGPT yes, the lecture no)
     ngrams: int = 1  # 2 to 8: tables for the last 2, ... ids together; 1: none
+    ngram_dropout: float = 0.0  # of whole n-grams
     init: str = "gpt2"  # gpt2 | normal | torch | zero
 
     def __post_init__(self) -> None:
@@ -73,8 +74,10 @@ class GPTConfig:
             raise ValueError(f"channels ({self.channels}) must be a multiple of heads ({self.heads})")
         if self.position == "rotary" and (self.channels // self.heads) % 2:
             raise ValueError("rotary positions need an even number of channels a head")
-        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be from 0 to below 1, not {self.dropout!r}")
+        for name in ("dropout", "ngram_dropout"):
+            share = getattr(self, name)
+            if not isinstance(share, (int, float)) or not 0 <= share < 1:
+                raise ValueError(f"{name} must be from 0 to below 1, not {share!r}")
         table = self.context * self.channels // self.heads if self.position == "rotary" else 0
         checks.affordable(self.parameters() + table)
 
@@ -135,7 +138,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class NGrams(nn.Module):
     """What an id means after those before it, from a table in place of a layer: the embeddings of the last 2, ... n ids
     together, summed. Where a table has fewer rows than there are n-grams, several share one (the hash is the remainder
-    of the n-gram's number). Source: over-encoding, Huang et al. 2025, arXiv 2501.16975."""
+    of the n-gram's number). Dropout leaves out whole n-grams, so that the model cannot rely on having seen the longest.
+    Source: over-encoding, Huang et al. 2025, arXiv 2501.16975."""
 
     tables: Sequence[nn.Embedding]
 
@@ -143,6 +147,7 @@ class NGrams(nn.Module):
         super().__init__()
         self.vocab_size = config.vocab_size
         self.tables = nn.ModuleList(nn.Embedding(rows, config.channels) for rows in config.ngram_rows)  # pyright: ignore[reportAttributeAccessIssue]
+        self.dropout = nn.Dropout1d(config.ngram_dropout)
 
     def forward(self, ids: Tensor, before: Tensor, positions: Tensor | None = None) -> Tensor:
         """ids [B, T] after the ids `before` [B, S] -> [B, T, C]. Beyond these, and before a document's start
@@ -155,7 +160,7 @@ class NGrams(nn.Module):
             if positions is not None:
                 earlier = earlier * (positions >= k)
             number = number * self.vocab_size + earlier
-            total = total + table(number % table.num_embeddings)
+            total = total + self.dropout(table(number % table.num_embeddings))
         assert isinstance(total, Tensor)
         return total
 

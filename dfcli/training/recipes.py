@@ -4,9 +4,9 @@ Every choice depends on the data, the kind of device and the budget, and is told
 nothing depends on a measured speed, so the same line gives the same run on every machine of that kind; with a time,
 the size of the model follows from the device's rate.
 
-GPT: tables for the last 2, 3 and 4 ids together, RMSNorm, rotary positions, QK-norm, squared ReLU, no biases, untied
-head, projections that start at zero; Muon for the matrices and AdamW for the rest; a short rise, then a linear fall to
-zero over the last 70 % (scaled down from KellerJordan/modded-nanogpt, track 3).
+GPT: tables for the last 2 to 6 ids together, RMSNorm, rotary positions, QK-norm, squared ReLU, no biases, untied
+head, projections that start at zero; Muon for the matrices, RMSprop by row for the tables, AdamW for the rest; a short
+rise, then a linear fall to zero over the last 70 % (scaled down from KellerJordan/modded-nanogpt, track 3).
 WaveNet: two cycles of dilations 1 to 512, RMSNorm before each layer, residual projections and last layer that
 start at zero, embeddings that are alike for neighbouring levels, Muon for the matrices.
 What was tried, and what it gave: tests/benchmarks/experiments.md.
@@ -28,7 +28,7 @@ GPT_SIZES = ((2, 2, 64), (3, 3, 96), (4, 4, 128), (6, 6, 192), (6, 8, 256), (6, 
 WAVENET_SIZES = ((2, 32, 128), (2, 64, 256), (3, 64, 256), (3, 128, 512))  # cycles, residual, skip
 TOKENS_PER_PARAMETER = {"gpt": 4.0, "wavenet": 12.0}  # a model that sees fewer is too large for its budget
 PARAMETERS_PER_TOKEN = 10.0  # a model with more than that for each token of the corpus only learns it by heart
-NGRAM_TOKENS = (20_000, 100_000, 500_000)  # from so many ids on, 2-grams, 3-grams and 4-grams come often enough
+NGRAM_TOKENS = (20_000, 100_000, 500_000, 500_000, 500_000)  # from so many ids on, 2-grams, 3-grams, ... pay
 EFFICIENCY = 0.4  # the share of a device's peak rate that a small model's training reaches
 
 
@@ -107,8 +107,7 @@ def _gpt(corpus: Corpus, device: Device, steps: int, minutes: float, pinned: dic
     recipe["batch_size"] = max(1, tokens // length)
     mean = f", at {length:,} ids a line" if recipe.get("sampling") == "documents" else ""
     draft.choose("batch_size", str(recipe["batch_size"]), f"about {tokens:,} ids a step on {_article(device)}{mean}")
-    if "dropout" not in pinned:
-        _dropout(draft, corpus, device, steps, minutes, pinned)
+    _dropout(draft, corpus, device, steps, minutes, pinned)
     return draft
 
 
@@ -184,11 +183,15 @@ def _dropout(draft: Draft, corpus: Corpus, device: Device, steps: int, minutes: 
         tokens = rate * EFFICIENCY * 60 * minutes / (3 * cores.config("gpt", draft.config).flops_per_token())
     epochs = tokens / max(1, corpus.tokens)
     # A model that is small beside its corpus cannot learn it by heart, however often it reads it.
-    small = cores.config("gpt", draft.config).parameters() < 2 * corpus.tokens
-    dropout = 0.0 if epochs < (20 if small else 6) else 0.1 if epochs < 40 else 0.2
-    draft.config["dropout"] = dropout
+    small = cores.config("gpt", draft.config | {"ngrams": 1}).parameters() < 2 * corpus.tokens
+    shares = {"dropout": 0.0 if epochs < (20 if small else 6) else 0.1 if epochs < 40 else 0.2}
+    if draft.config["ngrams"] > 1:  # tables can, soon
+        shares["ngram_dropout"] = 0.0 if epochs < 0.7 else 0.2 if epochs < 1.5 else 0.3 if epochs < 6 else 0.5
     times = "less than once" if epochs < 1 else "about once" if epochs < 1.5 else f"about {epochs:,.0f} times"
-    draft.choose("dropout", f"{dropout:g}", f"the budget reads the corpus {times}")
+    for name, share in shares.items():
+        if name not in pinned:
+            draft.config[name] = share
+            draft.choose(name, f"{share:g}", f"the budget reads the corpus {times}")
 
 
 def _cadence(draft: Draft, device: Device, steps: int) -> None:
@@ -196,9 +199,8 @@ def _cadence(draft: Draft, device: Device, steps: int) -> None:
     if steps:
         recipe = {"batch_size": 1, "accumulate": 1, "window": 0, "eval_tokens": 0} | draft.recipe
         window = recipe["window"] or draft.config.get("context", 1)
-        training = (
-            3 * steps * recipe["batch_size"] * recipe["accumulate"] * window
-        )  # a training step is 3 forward passes
+        forward = steps * recipe["batch_size"] * recipe["accumulate"] * window
+        training = 3 * forward  # a training step costs 3 forward passes
         evaluations = max(1, min(10, training // (10 * max(1, recipe["eval_tokens"]))))  # a tenth of the work at most
         chosen = {
             "log_every": max(1, min(100, steps // 100)),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from dfcli.cores import GPT, GPTConfig
 
@@ -87,12 +90,27 @@ def test_zero_initialisation_starts_uniform() -> None:
     assert core(torch.arange(8)[None]).abs().max() == 0
 
 
-def test_dropout_is_for_training_only() -> None:
-    core = GPT(GPTConfig(50, 8, 2, 2, 8, dropout=0.5))
+@pytest.mark.parametrize("values", [{"dropout": 0.5}, {"ngrams": 3, "ngram_dropout": 0.5}])
+def test_dropout_is_for_training_only(values: dict[str, Any]) -> None:
+    core = GPT(GPTConfig(50, 8, 2, 2, 8, **values))
+    if core.config.ngrams > 1:
+        for table in core.ngrams.tables:
+            nn.init.normal_(table.weight)
     ids = torch.arange(8)[None]
     assert not torch.equal(core(ids), core(ids))
     core.eval()
     assert torch.equal(core(ids), core(ids))
+
+
+def test_ngram_dropout_leaves_out_whole_ngrams() -> None:
+    core = GPT(GPTConfig(50, 8, 2, 2, 8, ngrams=2, ngram_dropout=0.25))
+    nn.init.ones_(core.ngrams.tables[0].weight)
+    ids = torch.arange(8).expand(100, 8)
+    read = core.ngrams(ids, ids[:, :0])
+    assert torch.equal(read, read[..., :1].expand_as(read))
+    left_out = (read == 0).all(dim=-1)
+    assert torch.allclose(read[~left_out], torch.tensor(4 / 3))
+    assert 0.2 < left_out.float().mean() < 0.3
 
 
 def test_rotary_positions_are_relative() -> None:

@@ -95,6 +95,20 @@ def test_a_corpus_read_many_times_gets_dropout() -> None:
     assert parts(default("gpt", SHAKESPEARE, machine(), 100, 0.0, {}))[0].dropout == 0  # pyright: ignore
 
 
+def test_tables_get_dropout_sooner_and_more_with_time() -> None:
+    shares = []
+    for steps in (100, 1000, 3000, 10_000):
+        config = parts(default("gpt", SHAKESPEARE, machine(), steps, 0.0, {}))[0]
+        assert config.dropout == 0  # pyright: ignore
+        shares.append(config.ngram_dropout)  # pyright: ignore
+    assert shares[0] == 0
+    assert shares == sorted(set(shares))
+    pinned = default("gpt", SHAKESPEARE, machine(), 3000, 0.0, {"ngram_dropout": 0.1})
+    assert pinned.config.get("ngram_dropout", 0.1) == 0.1
+    assert "ngram_dropout" not in [choice.what for choice in pinned.choices]
+    assert "ngram_dropout" not in default("gpt", NAMES, machine(), 100, 0.0, {"ngrams": 1}).config
+
+
 def test_reasons_are_sentences_of_their_data() -> None:
     def reason(corpus: Corpus, what: str, steps: int) -> str:
         choices = default("gpt", corpus, machine(), steps, 0.0, {}).choices
