@@ -13,6 +13,7 @@ from dfcli.cli.figures import age, count, duration, size, sparkline
 from dfcli.cli.layout import Command, Group
 from dfcli.cli.options import Yes, confirmed
 from dfcli.errors import DfError
+from dfcli.system.files import check_name
 from dfcli.system.words import counted
 
 if TYPE_CHECKING:
@@ -117,7 +118,8 @@ def remove(name: Annotated[str, typer.Argument(metavar="NAME", help="The run's n
     """
     from dfcli import runs
 
-    if not confirmed(f"remove the run `{name}` and all its checkpoints?", yes):
+    check_name(name, "run")
+    if not confirmed(f"remove the run `{name}` and all its checkpoints", yes):
         output.say("nothing was removed")
         raise typer.Exit(1)
     runs.remove(name)

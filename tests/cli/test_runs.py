@@ -54,11 +54,21 @@ def test_show_and_path(here, trained):
 
 
 def test_remove(here, trained):
-    assert here("runs", "remove", "tune").code == 0  # nobody sits there to be asked
+    asked = here("runs", "remove", "tune")  # nobody sits there to be asked
+    assert (asked.code, "`--yes`" in asked.err) == (2, True)
+    assert (trained / "home" / "runs" / "tune").exists()
+    assert here("runs", "remove", "tune", "--yes").code == 0
     assert not (trained / "home" / "runs" / "tune").exists()
-    assert here("runs", "remove", "tune").code == 2
+    assert here("runs", "remove", "tune", "--yes").code == 2
     assert here("runs", "remove", "talk", "--yes").code == 0
     assert [run.name for run in dfcli.list_runs()] == ["call"]
+
+
+def test_removing_data_names_the_runs_that_need_it(here, trained):
+    name = dfcli.Run.open("talk").dataset["name"]
+    asked = here("data", "remove", name)
+    assert asked.code == 2
+    assert f"remove the dataset `{name}`, which `df eval` needs for `talk`?" in asked.err
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
