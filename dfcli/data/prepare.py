@@ -225,7 +225,9 @@ def _kind(sources: list[Source], options: Options, on_event: OnEvent) -> Kind:
         kind = codec.kind
         if kind == "text" and "audio" in given:
             name = next(source.name for source in sources if source.given and source.kind == "audio")
-            raise UsageError(f"{name} is audio, and the codec {codec.name} is for text", "use `--codec mulaw`")
+            raise UsageError(
+                f"{name} is audio, and the codec {codec.name} is for text", "give text; sound takes the codec mulaw"
+            )
     elif len(given) == 2:
         raise UsageError("the sources are text and audio", "give one of the two, or say which with `--codec`")
     elif given:
