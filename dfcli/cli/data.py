@@ -11,6 +11,7 @@ from dfcli.cli import output
 from dfcli.cli.figures import count, size
 from dfcli.cli.layout import Command, Group
 from dfcli.cli.options import Yes, confirmed, mention_terminal
+from dfcli.system.files import check_name
 from dfcli.system.words import counted
 
 if TYPE_CHECKING:
@@ -192,8 +193,13 @@ def remove(name: Name, yes: Yes = False) -> None:
       df data remove names
     """
     from dfcli.data.dataset import remove_dataset
+    from dfcli.data.sources import list_some
+    from dfcli.runs import list_runs
 
-    if not confirmed(f"remove the dataset `{name}`?", yes):
+    check_name(name, "dataset")
+    trained = [f"`{run.name}`" for run in list_runs() if run.info.get("dataset", {}).get("name") == name]
+    need = f", which `df eval` needs for {list_some(trained)}" if trained else ""
+    if not confirmed(f"remove the dataset `{name}`{need}", yes):
         output.say("nothing was removed")
         raise typer.Exit(1)
     remove_dataset(name)

@@ -9,9 +9,9 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from dfcli.cli import output
-from dfcli.cli.figures import Course, count, duration, short, si, size, sparkline
+from dfcli.cli.figures import Course, age, count, duration, short, si, size, sparkline
 from dfcli.cli.signals import Stop
-from dfcli.system.events import Progress
+from dfcli.system.events import Note, Progress
 from dfcli.training.events import Finished, Sample, Saved, Started, Step
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dfcli.system.stats import Sampler, Stats
 
 WIDTH = 100  # of the picture, at most
+DAY = 86_400.0  # seconds
 
 
 class TrainView:
@@ -48,6 +49,7 @@ class TrainView:
         self._sampler: Sampler | None = None
         self._live: Live | None = None
         self._line_due = 0.0
+        self._days_told = False
 
     def __enter__(self) -> TrainView:
         return self
@@ -112,10 +114,19 @@ class TrainView:
             self.val_loss = step.val_loss
             if self.best is None or step.val_loss < self.best:
                 self.best, self.best_step = step.val_loss, step.step
+        self._tell_days(step)
         now = time.monotonic()
         if self._live is None and not self.quiet and (step.val_loss is not None or now >= self._line_due):
             self._line_due = now + output.LINE_SECONDS
             output.say(self.line(step))
+
+    def _tell_days(self, step: Step) -> None:
+        """Say once that a number of steps takes longer than a day."""
+        if self._days_told or step.steps is None or step.eta_seconds is None or step.eta_seconds < DAY:
+            return
+        self._days_told = True
+        left = f"the {count(step.steps - step.step)} steps left take about {age(step.eta_seconds)}"
+        self.listener(Note(f"at this rate {left}: `--minutes` or `--steps` sets another budget"))
 
     # ------------------------------------------------------------------------------------------ one line
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from dfcli.cli import output
+from dfcli.errors import UsageError
 
 Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:<n> or mps.")]
 RunName = Annotated[
@@ -24,11 +25,14 @@ def mention_terminal(sources: list[str]) -> None:
         output.say("reading standard input; end it with Ctrl-D (Ctrl-Z and Enter on Windows)")
 
 
-def confirmed(question: str, yes: bool) -> bool:
-    """Whether to go on: asks only where a person sits at the terminal."""
-    if yes or sys.stdin is None or not sys.stdin.isatty():
+def confirmed(what: str, yes: bool) -> bool:
+    """Whether to do `what`, which cannot be undone: asks the person at the terminal. UsageError where nobody can be
+    asked."""
+    if yes:
         return True
-    output.stderr().print(output.one_line(question) + " [y/N] ", end="")
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise UsageError(f"there is no terminal to ask: {what}?", "`--yes` does it without asking")
+    output.stderr().print(output.one_line(what) + "? [y/N] ", end="")
     try:
         return input().strip().lower() in ("y", "yes")
     except EOFError:

@@ -287,6 +287,8 @@ class Listener:
             if event.total and event.done < event.total:
                 text += f"  {duration((event.total - event.done) / rate)} left"
         self.bar(event.what, event.done, event.total, text)
+        if event.done == event.total:
+            del self._started[event.what]  # the next of that name begins anew
 
     def bar(self, what: str, done: float, total: float | None, figures: str) -> None:
         """Move the bar called `what`, with `figures` beside it; without a terminal, write a line if one is due."""
@@ -307,7 +309,6 @@ class Listener:
         self._bar.update(self._tasks[what], completed=done, total=total, figures=figures)
         if total is not None and done >= total:
             self._bar.remove_task(self._tasks.pop(what))
-            self._started.pop(what, None)
 
 
 def _new_bar() -> Bar:

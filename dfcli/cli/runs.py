@@ -13,6 +13,7 @@ from dfcli.cli.figures import age, count, duration, size, sparkline
 from dfcli.cli.layout import Command, Group
 from dfcli.cli.options import Yes, confirmed
 from dfcli.errors import DfError
+from dfcli.system.files import check_name, read_json
 from dfcli.system.words import counted
 
 if TYPE_CHECKING:
@@ -37,13 +38,14 @@ def list_() -> None:
     if not runs:
         output.say("there are no runs yet; `df train gpt` makes one")
         return
+    losses = {run.name: val_loss(run) for run in runs}
     rows = [
         (
             run.name,
             run.kind,
             run.info.get("dataset", {}).get("name", ""),
             count(run.steps()[-1]) if run.steps() else "-",
-            loss(best(run).get("val_loss")),
+            losses[run.name],
             age(seconds_since(run)),
             size(run.size_bytes()),
         )
@@ -51,6 +53,8 @@ def list_() -> None:
     ]
     right = ("STEPS", "VAL LOSS", "AGE", "SIZE")
     output.table(("NAME", "KIND", "DATA", "STEPS", "VAL LOSS", "AGE", "SIZE"), rows, right)
+    if any(shown.startswith("~") for shown in losses.values()):
+        output.say("~ over a part of the validation split, as measured during training", style="dim")
 
 
 @app.command(cls=Command)
@@ -66,7 +70,6 @@ def show(name: Name) -> None:
     rows = run.metrics()
     last = rows[-1] if rows else {}
     steps = run.steps()
-    state = best(run)
     data = run.info.get("dataset", {})
     items: list[tuple[str, object]] = [
         ("run", run.name),
@@ -83,16 +86,20 @@ def show(name: Name) -> None:
         ("size", size(run.size_bytes())),
     ]
     if steps:
-        items.append(("best", f"step {count(run.resolve('best'))}, val loss {loss(state.get('val_loss'))}"))
+        shown = val_loss(run)
+        part = " (over a part of the validation split)" if shown.startswith("~") else ""
+        items.append(("best", f"step {count(run.resolve('best'))}, val loss {shown}{part}"))
     if last:
         items.append(
             ("last", f"step {count(last['step'])}, {counted(last['tokens'], 'token')}, {duration(last['seconds'])}")
         )
+    most = run.info.get("recipe", {}).get("eval_tokens")
     for key, title in (("train_loss", "train loss"), ("val_loss", "val loss")):
         course = [row[key] for row in rows if isinstance(row.get(key), float)]
         if course:
             line = sparkline(course, 48, output.unicode())
-            items.append((title, f"{line}  {course[0]:.4f} -> {course[-1]:.4f}, lowest {min(course):.4f}"))
+            over = f", each over at most {count(most)} tokens" if key == "val_loss" and most else ""
+            items.append((title, f"{line}  {course[0]:.4f} -> {course[-1]:.4f}, lowest {min(course):.4f}{over}"))
     output.pairs(items)
 
 
@@ -117,19 +124,26 @@ def remove(name: Annotated[str, typer.Argument(metavar="NAME", help="The run's n
     """
     from dfcli import runs
 
-    if not confirmed(f"remove the run `{name}` and all its checkpoints?", yes):
+    check_name(name, "run")
+    if not confirmed(f"remove the run `{name}` and all its checkpoints", yes):
         output.say("nothing was removed")
         raise typer.Exit(1)
     runs.remove(name)
     output.say(f"removed the run `{name}`")
 
 
-def best(run: Run) -> dict[str, Any]:
-    """The state of the best checkpoint; empty where there is none or it is damaged."""
+def val_loss(run: Run) -> str:
+    """The validation loss of the best checkpoint: over the whole split, as a finished training measures it, else as it
+    was during training, with a ~ where that was over a part of it."""
+    from dfcli.runs.run import RESULT
+
     try:
-        return run.state(run.resolve("best"))
-    except DfError:
-        return {}
+        if (run.path / RESULT).exists():
+            return loss(read_json(run.path / RESULT).get("val_loss"))
+        shown = loss(run.state(run.resolve("best")).get("val_loss"))
+    except DfError:  # there is no checkpoint, or it is damaged
+        return "-"
+    return f"~{shown}" if shown != "-" and run.info.get("recipe", {}).get("eval_tokens") else shown
 
 
 def loss(value: object) -> str:

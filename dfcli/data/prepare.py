@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from dfcli.codecs import CODECS, Codec
 from dfcli.codecs.boundary import MAX_LEAD
@@ -115,7 +116,7 @@ def prepare(
                     f"the prepared dataset {shown(item)} cannot be joined with other sources",
                     f"prepare them together from their files; `./{shown(item)}` means a path",
                 )
-            return _opened(found, options, on_event)
+            return _opened(found, item, options, on_event)
 
     if codec == "gpt2":
         options = replace(options, bpe=os.path.abspath(_gpt2_folder(bpe)))
@@ -224,7 +225,9 @@ def _kind(sources: list[Source], options: Options, on_event: OnEvent) -> Kind:
         kind = codec.kind
         if kind == "text" and "audio" in given:
             name = next(source.name for source in sources if source.given and source.kind == "audio")
-            raise UsageError(f"{name} is audio, and the codec {codec.name} is for text", "use `--codec mulaw`")
+            raise UsageError(
+                f"{name} is audio, and the codec {codec.name} is for text", "give text; sound takes the codec mulaw"
+            )
     elif len(given) == 2:
         raise UsageError("the sources are text and audio", "give one of the two, or say which with `--codec`")
     elif given:
@@ -271,8 +274,8 @@ def _stem(items: Sequence[str]) -> str:
 # Using again ---------------------------------------------------------------------------------------------------------
 
 
-def _opened(folder: Path, options: Options, on_event: OnEvent) -> Dataset:
-    """A dataset that was asked for by name. Raises UsageError if it was made otherwise than is asked now."""
+def _opened(folder: Path, item: str, options: Options, on_event: OnEvent) -> Dataset:
+    """The dataset that `item` names. Raises UsageError if it was made otherwise than is asked now."""
     dataset = open_folder(folder)
     codec, made = dataset.info["codec"], dataset.info["options"]
     asked = options.codec.to_json() if isinstance(options.codec, Codec) else options.codec
@@ -289,10 +292,20 @@ def _opened(folder: Path, options: Options, on_event: OnEvent) -> Dataset:
             dataset.close()
             raise UsageError(
                 f"the dataset {dataset.name} was prepared with another {what} than is asked for",
-                "prepare its sources again under another name",
+                _instead(dataset, item),
             )
     on_event(Note(f"using the prepared dataset {dataset.name}"))
     return dataset
+
+
+def _instead(dataset: Dataset, item: str) -> str:
+    """What to give instead of `item`, which is the name or folder of a dataset that was made otherwise."""
+    if item == dataset.name and os.path.lexists(item):
+        return f"`./{shown(item)}` means the file or folder of that name"
+    sources = _recorded(dataset)
+    if len(sources) == 1 and sources[0][1] != STDIN:
+        return f"give its source instead of its name: {shown(sources[0][1])}"
+    return "give its sources instead of its name"
 
 
 def _reused(folder: Path, key: str, groups: list[list[Source]], on_event: OnEvent) -> Dataset | None:
@@ -320,14 +333,7 @@ def _reused(folder: Path, key: str, groups: list[list[Source]], on_event: OnEven
 def _unchanged(dataset: Dataset, groups: list[list[Source]]) -> bool:
     """Whether the sources are those that the dataset was made from: by what the file system says of them,
     else by their contents. Times are not trusted when the file was read within their resolution."""
-    try:
-        with reading(dataset.path / SOURCES) as file:
-            data = file.read()
-    except DfError:
-        return False
-    if hashlib.sha256(data).hexdigest() != dataset.info["sources"]["sha256"]:
-        return False
-    before = [json.loads(line) for line in data.splitlines()]
+    before = _recorded(dataset)
     now = [(k, source) for k, group in enumerate(groups) for source in group]
     if [(k, identity) for k, identity, *_ in before] != [(k, source.identity) for k, source in now]:
         return False
@@ -342,6 +348,19 @@ def _unchanged(dataset: Dataset, groups: list[list[Source]]) -> bool:
         except DfError:
             return False
     return True
+
+
+def _recorded(dataset: Dataset) -> list[Any]:
+    """What each source of a dataset was when it was read: label, identity, stamp, time, SHA-256. Empty where that is
+    lost or damaged."""
+    try:
+        with reading(dataset.path / SOURCES) as file:
+            data = file.read()
+    except DfError:
+        return []
+    if hashlib.sha256(data).hexdigest() != dataset.info["sources"]["sha256"]:
+        return []
+    return [json.loads(line) for line in data.splitlines()]
 
 
 @contextmanager

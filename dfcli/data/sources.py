@@ -168,8 +168,17 @@ def discover(items: Iterable[str]) -> tuple[list[Source], list[Skipped]]:
 
 
 def refuse_missing(item: str) -> None:
-    """Raise UsageError where there is no file or folder `item`."""
-    if not item or "\0" in item or not os.path.lexists(Path(item)):
+    """Raise UsageError where there is no file or folder `item`, DfError where that cannot be seen."""
+    missing = not item or "\0" in item
+    if not missing:
+        with os_errors("read", Path(shown(item))):
+            try:
+                os.lstat(item)
+            except PermissionError:
+                raise
+            except (OSError, ValueError):
+                missing = True
+    if missing:
         name = shown(item) or "without a name"
         raise UsageError(f"there is no file or folder {name}", "check the path; `df data list` shows datasets")
 

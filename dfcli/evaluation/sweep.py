@@ -101,6 +101,8 @@ def sweep(
                 on_event(Progress("evaluation", tokens, total, "tokens"))
     finally:
         core.train(training)
+    if total is None:
+        on_event(Progress("evaluation", tokens, tokens, "tokens"))  # now it is known: that was all
     return Loss(nats, tokens, context, step if windowed else 1)
 
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 RUN, METRICS = "run.json", "metrics.jsonl"
+RESULT = "result.json"  # of a training that is finished
 KEPT_LAST = 2
 
 

@@ -59,13 +59,20 @@ _temporaries: set[str] = set()  # names made by this process and not yet done wi
 
 
 def data_home() -> Path:
-    """Where datasets, runs and downloads are kept: `$DFCLI_HOME`, else the system's place. Not created."""
+    """Where datasets, runs and downloads are kept: `$DFCLI_HOME`, else the system's place. Not created. UsageError
+    where something else than a folder is there, DfError where it may not be entered."""
     chosen = os.environ.get("DFCLI_HOME")
     if chosen:
-        return Path(os.path.expanduser(chosen)).absolute()
-    import platformdirs
+        home = Path(os.path.expanduser(chosen)).absolute()
+    else:
+        import platformdirs
 
-    return platformdirs.user_data_path("dfcli", appauthor=False)
+        home = platformdirs.user_data_path("dfcli", appauthor=False)
+    with os_errors("read", home), suppress(FileNotFoundError):
+        if not stat.S_ISDIR(os.stat(home).st_mode):
+            raise UsageError(f"{home} is not a folder", "set DFCLI_HOME to a folder; it is made if it is not there")
+        os.stat(home / "runs")  # fails where the folder may be seen, but not what is in it
+    return home
 
 
 def check_name(name: str, what: str) -> str:
@@ -404,8 +411,8 @@ def _discard(path: Path) -> None:
 
 def _in_use(path: Path, pid: int, host: str) -> bool:
     with suppress(FileNotFoundError):
-        stat = path.lstat()
-        changed = max(stat.st_mtime, stat.st_ctime)
+        status = path.lstat()
+        changed = max(status.st_mtime, status.st_ctime)
         if host != _host():
             return time.time() - changed < FOREIGN_DEBRIS_SECONDS
         if pid == os.getpid():

@@ -24,7 +24,7 @@ from dfcli.system.events import Choice, OnEvent, ignore
 from dfcli.system.files import free_bytes, same_name
 from dfcli.training import recipes
 from dfcli.training.presets import preset
-from dfcli.training.request import Request
+from dfcli.training.request import Request, corpus_file
 from dfcli.training.settings import Recipe, change, override
 
 
@@ -228,7 +228,7 @@ def _sources(request: Request, entry: dict[str, Any], parent: Run | None, choice
         return sources
     if corpus := entry.get("corpus"):
         choices.append(Choice("data", corpus, "what the preset was published on"))
-        return (corpus,)
+        return (str(corpus_file(request.preset, corpus)),)
     usual = "mulaw" if request.kind == "wavenet" else "chars"
     kind = "audio" if entry.get("data", {}).get("codec", usual) == "mulaw" else "text"
     what = "the Python standard library's sources" if kind == "text" else "melodies made by this project"

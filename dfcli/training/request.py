@@ -6,9 +6,9 @@ Nothing here imports PyTorch, which takes seconds: a typing error is told before
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from dfcli.data.dataset import find_dataset
 from dfcli.data.download import corpus_path
 from dfcli.data.prepare import check_sources
 from dfcli.errors import UsageError
@@ -17,6 +17,14 @@ from dfcli.system.files import check_name
 from dfcli.training.presets import PRESETS, preset
 
 SPEECH_COMMANDS = "https://storage.googleapis.com/download.tensorflow.org/data/speech_commands_v0.02.tar.gz"
+ABROAD = {  # corpora that `df data get` does not fetch: what they are, and what to do
+    "sc09": (
+        "SC09, the ten spoken digits of Speech Commands v0.02",
+        f"unpack the folders zero to nine of {SPEECH_COMMANDS} (2.4 GB) into a folder, and give it: "
+        "`--data FOLDER`; other recordings will do too",
+    ),
+    "vctk": ("VCTK, 44 hours of speech", "give it recordings, these or others: `--data FOLDER`"),
+}
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ class Request:
             if self.name is not None:
                 refuse_taken(self.name)
             if not self.data and "corpus" in entry:
-                check_corpus(self.preset, entry["corpus"])
+                corpus_file(self.preset, entry["corpus"])
 
     def _check_values(self) -> None:
         if self.kind not in PRESETS:
@@ -83,17 +91,16 @@ class Request:
         return {key: value for key, value in values.items() if value is not None}
 
 
-def check_corpus(preset: str | None, corpus: str) -> None:
-    """Raise UsageError, saying how to get it, where the corpus that a preset was published on is not here."""
-    if find_dataset(corpus) is not None or corpus_path(corpus) is not None:
-        return
-    if corpus == "sc09":
-        raise UsageError(
-            f"preset `{preset}` was published on SC09, the ten spoken digits of Speech Commands v0.02",
-            f"unpack the folders zero to nine of {SPEECH_COMMANDS} (2.4 GB) into a folder, and give it: "
-            "`--data FOLDER`; other recordings will do too",
-        )
-    raise UsageError(
-        f"preset `{preset}` was published on the corpus `{corpus}`, which is not here yet",
-        f"fetch it with `df data get {corpus}`, or give other data with `--data`",
+def corpus_file(preset: str | None, corpus: str) -> Path:
+    """The corpus that a preset was published on, as fetched: not a dataset that happens to have its name. UsageError,
+    saying how to get it, where it is not here."""
+    if (path := corpus_path(corpus)) is not None:
+        return path
+    what, how = ABROAD.get(
+        corpus,
+        (
+            f"the corpus `{corpus}`, which is not here yet",
+            f"fetch it with `df data get {corpus}`, or give other data with `--data`",
+        ),
     )
+    raise UsageError(f"preset `{preset}` was published on {what}", how)

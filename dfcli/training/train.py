@@ -34,7 +34,6 @@ from dfcli.training.request import Request
 from dfcli.training.settings import Recipe, override
 from dfcli.training.trainer import State, Trainer
 
-RESULT = "result.json"  # of a run that is finished
 PREVIEW_TOKENS = 120
 
 
@@ -193,7 +192,7 @@ class Session:
             device=device.name, seed=plan.seed, skipped=reached.skipped, stopped=stopped,
         )  # fmt: skip
         if stopped is None:
-            write_json(run.path / RESULT, {"format": 1, **asdict(result)})
+            write_json(run.path / runs.RESULT, {"format": 1, **asdict(result)})
         self.on_event(Finished(result))
         return result
 
@@ -235,11 +234,11 @@ def _resume(run: Run, request: Request, session: Session) -> TrainResult:
             f"run `{run.name}` was started with another {option}, which would change its result",
             f"leave {option} out, or start a new run from its weights with `--init {run.name}`",
         )
-    if (run.path / RESULT).exists():
+    if (run.path / runs.RESULT).exists():
         return _finished(run, session.on_event)
     with run.lock(), _dataset_of(run, session.on_event) as dataset:
         # One that finished while this one waited is not trained again.
-        if (run.path / RESULT).exists():
+        if (run.path / runs.RESULT).exists():
             return _finished(run, session.on_event)
         _warn(made, session.on_event)
         state = None
@@ -255,10 +254,10 @@ def _resume(run: Run, request: Request, session: Session) -> TrainResult:
 
 
 def _finished(run: Run, on_event: OnEvent) -> TrainResult:
-    values = read_json(run.path / RESULT)
+    values = read_json(run.path / runs.RESULT)
     kinds = get_type_hints(TrainResult)
     if not all(name in values and isinstance(values[name], kind) for name, kind in kinds.items()):
-        raise CorruptError(f"{run.path / RESULT} is damaged: it is not the result of a training", DAMAGED)
+        raise CorruptError(f"{run.path / runs.RESULT} is damaged: it is not the result of a training", DAMAGED)
     result = TrainResult(**{name: values[name] for name in kinds})
     on_event(Note(f"run `{run.name}` is finished already"))
     return result

@@ -74,6 +74,11 @@ def test_what_is_asked_wrongly(here, words: list[str], code: int):
     assert shown.out == ""
 
 
+def test_sound_for_a_model_of_text_is_refused_by_what_eval_has(here, trained):
+    shown = here("eval", "--run", "talk", "--data", trained / "tones" / "tone-0.wav")
+    assert (shown.code, "--codec" in shown.err, "give text" in shown.err) == (2, False, True)
+
+
 def test_data_that_the_codec_cannot_express(here, trained):
     (trained / "other.txt").write_text("50 %")
     shown = here("eval", "--run", "talk", "--data", trained / "other.txt")

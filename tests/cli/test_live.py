@@ -10,6 +10,10 @@ import time
 
 import pytest
 
+from dfcli.cli.live import TrainView
+from dfcli.cli.signals import Stop
+from dfcli.training.events import Step
+
 pyte = pytest.importorskip("pyte")
 pexpect = pytest.importorskip("pexpect")
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
@@ -183,6 +187,17 @@ def test_a_log_gets_plain_lines():
         "flops_per_second": "6.1e+10", "share_of_peak": "0.610", "done": "1.000", "seconds": "20.0", "eta_seconds": "0",
         "saved_step": "1000",
     }  # fmt: skip
+
+
+def test_more_than_a_day_is_said_once(capsys: pytest.CaptureFixture[str]):
+    with TrainView(Stop()) as view:
+        for done, left in ((1, None), (2, 86_399.0), (3, 158.5 * 86_400), (4, 158.5 * 86_400)):
+            view(Step(done, 100_003, 0.0, done, 100.0 * done, 4.0, 1e-3, 10.0, 1e9, None, left, 0))
+    said = "at this rate the 100,000 steps left take about 158 days: `--minutes` or `--steps` sets another budget\n"
+    assert capsys.readouterr().err.count(said) == 1
+    with TrainView(Stop()) as view:  # a time is what was asked for
+        view(Step(3, None, 0.0, 3, 300.0, 4.0, 1e-3, 10.0, 1e9, None, 158.5 * 86_400, 0))
+    assert "days" not in capsys.readouterr().err
 
 
 def test_quiet_says_nothing():

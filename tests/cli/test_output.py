@@ -126,6 +126,19 @@ def test_progress_in_a_log_is_a_line_now_and_then(capsys: pytest.CaptureFixture[
     assert len(lines) == 3
 
 
+def test_the_rate_of_each_piece_of_work_is_its_own(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    now = 1000.0
+    monkeypatch.setattr(output.time, "monotonic", lambda: now)
+    with output.Listener() as listener:
+        for _ in range(3):  # two minutes apart, ten seconds each
+            for done in (0, 500, 1000):
+                listener(Progress("evaluation", done, 1000, "tokens"))
+                now += 10
+            now += 120
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if "500 / 1,000" in line] == ["evaluation: 500 / 1,000 tokens  50/s  0:10 left"] * 3
+
+
 def test_a_quiet_listener_says_nothing(capsys: pytest.CaptureFixture[str]):
     with output.Listener(quiet=True) as listener:
         for event in (Note("a"), Choice("b", "c", "d"), Progress("e", 1, 2, "f")):

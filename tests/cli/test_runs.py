@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import sys
 
@@ -22,6 +23,37 @@ def test_list(here, trained):
     run = dfcli.Run.open("talk")
     best = run.state(run.resolve("best"))["val_loss"]
     assert rows[0].split()[3:5] == ["12", f"{best:.4f}"]
+
+
+def test_the_loss_is_that_of_the_whole_split_or_marked(here, trained):
+    words = [
+        "--set",
+        "context=16",
+        "--set",
+        "channels=16",
+        "--set",
+        "layers=1",
+        "--set",
+        "heads=2",
+        "--set",
+        "eval_tokens=32",
+    ]
+    line = ["train", "gpt", "--data", trained / "talk.txt", "--steps", 3, "--name", "part", *words, "--json"]
+    whole = f"{json.loads(here(*line).out)['val_loss']:.4f}"
+    part = f"~{dfcli.Run.open('part').state(3)['val_loss']:.4f}"
+    assert part != f"~{whole}"
+
+    def shown() -> tuple[str, str]:
+        listed = next(row.split()[4] for row in here("runs", "list").out.splitlines() if row.startswith("part"))
+        return listed, here("runs", "show", "part").out
+
+    listed, told = shown()
+    assert (listed, f"step 3, val loss {whole}\n" in told) == (whole, True)
+    assert ", each over at most 32 tokens\n" in told
+    (trained / "home" / "runs" / "part" / "result.json").unlink()  # as of one that is not finished
+    listed, told = shown()
+    assert (listed, f"val loss {part} (over a part of the validation split)\n" in told) == (part, True)
+    assert "~ over a part of the validation split" in here("runs", "list").err
 
 
 def test_a_damaged_run_is_said_and_the_others_are_listed(here, trained):
@@ -56,11 +88,21 @@ def test_show_and_path(here, trained):
 
 
 def test_remove(here, trained):
-    assert here("runs", "remove", "tune").code == 0  # nobody sits there to be asked
+    asked = here("runs", "remove", "tune")  # nobody sits there to be asked
+    assert (asked.code, "`--yes`" in asked.err) == (2, True)
+    assert (trained / "home" / "runs" / "tune").exists()
+    assert here("runs", "remove", "tune", "--yes").code == 0
     assert not (trained / "home" / "runs" / "tune").exists()
-    assert here("runs", "remove", "tune").code == 2
+    assert here("runs", "remove", "tune", "--yes").code == 2
     assert here("runs", "remove", "talk", "--yes").code == 0
     assert [run.name for run in dfcli.list_runs()] == ["call"]
+
+
+def test_removing_data_names_the_runs_that_need_it(here, trained):
+    name = dfcli.Run.open("talk").dataset["name"]
+    asked = here("data", "remove", name)
+    assert asked.code == 2
+    assert f"remove the dataset `{name}`, which `df eval` needs for `talk`?" in asked.err
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")

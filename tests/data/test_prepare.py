@@ -628,10 +628,13 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert prepare(["mine"]).path == mine.path  # the name wins
     assert prepare(["./mine"]).path != mine.path
     assert prepare([str(mine.path)]).path == mine.path
-    with pytest.raises(UsageError, match="another codec"):
+    with pytest.raises(UsageError, match="another codec") as error:
         prepare(["mine"], codec="bytes")
-    with pytest.raises(UsageError, match="another kind of document"):
+    assert error.value.hint == "`./mine` means the file or folder of that name"
+    (tmp_path / "mine").unlink()
+    with pytest.raises(UsageError, match="another kind of document") as error:
         prepare(["mine"], lines=True)
+    assert error.value.hint == f"give its source instead of its name: {tmp_path / 'a b.txt'}"
     assert prepare(["mine"], codec="chars").path == mine.path
     assert prepare(["mine"], codec=mine.codec).path == mine.path
     with pytest.raises(UsageError, match="cannot be joined"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from itertools import pairwise
@@ -39,6 +40,15 @@ def test_folders_are_searched_in_order(tmp_path: Path) -> None:
     assert [s.kind for s in found] == ["text"] * 4 + ["audio"]
     assert not any(s.given for s in found)
     assert skipped == []
+
+
+def test_what_may_not_be_looked_at_is_not_said_to_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lstat(path: str) -> os.stat_result:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    monkeypatch.setattr(os, "lstat", lstat)
+    with pytest.raises(DfError, match=r"could not read locked.a\.txt: Permission denied"):
+        discover([str(Path("locked", "a.txt"))])
 
 
 @posix

@@ -171,8 +171,9 @@ def test_what_cannot_be_swept() -> None:
 
 def test_progress_ends_at_the_number_of_targets() -> None:
     events: list[Any] = []
-    found = sweep(gpt(), data("lines"), "val", resolve("cpu"), on_event=events.append)
-    assert events[-1] == Progress("evaluation", found.tokens, found.tokens, "tokens")
+    for limit in (None, 4):
+        found = sweep(gpt(), data("lines"), "val", resolve("cpu"), limit=limit, on_event=events.append)
+        assert events[-1] == Progress("evaluation", found.tokens, found.tokens, "tokens")
 
 
 def test_chunks_of_long_recordings() -> None:

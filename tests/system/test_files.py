@@ -44,6 +44,26 @@ def test_the_data_home_is_the_environment_s_or_the_system_s(tmp_path: Path, monk
     assert "dfcli" in files.data_home().parts
 
 
+def test_a_data_home_that_is_no_folder_or_is_locked_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    place = tmp_path / "home"
+    monkeypatch.setenv("DFCLI_HOME", str(place))
+    place.touch()
+    with pytest.raises(UsageError, match="home is not a folder"):
+        files.data_home()
+    place.unlink()
+    place.mkdir()
+    looked = os.stat
+
+    def stat(path: Path, **options: bool) -> os.stat_result:
+        if place in Path(path).parents:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return looked(path, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+    with pytest.raises(DfError, match=r"could not read .*home: Permission denied"):
+        files.data_home()
+
+
 @pytest.mark.parametrize("name", ["a", "run-1", "names_v2.txt", "A.b-C_d", "x" * 100, "0", "_", "com10", "console"])
 def test_safe_names_are_kept(name: str):
     assert files.check_name(name, "run") == name

@@ -15,7 +15,9 @@ import soundfile
 import torch
 
 from dfcli import cores
+from dfcli.data import download
 from dfcli.data.dataset import Dataset, list_datasets
+from dfcli.data.prepare import prepare
 from dfcli.errors import CorruptError, DfError, UsageError
 from dfcli.evaluation.sweep import sweep
 from dfcli.runs.run import Run, list_runs
@@ -182,6 +184,26 @@ def test_makemores_preset_on_names(names: str) -> None:
     assert rows[0]["lr"] == pytest.approx(0.1)
     result = train("gpt", [names], preset="makemore", steps=2)
     assert result.run == "gpt-makemore-1"
+
+
+def test_a_presets_corpus_is_the_fetched_file_whatever_dataset_has_its_name(
+    names: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = download.RemoteFile("names.txt", "", Path(names).stat().st_size, "")
+    monkeypatch.setitem(download.KNOWN, "names", [file])
+    prepare([names], lines=True, name="names").close()
+    with pytest.raises(UsageError) as missing:
+        train("gpt", preset="makemore", steps=1)
+    assert "df data get names" in missing.value.hint
+    with pytest.raises(UsageError, match="with another split") as other:
+        train("gpt", ["names"], preset="makemore", steps=1)
+    assert other.value.hint.endswith(f": {names}")
+    download.downloads().mkdir(parents=True)
+    (download.downloads() / "names.txt").write_bytes(Path(names).read_bytes())
+    for kind in ("gpt", "wavenet"):
+        found = Run.open(train(kind, preset="makemore", steps=1).run).dataset
+        assert found["name"].startswith("names-")
+        assert found["sources"] == [str(download.downloads() / "names.txt")]
 
 
 def test_any_core_on_any_data(text: str, audio: str, names: str) -> None:
