@@ -173,7 +173,6 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
                 "log_every": 10, "eval_every": 1000, "eval_tokens": 1_600_000, "checkpoint_every": 1000,
             },
             "data": {"codec": "mulaw", "sample_rate": 16_000},
-            "corpus": "vctk",
             "source": "van den Oord et al. 2016, arXiv 1609.03499",
             "published": "receptive field 3,070 samples (3 x 1023 + 1)",
             "notes": (

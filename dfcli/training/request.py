@@ -17,14 +17,6 @@ from dfcli.system.files import check_name
 from dfcli.training.presets import PRESETS, preset
 
 SPEECH_COMMANDS = "https://storage.googleapis.com/download.tensorflow.org/data/speech_commands_v0.02.tar.gz"
-ABROAD = {  # corpora that `df data get` does not fetch: what they are, and what to do
-    "sc09": (
-        "SC09, the ten spoken digits of Speech Commands v0.02",
-        f"unpack the folders zero to nine of {SPEECH_COMMANDS} (2.4 GB) into a folder, and give it: "
-        "`--data FOLDER`; other recordings will do too",
-    ),
-    "vctk": ("VCTK, 44 hours of speech", "give it recordings, these or others: `--data FOLDER`"),
-}
 
 
 @dataclass(frozen=True)
@@ -96,11 +88,13 @@ def corpus_file(preset: str | None, corpus: str) -> Path:
     saying how to get it, where it is not here."""
     if (path := corpus_path(corpus)) is not None:
         return path
-    what, how = ABROAD.get(
-        corpus,
-        (
-            f"the corpus `{corpus}`, which is not here yet",
-            f"fetch it with `df data get {corpus}`, or give other data with `--data`",
-        ),
+    if corpus == "sc09":
+        raise UsageError(
+            f"preset `{preset}` was published on SC09, the ten spoken digits of Speech Commands v0.02",
+            f"unpack the folders zero to nine of {SPEECH_COMMANDS} (2.4 GB) into a folder, and give it: "
+            "`--data FOLDER`; other recordings will do too",
+        )
+    raise UsageError(
+        f"preset `{preset}` was published on the corpus `{corpus}`, which is not here yet",
+        f"fetch it with `df data get {corpus}`, or give other data with `--data`",
     )
-    raise UsageError(f"preset `{preset}` was published on {what}", how)
