@@ -99,7 +99,9 @@ class Build(ABC):
             if source.stamp() != stamp:
                 raise DfError(f"{source.name} changed while it was read", "try again when nothing writes to it")
         if not records[self._writers[0].name]:
-            raise nothing_usable(self._skipped)
+            if self._skipped:
+                raise nothing_usable(self._skipped)
+            raise DfError("the data are too short: nothing is left to learn from", "give more")
         for split, record in records.items():
             if not record and self._is_wanted(split):
                 self._on_event(Note(f"the data are too short for a {split} split: there is none"))

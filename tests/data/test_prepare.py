@@ -268,7 +268,7 @@ def test_a_named_file_that_cannot_be_used_is_an_error(tmp_path: Path, data: byte
 
 def test_very_short_texts(tmp_path: Path) -> None:
     (tmp_path / "2").write_text("ab")
-    with pytest.raises(DfError, match="nothing to learn from"):
+    with pytest.raises(DfError, match="too short"):
         prepare([str(tmp_path / "2")])
     events: list[object] = []
     for length in range(3, 25):
