@@ -183,7 +183,8 @@ def _tell(result: TrainResult, kind: str, view: TrainView) -> None:
         sample = f"{kind} --run {run}"
         if view.makes_sound:
             sample = f"wavenet --run {run} --seconds 4 -o out.wav"
-        output.say(f"next: df sample {sample}\n      df eval --run {run}", style="cyan", fold=False)
+        split = " --split train" if result.val_loss is None else ""  # there is nothing else to score
+        output.say(f"next: df sample {sample}\n      df eval --run {run}{split}", style="cyan", fold=False)
 
 
 def _tell_resume(line: list[str], plan: Plan) -> None:

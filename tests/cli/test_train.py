@@ -67,6 +67,13 @@ def test_what_a_log_shows(here, talk):
     assert "next: df sample gpt --run a\n      df eval --run a" in shown.err
 
 
+def test_without_validation_the_next_line_scores_what_there_is(here, talk):
+    assert here("data", "prepare", "talk.txt", "--val-fraction", 0, "--name", "all").code == 0
+    shown = here("train", "gpt", "--data", "all", *TINY, "--steps", 2, "--name", "a")
+    assert "df eval --run a --split train\n" in shown.err
+    assert here("eval", "--run", "a", "--split", "train").code == 0
+
+
 def test_quiet_is_silent(here, talk):
     shown = here(*LINE, "--steps", 2, "--quiet")
     assert (shown.code, shown.out, shown.err) == (0, "", "")
