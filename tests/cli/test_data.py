@@ -7,6 +7,7 @@ import pytest
 
 import dfcli
 from dfcli.data import download
+from dfcli.data.prepare import prepare
 
 
 def test_none_yet(here):
@@ -36,6 +37,15 @@ def test_prepare_list_show_and_remove(here, tmp_path):
     assert here("data", "show", "abc").code == 2
     assert here("data", "remove", "abc", "--yes").code == 2
     assert (tmp_path / "a.txt").exists()
+
+
+def test_documents_are_counted_as_they_were_given(here, tmp_path):
+    (tmp_path / "names.txt").write_text("anna\nbob\nlea\n" * 10)
+    (tmp_path / "text.txt").write_text("abc" * 100)
+    prepare([str(tmp_path / "names.txt")], lines=True, split_rule="makemore-transformer", name="names").close()
+    prepare([str(tmp_path / "text.txt")], name="text").close()
+    listed = [row.split() for row in here("data", "list").out.splitlines()]
+    assert [(row[0], row[5]) for row in listed] == [("NAME", "DOCUMENTS"), ("names", "30"), ("text", "1")]
 
 
 def test_a_last_line_without_a_line_break_is_counted_as_it_is(here, tmp_path):
