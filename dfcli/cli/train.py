@@ -100,6 +100,7 @@ def train(
 
 def _show(kind: str, data: list[str], json: bool, quiet: bool, options: dict[str, Any]) -> None:
     with output.loading():
+        from dfcli.training.request import about_corpus
         from dfcli.training.train import plan
 
     options.pop("name")
@@ -119,6 +120,7 @@ def _show(kind: str, data: list[str], json: bool, quiet: bool, options: dict[str
             ("memory", f"about {size(made.memory)}"),
             ("seed", made.seed),
             *([("source", made.source), ("published", made.published)] if made.source else []),
+            *([("published on", "{}: {}".format(*about_corpus(made.corpus)))] if made.corpus else []),
         ]
     )
     output.write("\n")

@@ -37,6 +37,7 @@ class Plan:
     preset: str | None
     source: str  # where a preset's values are from; empty without a preset
     published: str  # the figure to compare with
+    corpus: str  # the data it is of; empty where none is named
     core: str
     config: cores.CoreConfig
     recipe: Recipe
@@ -75,6 +76,7 @@ class Plan:
             "preset": self.preset,
             "source": self.source or None,
             "published": self.published or None,
+            "corpus": self.corpus or None,
             "steps": self.recipe.steps or None,
             "minutes": self.recipe.minutes or None,
             "parameters": self.parameters,
@@ -129,6 +131,13 @@ def make(request: Request, *, show: bool = False, on_event: OnEvent = ignore) ->
         values = {"vocab_size": vocab_size} | base
         recipe = change(change(Recipe(), entry["recipe"]), recipe_values)
         choices += [Choice("note", request.preset, note) for note in entry.get("notes", ())]
+        published = _config(core, {"vocab_size": entry["vocab_size"]} | entry["config"])
+        changed = _changed(published, _config(core, values)), _changed(change(Recipe(), entry["recipe"]), recipe)
+        if any(changed):
+            what = "model" if changed[0] else "recipe"
+            choices.append(
+                Choice("note", request.preset, f"with {', '.join(changed[0] + changed[1])}: not the published {what}")
+            )
     else:
         assert dataset is not None
         pinned = base | recipe_values
@@ -146,7 +155,7 @@ def make(request: Request, *, show: bool = False, on_event: OnEvent = ignore) ->
     name = None if show else request.name or _free_name(request, data)
     return Plan(
         kind=request.kind, name=name, preset=request.preset, source=entry.get("source", ""),
-        published=entry.get("published", ""), core=core, config=config, recipe=recipe, seed=seed, device=device,
+        published=entry.get("published", ""), corpus=entry.get("corpus", ""), core=core, config=config, recipe=recipe, seed=seed, device=device,
         data=data, protocol=protocol, codec_name=codec_name, dataset=dataset, init=parent.name if parent else None,
         choices=tuple(choices),
     )  # fmt: skip
@@ -194,6 +203,13 @@ def _config(core: str, values: dict[str, Any]) -> cores.CoreConfig:
         return cores.config(core, values)
     except ValueError as error:
         raise UsageError(str(error)) from None
+
+
+def _changed(published: Any, here: Any) -> list[str]:
+    """`name=value` of the fields that differ; where the budget is a time, steps=0 says nothing."""
+    before = asdict(published)
+    fields = asdict(here).items()
+    return [f"{name}={value}" for name, value in fields if value != before[name] and (name, value) != ("steps", 0)]
 
 
 def _windowed(core: str, config: cores.CoreConfig, recipe: Recipe) -> Recipe:

@@ -18,6 +18,14 @@ from dfcli.training.presets import PRESETS, preset
 
 SPEECH_COMMANDS = "https://storage.googleapis.com/download.tensorflow.org/data/speech_commands_v0.02.tar.gz"
 
+ABROAD = {  # corpora that `df data get` does not fetch: what they are, and what to do
+    "sc09": (
+        "SC09, the ten spoken digits of Speech Commands v0.02",
+        f"unpack the folders zero to nine of {SPEECH_COMMANDS} (2.4 GB) into a folder, and give it: "
+        "`--data FOLDER`; other recordings will do too",
+    ),
+}
+
 
 @dataclass(frozen=True)
 class Request:
@@ -88,13 +96,11 @@ def corpus_file(preset: str | None, corpus: str) -> Path:
     saying how to get it, where it is not here."""
     if (path := corpus_path(corpus)) is not None:
         return path
-    if corpus == "sc09":
-        raise UsageError(
-            f"preset `{preset}` was published on SC09, the ten spoken digits of Speech Commands v0.02",
-            f"unpack the folders zero to nine of {SPEECH_COMMANDS} (2.4 GB) into a folder, and give it: "
-            "`--data FOLDER`; other recordings will do too",
-        )
-    raise UsageError(
-        f"preset `{preset}` was published on the corpus `{corpus}`, which is not here yet",
-        f"fetch it with `df data get {corpus}`, or give other data with `--data`",
-    )
+    what, how = about_corpus(corpus)
+    raise UsageError(f"preset `{preset}` was published on {what}, which is not here", how)
+
+
+def about_corpus(corpus: str) -> tuple[str, str]:
+    """What a preset's corpus is, and what to do where it is not here."""
+    fetched = f"the corpus `{corpus}`", f"fetch it with `df data get {corpus}`, or give other data with `--data`"
+    return ABROAD.get(corpus, fetched)

@@ -161,6 +161,16 @@ def test_show_of_a_preset_needs_no_data(here, home):
     assert not home.exists()
 
 
+def test_show_of_a_preset_names_its_corpus_and_what_differs_from_it(here):
+    shown = " ".join(here("train", "gpt", "--preset", "nano", "--show").out.split())
+    assert "the corpus `shakespeare`: fetch it with `df data get shakespeare`" in shown
+    assert "not the published" not in shown
+    shown = here("train", "gpt", "--preset", "gpt2", "--set", "layers=2", "--minutes", 3, "--show").out
+    assert "with layers=2, minutes=3.0: not the published model\n" in shown
+    shown = here("train", "gpt", "--preset", "nano", "--set", "layers=6", "--lr", 0.5, "--show").out
+    assert "with lr=0.5: not the published recipe\n" in shown
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_no_cuda_is_one_sentence_and_leaves_nothing_behind(here, talk, home):
     shown = here("train", "gpt", "--data", "talk.txt", "--device", "cuda")
