@@ -3,6 +3,7 @@ needs no seeking."""
 
 from __future__ import annotations
 
+import os
 import struct
 from io import FileIO
 from pathlib import Path
@@ -12,6 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfcli.system.files import os_errors, write_atomic
+
+try:
+    import fcntl
+except ImportError:  # Windows, which does not tell whether a file is appended to
+    fcntl = None
 
 HEADER = 44  # bytes before the samples
 UNKNOWN = 2**32 - 1  # a size that readers take as "up to the end"
@@ -80,12 +86,14 @@ class WavFile:
 class WavStream:
     """A wav written to an open binary stream, such as a pipe to a player. The stream is not closed.
 
-    The sizes in its header are unknown: so it is whole wherever it ends. OSErrors of the stream pass through.
+    The sizes in its header are unknown, so that it is whole wherever it ends; where the stream is a file, they are
+    written at the end. OSErrors of the stream pass through.
     """
 
     def __init__(self, stream: BinaryIO, sample_rate: int) -> None:
         self.samples = 0
-        self._stream = stream
+        self._stream, self._rate = stream, sample_rate
+        self._start = _place(stream)
         self._stream.write(header(sample_rate))
 
     def append(self, pcm: NDArray[np.int16]) -> None:
@@ -95,6 +103,22 @@ class WavStream:
 
     def close(self) -> None:
         self._stream.flush()
+        if self._start is not None:
+            end = self._stream.tell()
+            self._stream.seek(self._start)
+            self._stream.write(header(self._rate, self.samples))
+            self._stream.seek(end)
+
+
+def _place(stream: BinaryIO) -> int | None:
+    """Where in a file the stream writes next; None where it cannot go back: a pipe, or a file that is appended to."""
+    if fcntl is None or not stream.seekable():
+        return None
+    try:
+        appends = fcntl.fcntl(stream.fileno(), fcntl.F_GETFL) & os.O_APPEND
+    except OSError:  # it is no file
+        return None
+    return None if appends else stream.tell()
 
 
 def header(sample_rate: int, samples: int | None = None) -> bytes:

@@ -158,6 +158,22 @@ def test_a_stream_needs_no_seeking_and_is_whole_where_it_ends() -> None:
         assert strict.readframes(10**9) == written.astype("<i2").tobytes()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not tell whether a file is appended to")
+def test_a_stream_into_a_file_has_its_sizes_at_the_end(tmp_path: Path) -> None:
+    for mode, known in (("wb", True), ("ab", False)):
+        path = tmp_path / f"{mode}.wav"
+        with path.open(mode) as file:
+            wav = WavStream(file, 8000)
+            wav.append(np.arange(1000, dtype=np.int16))
+            wav.append(np.arange(500, dtype=np.int16))
+            wav.close()
+            wav.close()
+        with wave.open(str(path), "rb") as found:
+            assert (found.getnframes() == 1500) == known
+        assert path.stat().st_size == HEADER + 2 * 1500
+        assert soundfile.read(path, dtype="int16")[0][-1] == 499
+
+
 def test_what_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(DfError, match=r"could not write .*: File name too long"):
         WavFile(tmp_path / ("a" * 300), 8000).append(parts()[0])
