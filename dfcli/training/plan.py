@@ -155,9 +155,9 @@ def make(request: Request, *, show: bool = False, on_event: OnEvent = ignore) ->
     name = None if show else request.name or _free_name(request, data)
     return Plan(
         kind=request.kind, name=name, preset=request.preset, source=entry.get("source", ""),
-        published=entry.get("published", ""), corpus=entry.get("corpus", ""), core=core, config=config, recipe=recipe, seed=seed, device=device,
-        data=data, protocol=protocol, codec_name=codec_name, dataset=dataset, init=parent.name if parent else None,
-        choices=tuple(choices),
+        published=entry.get("published", ""), corpus=entry.get("corpus", ""), core=core, config=config, recipe=recipe,
+        seed=seed, device=device, data=data, protocol=protocol, codec_name=codec_name, dataset=dataset,
+        init=parent.name if parent else None, choices=tuple(choices),
     )  # fmt: skip
 
 

@@ -29,7 +29,8 @@ WAVENET_SIZES = ((2, 32, 128), (2, 64, 256), (3, 64, 256), (3, 128, 512))  # cyc
 TOKENS_PER_PARAMETER = {"gpt": 4.0, "wavenet": 12.0}  # a model that sees fewer is too large for its budget
 PARAMETERS_PER_TOKEN = 10.0  # a model with more than that for each token of the corpus only learns it by heart
 NGRAM_TOKENS = (20_000, 100_000, 500_000, 500_000, 500_000)  # from so many ids on, 2-grams, 3-grams, ... pay
-EFFICIENCY = 0.4  # the share of a device's peak rate that a small model's training reaches
+EFFICIENCY = 0.4  # the share of a device's peak rate that a small model's training reaches at best
+USUAL_EFFICIENCY = 0.2  # and what is usual
 
 
 @dataclass(frozen=True)
@@ -180,13 +181,13 @@ def _dropout(draft: Draft, corpus: Corpus, device: Device, steps: int, minutes: 
         tokens = steps * recipe["batch_size"] * recipe.get("accumulate", 1) * length
     else:
         rate = device.peak_flops() or 0.0
-        tokens = rate * EFFICIENCY * 60 * minutes / (3 * cores.config("gpt", draft.config).flops_per_token())
+        tokens = rate * USUAL_EFFICIENCY * 60 * minutes / (3 * cores.config("gpt", draft.config).flops_per_token())
     epochs = tokens / max(1, corpus.tokens)
     # A model that is small beside its corpus cannot learn it by heart, however often it reads it.
     small = cores.config("gpt", draft.config | {"ngrams": 1}).parameters() < 2 * corpus.tokens
     shares = {"dropout": 0.0 if epochs < (20 if small else 6) else 0.1 if epochs < 40 else 0.2}
     if draft.config["ngrams"] > 1:  # tables can, soon
-        shares["ngram_dropout"] = 0.0 if epochs < 0.7 else 0.2 if epochs < 1.5 else 0.3 if epochs < 6 else 0.5
+        shares["ngram_dropout"] = 0.0 if epochs < 1 else 0.2 if epochs < 1.5 else 0.4 if epochs < 6 else 0.5
     times = "less than once" if epochs < 1 else "about once" if epochs < 1.5 else f"about {epochs:,.0f} times"
     for name, share in shares.items():
         if name not in pinned:
@@ -225,7 +226,7 @@ def memory_bytes(core: str, config: cores.CoreConfig, recipe: Recipe, device: De
     if core == "gpt":
         kept = c.layers * c.channels * (18 + 2 * c.qk_norm + 8 * (c.dropout > 0))
     elif core == "wavenet":
-        kept = c.layers * c.residual * (5 + c.kernel + (c.norm != "none")) + c.skip + c.head
+        kept = c.layers * c.residual * (6 + c.kernel + (c.norm != "none")) + c.skip + c.head
     else:
         kept = c.levels * 4 * c.hidden
         window = 1 if recipe.sampling == "last" else window

@@ -329,11 +329,11 @@ def _plan_of(run: Run, request: Request) -> Plan:
         if not sound or not all(isinstance(name, str) for name in (*filter(None, names), *sources)):
             raise ValueError("its seed, init, preset, sources or protocol are of another kind")
         return Plan(
-            kind=run.kind, name=run.name, preset=info["preset"], source="", published="", corpus="", core=info["core"]["name"],
-            config=cores.config(info["core"]["name"], info["core"]["config"]), recipe=Recipe(**info["recipe"]),
-            seed=info["seed"], device=resolve(request.device), data=tuple(data["sources"]),
-            protocol=data["protocol"], codec_name=info["codec"]["name"], dataset=None, init=info["init"],
-            choices=(),
+            kind=run.kind, name=run.name, preset=info["preset"], source="", published="", corpus="",
+            core=info["core"]["name"], config=cores.config(info["core"]["name"], info["core"]["config"]),
+            recipe=Recipe(**info["recipe"]), seed=info["seed"], device=resolve(request.device),
+            data=tuple(data["sources"]), protocol=data["protocol"], codec_name=info["codec"]["name"],
+            dataset=None, init=info["init"], choices=(),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptError(f"{run.path / runs.RUN} does not describe a training: {error}") from None
