@@ -26,8 +26,9 @@ import stat
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any
 
 from dfcli.errors import CorruptError, DfError, UsageError
 
@@ -112,7 +113,7 @@ def os_errors(verb: str, path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[BinaryIO]:
+def reading(path: Path) -> Iterator[BufferedReader]:
     """A file that dfcli wrote, opened to be read; OSErrors of the block are told as `os_errors` does.
 
     CorruptError where it is missing, or no regular file: a FIFO is waited for and a device read without end.
