@@ -236,10 +236,11 @@ class Lines:
         """The chunks of one text, rewritten: in what comes out a "\\n" begins each document, and none
         stands at the end."""
         held = "\n"  # blank characters at the end, of which it is not yet known whether a line follows
+        half = ""  # of a "\r\n", perhaps
         for chunk in chunks:
-            text = held + chunk
-            if "\r" in text:
-                text = text.replace("\r\n", "\n")
+            chunk = half + chunk
+            half = "\r" if chunk.endswith("\r") else ""
+            text = held + chunk.removesuffix(half).replace("\r\n", "\n")
             cleaned, runs = self._blank_lines.subn("\n", text)
             if runs:
                 self.blank += text.count("\n") - cleaned.count("\n")
@@ -250,7 +251,7 @@ class Lines:
                 body, held = text, ""
             if body:
                 yield body
-        rest, _, lines = held.partition("\n")
+        rest, _, lines = (held + half).partition("\n")
         self.blank += lines.count("\n") + bool(lines.rpartition("\n")[2])
         if rest:
             yield rest

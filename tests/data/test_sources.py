@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dfcli.data import sources as module
@@ -190,6 +190,8 @@ def reference_lines(text: str) -> tuple[list[str], int]:
 
 @settings(max_examples=300, deadline=None)
 @given(text=st.text(alphabet="ab \t\r\n", max_size=40), cuts=st.lists(st.integers(0, 40), max_size=6))
+@example(text="a\r\r\na", cuts=[4])
+@example(text="a\r\r\na", cuts=[1, 2, 3])
 def test_lines(text: str, cuts: list[int]) -> None:
     places = sorted({0, len(text), *(min(cut, len(text)) for cut in cuts)})
     lines = Lines()
