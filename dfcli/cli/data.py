@@ -209,4 +209,4 @@ def remove(name: Name, yes: Yes = False) -> None:
         output.say("nothing was removed")
         raise typer.Exit(1)
     remove_dataset(name)
-    output.say(f"removed the dataset `{name}`")
+    output.say(f"removed the dataset `{name}`{need}")

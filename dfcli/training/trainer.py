@@ -356,7 +356,7 @@ def compiled(core: nn.Module, trainer: Trainer, on_event: OnEvent) -> Callable[.
     """`core`, or torch.compile of it where the recipe asks for it and it works here (it needs a compiler).
 
     "auto" compiles on CUDA for budgets of more than two minutes or 2,000 steps: compiling takes about half a
-    minute; on a CPU it has not been shown to pay."""
+    minute; on a CPU it has not been shown to pay, and n-gram tables then have whole gradients."""
     r = trainer.recipe
     long = r.minutes > 2 or r.steps > 2000
     if r.compile == "off" or (r.compile == "auto" and not (trainer.device.kind == "cuda" and long)):
