@@ -147,7 +147,7 @@ class Run:
         if any((x.dtype, tuple(x.shape)) != kinds[name] for name, x in weights.items()):
             raise ValueError("the tensors are not those of the core that run.json describes")
         path = checkpoint.save(self.path, step, weights, optimizer, state)
-        self._prune(step)
+        self.prune(step)
         return path
 
     def steps(self) -> list[int]:
@@ -258,7 +258,9 @@ class Run:
         except DfError:
             return -math.inf
 
-    def _prune(self, newest: int) -> None:
+    def prune(self, newest: int) -> None:
+        """Remove the checkpoints that `save` no longer needs once the one of step `newest` is there: by itself it does,
+        unless the process dies between the two."""
         losses: dict[int, float] = {}
         for step in self.steps():
             with suppress(DfError):  # a damaged one is neither the best nor one to go back to

@@ -246,6 +246,8 @@ def _resume(run: Run, request: Request, session: Session) -> TrainResult:
             # Loading shows which checkpoint is sound; with the optimiser, since both are needed.
             last = run.load("last", optimizer=True, fallback=True, on_event=session.on_event)
             state = State.from_json(last.state)
+            if state.done:  # no save is to come that would tidy up what a death behind the last one left
+                run.prune(last.step)
         run.truncate_metrics(state.step if state else -1, session.on_event)
         began, here = run.info.get("device"), made.device.name
         if began != here:

@@ -514,3 +514,25 @@ def test_results_are_plain_data(text: str) -> None:
     assert TrainResult(**json.loads(json.dumps(asdict(result)))) == result
     assert result.steps > 0
     assert result.train_seconds < 30
+
+
+def test_what_a_death_behind_the_last_save_left_is_tidied_up(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def training() -> None:
+        train("gpt", [text], name="r", steps=6, resume=True, overrides=TINY_GPT | {"checkpoint_every": "1"})
+
+    def die(self: Run, newest: int) -> None:
+        if newest == 6:
+            raise SystemExit("killed")
+        prune(self, newest)
+
+    prune = Run.prune
+    with monkeypatch.context() as killed:
+        killed.setattr(Run, "prune", die)
+        with pytest.raises(SystemExit):
+            training()
+    assert len(Run.open("r").steps()) > 2
+    training()
+    kept = Run.open("r").steps()
+    assert kept[-2:] == [5, 6]
+    assert len(kept) <= 3
+    assert set(kept) == {5, 6, Run.open("r").resolve("best")}
