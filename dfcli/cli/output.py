@@ -136,10 +136,19 @@ def write(data: str | bytes) -> None:
 
 
 class Stdout(io.RawIOBase):
-    """Standard output as a stream of bytes, each of whose writes is a `write`."""
+    """Standard output as a stream of bytes, each of whose writes is a `write`; a file that it is stays one."""
 
     def writable(self) -> bool:
         return True
+
+    def seekable(self) -> bool:
+        return sys.stdout.buffer.seekable()
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return sys.stdout.buffer.seek(offset, whence)
+
+    def fileno(self) -> int:
+        return sys.stdout.fileno()
 
     def write(self, data: Any) -> int:
         write(bytes(data))

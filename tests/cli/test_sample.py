@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+import wave
 from pathlib import Path
 
 import pytest
@@ -205,6 +206,16 @@ def test_wav_on_stdout():
         assert early.stdout.strip() == "1000"
         assert "error" not in early.stderr
         assert "Traceback" not in early.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows does not tell whether a file is appended to")
+def test_a_wav_on_stdout_that_is_a_file_has_its_true_length(tmp_path):
+    command = [sys.executable, "-m", "dfcli", "sample", "wavenet", "--run", "tune", "--seconds", "0.25", "-o", "-"]
+    for mode, known in (("wb", True), ("ab", False)):
+        with open(tmp_path / mode, mode) as file:
+            subprocess.run(command, stdout=file, stderr=subprocess.PIPE, check=True, timeout=100)
+        with wave.open(str(tmp_path / mode), "rb") as found:
+            assert (found.getnframes() == 1000) == known
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
