@@ -15,6 +15,7 @@ from dfcli.generation.plain import Plain
 from dfcli.generation.sampling import Filters
 from dfcli.system.device import Device
 from dfcli.system.events import OnEvent, ignore
+from dfcli.system.words import first_line
 
 ENGINES = ("auto", "plain", "fast")
 
@@ -96,11 +97,6 @@ def try_out(engine: Engine, batch: int, failure: str) -> None:
         pass
     except Exception as error:  # of Triton, a missing C compiler, the driver, the memory: they share no base class
         raise Unavailable(f"{failure} ({first_line(error)})") from error
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what it says, with its kind; compilers say many."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _fast(core_name: str, core: nn.Module, batch: int, device: Device, exact: bool, on_event: OnEvent) -> Engine:

@@ -23,13 +23,15 @@ from numpy.typing import NDArray
 from torch import nn
 
 from dfcli.cores.gpt import GPT, GPTState, Norm
-from dfcli.generation import compiled, kernels
-from dfcli.generation.compiled import Compiled, inner
-from dfcli.generation.engines import Unavailable, first_line
-from dfcli.generation.kernels import add, copy, copy_to_rows, exp, multiply, padded, pick, tiles
+from dfcli.generation import kernels
+from dfcli.generation.engines import Unavailable
+from dfcli.generation.kernels import copy_to_rows, multiply, padded, pick, tiles
 from dfcli.generation.lanes import Lanes
+from dfcli.system.compiled import Compiled, inner
 from dfcli.system.device import Device
 from dfcli.system.events import OnEvent, ignore
+from dfcli.system.vectors import add, copy, exp
+from dfcli.system.words import first_line
 
 FEW = 2  # cores
 LARGE = 64 * 2**20  # bytes of weights: more than most processors' caches hold
@@ -266,7 +268,7 @@ def gpt_tokens(model, state, uniforms, temperature, top_k, top_p, min_p, ids):
     return n
 
 
-_tokens = Compiled(gpt_tokens, [__file__, kernels.__file__, compiled.__file__])
+_tokens = Compiled(gpt_tokens, [__file__, kernels.__file__])
 
 
 def build(core: nn.Module, batch: int, device: Device, exact: bool = True, on_event: OnEvent = ignore) -> Lanes:

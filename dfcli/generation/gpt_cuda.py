@@ -28,11 +28,12 @@ from torch import Tensor, nn
 
 from dfcli.cores.gpt import GPT, GPTState, rotate
 from dfcli.errors import DfError
-from dfcli.generation.engines import first_line, try_out
+from dfcli.generation.engines import try_out
 from dfcli.generation.plain import Plain
 from dfcli.generation.sampling import Filters
 from dfcli.system.device import Device
 from dfcli.system.events import Note, OnEvent, ignore
+from dfcli.system.words import first_line
 
 SPAN = 128  # positions of the cache that the first graph reads; each further one reads twice as many
 

@@ -19,18 +19,29 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import extending, types
-from numpy import uintp
+from numba import types
 from numpy.typing import NDArray
 
-from dfcli.generation.compiled import OPTIONS, inner, njit
+from dfcli.system.compiled import inner
+from dfcli.system.vectors import (
+    FLOATS,
+    I32,
+    I64,
+    ONE,
+    TWO,
+    WIDTH,
+    any_order,
+    broadcast,
+    clamp,
+    copy,
+    exp,
+    intrinsic,
+    multiply_add,
+)
 
 TILE = 32  # outputs of one tile; numbers of channels are padded to multiples of it
-_WIDTH = 8  # floats of one vector
-_VECTORS = TILE // _WIDTH
-_FLOATS, _WORDS = ir.VectorType(ir.FloatType(), _WIDTH), ir.VectorType(ir.IntType(32), _WIDTH)
-intrinsic: Any = extending.intrinsic
-_I64, _I32 = ir.IntType(64), ir.IntType(32)
+_VECTORS = TILE // WIDTH
+_WORDS = ir.VectorType(I32, WIDTH)
 _NEAR = 128  # inputs of a tile whose weights take 16 KiB
 
 
@@ -63,7 +74,7 @@ def join(parts: list[NDArray[np.float32]]) -> NDArray[np.float32]:
 
 def pack(weights: NDArray[np.float32]) -> NDArray[np.uint32]:
     """float32 tiles as bfloat16 in pairs: a word holds elements i and i + 8 of 16 successive floats."""
-    low, high = (part.astype(np.int64) for part in weights.view(np.uint32).reshape(-1, 2, _WIDTH).swapaxes(0, 1))
+    low, high = (part.astype(np.int64) for part in weights.view(np.uint32).reshape(-1, 2, WIDTH).swapaxes(0, 1))
     low = (low + 0x7FFF + (low >> 16 & 1)) >> 16
     sign, high = high & 1 << 31, high & ~(1 << 31)
     # The word nearest to `high` that ends in `low`. Nothing lies below 0, where a padding zero stands beside a weight.
@@ -73,7 +84,7 @@ def pack(weights: NDArray[np.float32]) -> NDArray[np.uint32]:
 
 def unpack(words: NDArray[np.uint32]) -> NDArray[np.float32]:
     """What the products make of `pack`ed weights."""
-    pairs = words.reshape(-1, 1, _WIDTH)
+    pairs = words.reshape(-1, 1, WIDTH)
     return np.concatenate([pairs << 16, pairs], axis=1).view(np.float32).ravel()
 
 
@@ -95,62 +106,53 @@ def _multiply(rows: int) -> Any:
             data = context.make_array(kinds[array])(context, builder, value=arguments[array]).data
             return builder.gep(data, [offset])
 
-        def vector(pointer: Any, index: int, kind: ir.VectorType = _FLOATS) -> Any:
-            place = builder.gep(pointer, [_I64(_WIDTH * index)])
+        def vector(pointer: Any, index: int, kind: ir.VectorType = FLOATS) -> Any:
+            place = builder.gep(pointer, [I64(WIDTH * index)])
             return builder.bitcast(place, kind.as_pointer())
 
-        def load(pointer: Any, index: int, kind: ir.VectorType = _FLOATS) -> Any:
+        def load(pointer: Any, index: int, kind: ir.VectorType = FLOATS) -> Any:
             return builder.load(vector(pointer, index, kind), align=4)
-
-        def same(value: Any) -> Any:
-            """A vector of 8 times the value."""
-            nothing = ir.Constant(_FLOATS, ir.Undefined)
-            first = builder.insert_element(nothing, value, _I32(0))
-            return builder.shuffle_vector(first, nothing, ir.Constant(_WORDS, [0] * _WIDTH))
 
         def tile_row(k: Any) -> list[Any]:
             """The 32 weights of input k."""
             if not packed:
-                row = builder.gep(tile, [builder.mul(k, _I64(TILE))])
+                row = builder.gep(tile, [builder.mul(k, I64(TILE))])
                 return [load(row, i) for i in range(_VECTORS)]
-            row = builder.gep(tile, [builder.mul(k, _I64(TILE // 2))])
+            row = builder.gep(tile, [builder.mul(k, I64(TILE // 2))])
             found = []
             for i in range(_VECTORS // 2):
                 word = load(row, i, _WORDS)
-                low = builder.shl(word, ir.Constant(_WORDS, [16] * _WIDTH))
-                found += [builder.bitcast(low, _FLOATS), builder.bitcast(word, _FLOATS)]
+                low = builder.shl(word, ir.Constant(_WORDS, [16] * WIDTH))
+                found += [builder.bitcast(low, FLOATS), builder.bitcast(word, FLOATS)]
             return found
 
         outs = [at(0, offset) for offset in outs]
         xs = [at(1 + rows, offset) for offset in xs]
-        tile = at(2 + 2 * rows, builder.lshr(w, _I64(1)) if packed else w)
+        tile = at(2 + 2 * rows, builder.lshr(w, I64(1)) if packed else w)
         sums = [[load(out, i) for i in range(_VECTORS)] for out in outs]
         if rows == 1:  # the second set of sums, for odd k
-            sums.append([ir.Constant(_FLOATS, [0.0] * _WIDTH)] * _VECTORS)
+            sums.append([ir.Constant(FLOATS, [0.0] * WIDTH)] * _VECTORS)
 
         before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
         builder.branch(loop)
         builder.position_at_end(loop)
-        k = builder.phi(_I64)
-        k.add_incoming(_I64(0), before)
+        k = builder.phi(I64)
+        k.add_incoming(I64(0), before)
         running = []
         for first in sums:
-            running.append([builder.phi(_FLOATS) for _ in first])
+            running.append([builder.phi(FLOATS) for _ in first])
             for phi, value in zip(running[-1], first, strict=True):
                 phi.add_incoming(value, before)
 
         step = 2 if rows == 1 else 1
-        moments = [builder.add(k, _I64(i)) for i in range(step)]
+        moments = [builder.add(k, I64(i)) for i in range(step)]
         factors = [tile_row(moment) for moment in moments] * (1 if rows == 1 else rows)
-        inputs = [same(builder.load(builder.gep(x, [moment]))) for x in xs for moment in moments]
+        inputs = [broadcast(builder, builder.load(builder.gep(x, [moment]))) for x in xs for moment in moments]
         sums = [
-            [
-                builder.fadd(builder.fmul(weight, value, flags=("contract",)), total, flags=("contract",))
-                for weight, total in zip(row, totals, strict=True)
-            ]
+            [multiply_add(builder, weight, value, total) for weight, total in zip(row, totals, strict=True)]
             for row, value, totals in zip(factors, inputs, running, strict=True)
         ]
-        following = builder.add(k, _I64(step))
+        following = builder.add(k, I64(step))
         k.add_incoming(following, loop)
         for phis, values in zip(running, sums, strict=True):
             for phi, value in zip(phis, values, strict=True):
@@ -208,18 +210,6 @@ def multiply(out, o, out_step, x, i, x_step, rows, weights, w, N, K):
     return w
 
 
-# Arrays come with the place where to begin, not as slices, and indices are unsigned: numba would count
-# references to every slice, by atomic operations, and look at the sign of every index, which forbids vector
-# code.
-
-
-@inner
-def copy(out, o, x, i, n):
-    """out[o : o + n] = x[i : i + n]"""
-    for k in range(n):
-        out[uintp(o + k)] = x[uintp(i + k)]
-
-
 @inner
 def copy_to_rows(out, o, rows, x, i, n):
     """Puts x[i : i + n] into each of the `rows` rows of n that begin at out[o]."""
@@ -228,57 +218,20 @@ def copy_to_rows(out, o, rows, x, i, n):
 
 
 @inner
-def add(out, o, x, i, n):
-    """out[o : o + n] += x[i : i + n]"""
-    for k in range(n):
-        out[uintp(o + k)] += x[uintp(i + k)]
-
-
-@inner
 def relu(x):
     for i in range(x.size):
         x[i] = max(x[i], np.float32(0))
 
 
-_LOG2_E = np.float32(1.4426950408889634)
-_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)  # the first has 12 bits: n * it is exact
-_P0, _P1, _P2, _P3, _P4, _P5 = (
-    np.float32(p)
-    for p in (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
-)
-_ONE, _TWO, _HALF, _TEN = np.float32(1), np.float32(2), np.float32(0.5), np.float32(10)
-_LARGEST = np.float32(87)  # exp of it, and of its negative, are normal numbers
-
-
-@inner
-def exp(x):
-    """exp of a float32 in [-87, 87], to 2 units of the last place; a loop over it becomes vector code.
-
-    The method and the polynomial of Cephes' expf (Moshier 1992): 2^n e^r with |r| <= ln(2) / 2.
-    """
-    n = np.floor(x * _LOG2_E + _HALF)
-    r = x - n * _LN2_HIGH - n * _LN2_LOW
-    p = ((((_P0 * r + _P1) * r + _P2) * r + _P3) * r + _P4) * r + _P5
-    power = np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
-    return (p * r * r + r + _ONE) * power
-
-
-@inner
-def clamp(x, most):
-    """x within [-most, most]; not a number stays so."""
-    return -most if x < -most else (most if x > most else x)
-
-
 @inner
 def tanh_sigmoid(a, b):
     """tanh(a) * sigmoid(b) with one division, to 1e-7."""
-    e = exp(-_TWO * clamp(a, _TEN))
-    return (_ONE - e) / ((_ONE + e) * (_ONE + exp(-clamp(b, np.float32(40)))))
+    e = exp(-TWO * clamp(a, np.float32(10)))
+    return (ONE - e) / ((ONE + e) * (ONE + exp(-clamp(b, np.float32(40)))))
 
 
-# Sums of these may be taken in any order, which makes vector code of them.
-any_order = njit(**OPTIONS | {"fastmath": {"contract", "nsz", "reassoc"}})
-_ONE_BITS = int(_ONE.view(np.int32))
+_LARGEST = np.float32(87)  # exp of it, and of its negative, are normal numbers
+_ONE_BITS = int(ONE.view(np.int32))
 
 
 @any_order

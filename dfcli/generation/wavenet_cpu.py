@@ -30,14 +30,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dfcli.cores.wavenet import WaveNet
-from dfcli.generation import compiled, kernels
-from dfcli.generation.compiled import Compiled, inner
-from dfcli.generation.engines import Unavailable, first_line
-from dfcli.generation.kernels import add, copy, copy_to_rows, multiply, padded, pick, relu, tanh_sigmoid, tiles
+from dfcli.generation import kernels
+from dfcli.generation.engines import Unavailable
+from dfcli.generation.kernels import copy_to_rows, multiply, padded, pick, relu, tanh_sigmoid, tiles
 from dfcli.generation.lanes import Lanes
 from dfcli.generation.plain import pieces
+from dfcli.system.compiled import Compiled, inner
 from dfcli.system.device import Device
 from dfcli.system.events import OnEvent, ignore
+from dfcli.system.vectors import add, copy
+from dfcli.system.words import first_line
 
 AHEAD = 8  # samples at most whose past taps are computed at once
 ROUNDED = 2 * 2**20  # bytes of float32 weights from which on they may be rounded
@@ -148,7 +150,7 @@ def wavenet_samples(model, state, uniforms, temperature, top_k, top_p, min_p, id
         _step(model, state, B)
 
 
-_SOURCES = [__file__, kernels.__file__, compiled.__file__]
+_SOURCES = [__file__, kernels.__file__]
 _exact, _rounded = (Compiled(wavenet_samples, _SOURCES, variant) for variant in ("", "-bfloat16"))
 
 

@@ -6,3 +6,8 @@ from __future__ import annotations
 def counted(n: int, thing: str) -> str:
     """1, "line" -> "1 line"; 2000, "line" -> "2,000 lines"."""
     return f"{n:,} {thing}" if n == 1 else f"{n:,} {thing}s"
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, after its kind; compilers say many lines."""
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]

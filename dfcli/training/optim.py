@@ -215,9 +215,10 @@ class Optimizer:
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Take back what `state_tensors` gave. Raises CorruptError where it does not belong to these parameters."""
+        states = self.base.state | self.rows.state | ({"muon": self.muon.buffers} if self.muon else {})
         for key, tensor in tensors.items():
             what, _, name = key.partition("/")
-            state = self.muon.buffers if what == "muon" and self.muon else (self.base.state | self.rows.state).get(what)
+            state = states.get(what)
             shape = self.named[name].shape if name in self.named else torch.Size()
             shape = {"step": torch.Size(), "row_updates": shape[:1], "row_square": shape[:1]}.get(what, shape)
             if state is None or name not in self.named or tensor.shape != shape:

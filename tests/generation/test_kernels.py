@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dfcli.generation import compiled, kernels
-from dfcli.generation.compiled import Compiled
-from dfcli.generation.kernels import exp, multiply, pick, tanh_sigmoid
+from dfcli.generation import kernels
+from dfcli.generation.kernels import multiply, pick, tanh_sigmoid
 from dfcli.generation.sampling import Filters
 from dfcli.generation.sampling import pick as reference
+from dfcli.system.compiled import Compiled
 from dfcli.system.events import ignore
+from dfcli.system.vectors import exp
 from tests.generation.rounding import untiled
 
 
@@ -38,7 +39,7 @@ def call_picks(out, logits, uniforms, temperature, top_k, top_p, min_p):
 
 
 def run(function: Any, *arguments: Any) -> Any:
-    entry = Compiled(function, [__file__, kernels.__file__, compiled.__file__])
+    entry = Compiled(function, [__file__, kernels.__file__])
     entry.load(ignore, *arguments)
     return entry
 

@@ -37,13 +37,15 @@ _LIST = "checksums.json"
 class Compiled:
     """An entry point for arguments of certain types: compiled when it is first loaded, and kept on disk.
 
-    `sources` are the files its code is written in; a change in any of them is another folder, and so is
-    another `variant`, the name of the types where there are several.
+    `sources` are the files its code is written in, beside the shared ones here; a change in any of them is another
+    folder, and so is another `variant`, the name of the types where there are several.
     """
 
     def __init__(self, function: Callable[..., Any], sources: list[str], variant: str = "") -> None:
         self._function = function
-        digest = hashlib.sha256(b"".join(Path(source).read_bytes() for source in sources)).hexdigest()
+        shared = [Path(__file__), Path(__file__).with_name("vectors.py")]
+        code = b"".join(Path(source).read_bytes() for source in [*shared, *sources])
+        digest = hashlib.sha256(code).hexdigest()
         base = os.environ.get("NUMBA_CACHE_DIR") or platformdirs.user_cache_path("dfcli") / "compiled"
         self.folder = Path(base) / f"{function.__name__}{variant}-{digest[:16]}"
         self._keep = False
@@ -56,7 +58,7 @@ class Compiled:
             raise RuntimeError("NUMBA_DISABLE_JIT is set")
         if self._dispatcher is None:
             if not _sound(self.folder):
-                on_event(Note("compiling the sampler for this processor, once; it takes some seconds"))
+                on_event(Note("compiling for this processor, once; it takes some seconds"))
             self._keep = _usable(self.folder)
             self._dispatcher = self._dispatch(self._keep)
         try:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dfcli.generation import compiled
-from dfcli.generation.compiled import Compiled
+from dfcli.system import compiled
+from dfcli.system.compiled import Compiled
 from dfcli.system.events import Note, ignore
 
 
