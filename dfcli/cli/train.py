@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import shlex
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -88,6 +89,10 @@ def train(
         "preset": preset, "name": name, "steps": steps, "minutes": minutes, "device": device,
         "batch_size": batch_size, "lr": lr, "seed": seed, "init": init, "overrides": _overrides(settings),
     }  # fmt: skip
+    if kind == "wavenet":
+        # PyTorch's idle threads would spin for milliseconds on the cores that the compiled layers are to use. Read when
+        # PyTorch is imported; a GPT, of many small operations, needs the spinning.
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     if show and resume:
         raise UsageError("`--show` and `--resume` exclude each other")
     Request(kind, tuple(data or ()), **options).check(show=show, resume=resume)  # before PyTorch is imported

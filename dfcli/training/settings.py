@@ -55,7 +55,7 @@ class Recipe:
     checkpoint_every: int = 0  # steps between checkpoints beside those of better evaluations; 0: by time
     on_nonfinite: str = "stop"  # stop | skip the batch whose loss or gradient is not finite
     skip_limit: int = 10  # batches that may be skipped
-    compile: str = "auto"  # torch.compile: auto | on | off
+    compile: str = "auto"  # auto: what pays here | on: torch.compile | off
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))  # JSON gives a list

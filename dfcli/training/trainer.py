@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dfcli import cores
 from dfcli.data.batches import IGNORED, Batch
@@ -28,6 +28,7 @@ from dfcli.errors import CorruptError, DfError
 from dfcli.system.allocator import kept_memory
 from dfcli.system.device import Device
 from dfcli.system.events import Note, OnEvent, ignore
+from dfcli.system.words import first_line
 from dfcli.training.events import Sample, Saved, Step
 from dfcli.training.optim import Optimizer
 from dfcli.training.schedule import lr_factor
@@ -129,7 +130,7 @@ class Trainer:
         self.first_step, self.shown, self.warm, self.guess = s.step, -math.inf, 0.0, 0.0
         self.last_evaluation = self.last_save = s.seconds
         self.core.train()
-        self.forward = compiled(self.core, self, self.on_event)
+        self.forward = fastest(self.core, self, self.on_event)
         self.optimizer.rows.sparse(self.forward is self.core and self.device.kind == "cpu")
         self._start_interval()
         with kept_memory():
@@ -352,24 +353,38 @@ def step_seed(seed: int, step: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{step}".encode()).digest()[:8], "little") >> 1
 
 
-def compiled(core: nn.Module, trainer: Trainer, on_event: OnEvent) -> Callable[..., Tensor]:
-    """`core`, or torch.compile of it where the recipe asks for it and it works here (it needs a compiler).
+def fastest(core: cores.Core, trainer: Trainer, on_event: OnEvent) -> Callable[..., Tensor]:
+    """How `core`'s forward and backward pass are computed: by the core itself, or compiled where the recipe allows it
+    and this machine can. What fails here is told once, and training goes on without it.
 
-    "auto" compiles on CUDA for budgets of more than two minutes or 2,000 steps: compiling takes about half a
-    minute; on a CPU it has not been shown to pay, and n-gram tables then have whole gradients."""
-    r = trainer.recipe
+    "auto" takes functions that numba compiles for the layers of a WaveNet on a CPU, and torch.compile on CUDA for
+    budgets of more than two minutes or 2,000 steps, as it takes half a minute. "on" is torch.compile anywhere; on a
+    CPU it has not been shown to pay, and n-gram tables then have whole gradients."""
+    r, device = trainer.recipe, trainer.device
     long = r.minutes > 2 or r.steps > 2000
-    if r.compile == "off" or (r.compile == "auto" and not (trainer.device.kind == "cuda" and long)):
-        return core
+    if r.compile == "auto" and device.kind == "cpu":
+        try:
+            from dfcli.training import wavenet_cpu  # a broken numba is met here
+
+            return wavenet_cpu.build(core, device.threads, on_event) if wavenet_cpu.fits(core) else core
+        except Exception as error:
+            on_event(Note(f"numba does not work here ({first_line(error)[:200]}); training without it, more slowly"))
+            return core
+    if r.compile == "on" or (r.compile == "auto" and device.kind == "cuda" and long):
+        return compiled(core, trainer, on_event)
+    return core
+
+
+def compiled(core: cores.Core, trainer: Trainer, on_event: OnEvent) -> Callable[..., Tensor]:
+    """torch.compile of `core`, or `core` where that does not work (it needs a compiler)."""
     forward = torch.compile(core)
     buffers = {name: buffer.clone() for name, buffer in core.named_buffers()}  # BatchNorm's, which a forward pass moves
     try:
         trainer.forward = forward
         trainer.loss(trainer.batches.at(trainer.state.step)).backward()
         return forward
-    except Exception as error:  # whatever the compiler of this machine raises: training goes on without it
-        first = str(error).strip().split("\n")[0]
-        on_event(Note(f"torch.compile does not work here ({type(error).__name__}: {first[:200]}); training uncompiled"))
+    except Exception as error:  # whatever the compiler of this machine raises
+        on_event(Note(f"torch.compile does not work here ({first_line(error)[:200]}); training uncompiled"))
         return core
     finally:
         trainer.optimizer.drop_gradients()

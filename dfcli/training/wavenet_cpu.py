@@ -1,0 +1,284 @@
+"""WaveNet's layers in training on a CPU: their forward and backward pass as compiled functions (numba).
+
+With 32 channels the products of a layer take less time than what surrounds them: a dozen PyTorch operations that each
+send megabytes through memory. Here a layer takes `BLOCK` positions at a time, which stay in the nearest cache from its
+input to its output. The head, where matrices are large, stays PyTorch's. The core's own `forward` is the reference:
+logits and gradients agree to 1e-5 (tests).
+
+Positions are flat: N = B T of them, rows behind each other, since a position knows how far it is from its document's
+start and nothing looks beyond that. Each thread has a piece of them and passes through all layers; threads meet between
+layers, as a tap may lie in another's piece. Gradients of weights are summed in the order of the pieces, so that the
+same number of threads gives the same bits.
+
+What is kept for the backward pass: of each layer its input h (and the norm's scale), its gate z = tanh(a) sigmoid(b),
+and sigmoid(b); tanh(a) is their quotient.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from numpy import uintp
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from dfcli.cores.wavenet import WaveNet
+from dfcli.system.compiled import Compiled, inner
+from dfcli.system.events import OnEvent
+from dfcli.system.vectors import (
+    APART,
+    COLUMNS,
+    ONE,
+    TWO,
+    ZERO,
+    add,
+    clamp,
+    copy,
+    dot,
+    exp,
+    fill,
+    give_way,
+    meet,
+    product,
+)
+
+BLOCK = 64  # positions
+
+
+@inner
+def _own(piece, pieces, N):
+    """The positions of a piece, of whole blocks: begin, end."""
+    size = (-(-N // pieces) + BLOCK - 1) // BLOCK * BLOCK
+    return min(N, piece * size), min(N, (piece + 1) * size)
+
+
+@inner
+def _shifted(out, x, o, t, by, positions, n, C):
+    """n rows of x [N, C], which begins at x[o], from row t + by on; by < 0 is the past, by > 0 the future. Rows of
+    another document read zero."""
+    for r in range(n):
+        late, row = t + r + max(by, 0), t + r + by
+        if late < positions.size and positions[uintp(late)] >= abs(by):
+            copy(out, r * C, x, o + row * C, C)
+        else:
+            fill(out, r * C, C, ZERO)
+
+
+@inner
+def _norm(h, o, scales, s, x, i, R, normed):
+    """RMSNorm without gain, as torch's, or a copy: h = scale * x, R channels."""
+    scale = ONE
+    if normed:
+        scale = np.float32(1 / np.sqrt(dot(x, i, x, i, R) / np.float32(R) + np.float32(2**-23)))
+    scales[uintp(s)] = scale
+    for k in range(R):
+        h[uintp(o + k)] = x[uintp(i + k)] * scale
+
+
+def wavenet_forward(
+    piece, pieces, flags, way, positions, dilations, taps, normed, dilated, gate_bias, residual, residual_bias,
+    x, h, scales, gates, sigmoids,
+):  # fmt: skip
+    """One piece of the forward pass, all arrays flat. L layers, R channels, K taps.
+
+    positions int64 [N]; dilations [L]; weights as [inputs, outputs]: dilated [L, K R, 2 R], residual [L - 1, R, R].
+    In: x [N, R], overwritten. Out: h [L, N, R], scales [L, N], gates [N, L, R], sigmoids [L, N, R].
+    """
+    N, L = positions.size, dilations.size
+    if N == 0:
+        return
+    R = x.size // N
+    begin, end = _own(piece, pieces, N)
+    sums, past = np.empty(BLOCK * 2 * R, np.float32), np.empty(BLOCK * R, np.float32)
+    for t in range(begin, end):
+        _norm(h, t * R, scales, t, x, t * R, R, normed)
+    for layer in range(L):
+        meet(flags, piece, pieces, layer + 1, way)
+        first = layer * N * R
+        for t in range(begin, end, BLOCK):
+            n = min(BLOCK, end - t)
+            for r in range(n):
+                copy(sums, r * 2 * R, gate_bias, layer * 2 * R, 2 * R)
+            for tap in range(taps):
+                back, w = (taps - 1 - tap) * dilations[layer], (layer * taps + tap) * R * 2 * R
+                if back == 0:
+                    product(sums, 0, 2 * R, h, first + t * R, R, 1, dilated, w, 2 * R, n, 2 * R, R)
+                else:
+                    _shifted(past, h, first, t, -back, positions, n, R)
+                    product(sums, 0, 2 * R, past, 0, R, 1, dilated, w, 2 * R, n, 2 * R, R)
+            for r in range(n):
+                a, z, s = r * 2 * R, ((t + r) * L + layer) * R, first + (t + r) * R
+                for k in range(R):
+                    e = exp(-TWO * clamp(sums[uintp(a + k)], np.float32(10)))
+                    sigmoid = ONE / (ONE + exp(-clamp(sums[uintp(a + R + k)], np.float32(40))))
+                    gates[uintp(z + k)] = (ONE - e) / (ONE + e) * sigmoid
+                    sigmoids[uintp(s + k)] = sigmoid
+            if layer + 1 < L:
+                for r in range(n):
+                    add(x, (t + r) * R, residual_bias, layer * R, R)
+                product(x, t * R, R, gates, (t * L + layer) * R, L * R, 1, residual, layer * R * R, R, n, R, R)
+                for r in range(t, t + n):
+                    _norm(h, first + (N + r) * R, scales, (layer + 1) * N + r, x, r * R, R, normed)
+
+
+def wavenet_backward(
+    piece, pieces, flags, way, positions, dilations, taps, normed, dilated, residual, h, scales, gates, sigmoids,
+    d_gates, dx, d_sums, d_dilated, d_gate_bias, d_residual, d_residual_bias,
+):  # fmt: skip
+    """One piece of the backward pass, all arrays flat, from the gradient with respect to the gates.
+
+    Weights lie as PyTorch's, [outputs, inputs]: dilated [L, 2 R, K R], residual [L - 1, R, R].
+    In: d_gates [N, L, R]. Added to, zeros at first: dx [N, R] and, for each piece, the weights' gradients. Scratch:
+    d_sums [2, N, 2 R], of which one half may still be read by others when the next layer fills the other.
+    """
+    N, L = positions.size, dilations.size
+    if N == 0:
+        return
+    R = dx.size // N
+    begin, end = _own(piece, pieces, N)
+    dz, dh, past = np.empty(BLOCK * R, np.float32), np.empty(BLOCK * R, np.float32), np.empty(BLOCK * R, np.float32)
+    future = np.empty(BLOCK * 2 * R, np.float32)
+    for layer in range(L - 1, -1, -1):
+        first, sums = layer * N * R, layer % 2 * N * 2 * R
+        weights, own = layer * 2 * R * taps * R, piece * L + layer
+        own_residual = piece * (L - 1) + layer
+        for t in range(begin, end, BLOCK):
+            n = min(BLOCK, end - t)
+            for r in range(n):
+                copy(dz, r * R, d_gates, ((t + r) * L + layer) * R, R)
+            if layer + 1 < L:
+                z = (t * L + layer) * R
+                product(dz, 0, R, dx, t * R, R, 1, residual, layer * R * R, R, n, R, R)
+                product(d_residual, own_residual * R * R, R, dx, t * R, 1, R, gates, z, L * R, R, R, n)
+                for r in range(t, t + n):
+                    add(d_residual_bias, own_residual * R, dx, r * R, R)
+            for r in range(n):
+                s, z, a = first + (t + r) * R, ((t + r) * L + layer) * R, sums + (t + r) * 2 * R
+                for k in range(R):
+                    d, sigmoid, gate = dz[uintp(r * R + k)], sigmoids[uintp(s + k)], gates[uintp(z + k)]
+                    tanh = gate / sigmoid
+                    d_sums[uintp(a + k)] = d * sigmoid * (ONE - tanh * tanh)
+                    d_sums[uintp(a + R + k)] = d * gate * (ONE - sigmoid)
+            for r in range(t, t + n):
+                add(d_gate_bias, own * 2 * R, d_sums, sums + r * 2 * R, 2 * R)
+            for tap in range(taps):
+                back, w, d = (taps - 1 - tap) * dilations[layer], own * 2 * R * taps * R + tap * R, sums + t * 2 * R
+                if back == 0:
+                    product(d_dilated, w, taps * R, d_sums, d, 1, 2 * R, h, first + t * R, R, 2 * R, R, n)
+                else:
+                    _shifted(past, h, first, t, -back, positions, n, R)
+                    product(d_dilated, w, taps * R, d_sums, d, 1, 2 * R, past, 0, R, 2 * R, R, n)
+        meet(flags, piece, pieces, L - layer, way)
+        for t in range(begin, end, BLOCK):
+            n = min(BLOCK, end - t)
+            fill(dh, 0, n * R, ZERO)
+            for tap in range(taps):
+                back, w = (taps - 1 - tap) * dilations[layer], weights + tap * R
+                if back == 0:
+                    product(dh, 0, R, d_sums, sums + t * 2 * R, 2 * R, 1, dilated, w, taps * R, n, R, 2 * R)
+                else:
+                    _shifted(future, d_sums, sums, t, back, positions, n, 2 * R)
+                    product(dh, 0, R, future, 0, 2 * R, 1, dilated, w, taps * R, n, R, 2 * R)
+            for r in range(n):
+                s = first + (t + r) * R
+                mean = dot(dh, r * R, h, s, R) / np.float32(R) if normed else ZERO
+                for k in range(R):
+                    change = dh[uintp(r * R + k)] - h[uintp(s + k)] * mean
+                    dx[uintp((t + r) * R + k)] += scales[uintp(layer * N + t + r)] * change
+
+
+_forward, _backward = (Compiled(function, [__file__]) for function in (wavenet_forward, wavenet_backward))
+
+
+class _Pieces:
+    """Runs a compiled function on all pieces at once."""
+
+    def __init__(self, threads: int) -> None:
+        self.count = threads
+        self._pool = ThreadPoolExecutor(threads)
+        self._way = give_way()
+
+    def run(self, function: Callable[..., None], *arguments: Any) -> None:
+        flags = np.zeros(self.count * APART, np.int64)
+        flat = [a.detach().reshape(-1).numpy() if isinstance(a, Tensor) else a for a in arguments]
+        running = [
+            self._pool.submit(function, piece, self.count, flags, self._way, *flat) for piece in range(self.count)
+        ]
+        for each in running:
+            each.result()
+
+
+class _Gates(torch.autograd.Function):
+    """What the head reads. x [B, T, R] -> [B, T, L R]"""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, positions: Tensor, dilated: Tensor, gate_bias: Tensor, residual: Tensor,
+        residual_bias: Tensor, dilations: NDArray[np.int64], taps: int, normed: bool, pieces: _Pieces,
+    ) -> Tensor:  # fmt: skip
+        (B, T, R), L = x.shape, len(dilations)
+        h, scales, gates, sigmoids = (torch.empty(L, B * T, width) for width in (R, 1, R, R))
+        pieces.run(
+            _forward, positions, dilations, taps, normed, dilated.mT.contiguous(), gate_bias, residual.mT.contiguous(),
+            residual_bias, x.clone(), h, scales, gates, sigmoids,
+        )  # fmt: skip
+        ctx.save_for_backward(positions, dilated, residual, h, scales, gates, sigmoids)
+        ctx.others = dilations, taps, normed, pieces
+        return gates.view(B, T, L * R)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        positions, dilated, residual, h, scales, gates, sigmoids = ctx.saved_tensors
+        dilations, taps, normed, pieces = ctx.others
+        (B, T), (_, N, R) = positions.shape, h.shape
+        dx, d_sums = torch.zeros(B, T, R), torch.empty(2, N, 2 * R)
+        shapes = dilated.shape, dilated.shape[:2], residual.shape, residual.shape[:2]
+        sums = [torch.zeros(pieces.count, *shape) for shape in shapes]
+        pieces.run(
+            _backward, positions, dilations, taps, normed, dilated, residual, h, scales, gates, sigmoids,
+            gradients[0].contiguous(), dx, d_sums, *sums,
+        )  # fmt: skip
+        return dx, None, *(each.sum(0) for each in sums), None, None, None, None
+
+
+def fits(core: nn.Module) -> bool:
+    """Whether these functions are for such a model and machine: on processors of other kinds they are not measured."""
+    if not isinstance(core, WaveNet) or platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    config = core.config
+    return config.bias and config.residual % COLUMNS == 0 and config.layers > 1
+
+
+def build(core: nn.Module, threads: int, on_event: OnEvent) -> Callable[..., Tensor]:
+    """`core.forward`, for a core that fits, by compiled functions on so many threads. Raises what numba raises where it
+    cannot compile."""
+    assert isinstance(core, WaveNet)
+    pieces, layers = _Pieces(threads), core.layers
+    dilations = np.array(core.config.all_dilations)
+    nothing, none, way = np.zeros(0, np.float32), np.zeros(0, np.int64), give_way()
+    taps, normed = core.config.kernel, core.config.norm == "rmsnorm"
+    for function, arrays in ((_forward, 9), (_backward, 13)):
+        function.load(on_event, 0, 1, none, way, none, none, taps, normed, *[nothing] * arrays)
+
+    def forward(ids: Tensor, positions: Tensor | None = None, last_only: bool = False) -> Tensor:
+        if last_only:
+            return core(ids, positions, last_only)
+        if positions is None:
+            positions = torch.arange(ids.shape[1]).expand(ids.shape)
+        gates = _Gates.apply(
+            core.entry(core.table(ids)),
+            positions.contiguous(),
+            torch.stack([layer.dilated.weight for layer in layers]),
+            torch.stack([layer.dilated.bias for layer in layers]),
+            torch.stack([layer.residual.weight for layer in layers[:-1]]),
+            torch.stack([layer.residual.bias for layer in layers[:-1]]),
+            dilations, taps, normed, pieces,
+        )  # fmt: skip
+        return core._head(gates)
+
+    return forward

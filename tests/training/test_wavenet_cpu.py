@@ -1,0 +1,126 @@
+"""The compiled layers give the core's logits and gradients, whatever the shape and however many threads share them."""
+
+from __future__ import annotations
+
+import platform
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dfcli.cores import GPT, GPTConfig, WaveNet, WaveNetConfig
+from dfcli.system.events import Note, ignore
+from dfcli.training import wavenet_cpu
+from dfcli.training.settings import Recipe
+from dfcli.training.wavenet_cpu import build, fits
+from tests.training.test_trainer import Memory, trainer
+
+pytestmark = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="for x86-64 processors")
+
+SMALL = {"vocab_size": 20, "dilations": (1, 2, 4), "cycles": 2, "residual": 16, "skip": 24, "head": 8}
+CASES: list[tuple[dict[str, Any], int, int, int]] = [  # config, sequences, positions, threads
+    ({"norm": "rmsnorm"}, 1, 300, 2),
+    ({}, 2, 65, 1),
+    ({"norm": "rmsnorm", "kernel": 3, "residual": 48}, 3, 41, 2),
+    ({"kernel": 1}, 2, 10, 2),
+    ({"norm": "rmsnorm", "dilations": (1, 100, 7), "cycles": 1}, 2, 64, 3),
+    ({"embedding": 5, "decoder": 7}, 1, 70, 2),
+    ({"norm": "rmsnorm"}, 1, 1, 4),
+]
+
+
+def model(seed: int = 0, **config: Any) -> WaveNet:
+    torch.manual_seed(seed)
+    return WaveNet(WaveNetConfig(**SMALL | config))
+
+
+def gradients(core: WaveNet, forward: Any, ids: Tensor, positions: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    core.zero_grad(set_to_none=True)
+    logits = forward(ids, positions)
+    F.cross_entropy(logits.flatten(0, 1), ids.roll(-1).flatten(), reduction="sum").backward()
+    return logits.detach(), {name: p.grad for name, p in core.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("documents", [True, False])
+@pytest.mark.parametrize(("config", "B", "T", "threads"), CASES)
+def test_logits_and_gradients_are_the_cores(
+    config: dict[str, Any], B: int, T: int, threads: int, documents: bool
+) -> None:
+    core = model(**config)
+    ids = torch.randint(20, (B, T))
+    place = torch.arange(T)
+    positions = torch.minimum((place + torch.arange(B)[:, None]) % 23, place) if documents else None
+    logits, grads = gradients(core, core, ids, positions)
+    fast_logits, fast_grads = gradients(core, build(core, threads, ignore), ids, positions)
+    assert (logits - fast_logits).abs().max() < 1e-5
+    assert fast_grads.keys() == grads.keys()
+    for name, grad in grads.items():
+        assert (grad - fast_grads[name]).norm() <= 1e-5 * max(1.0, grad.norm().item()), name
+
+
+def test_large_sums_and_what_is_not_a_number() -> None:
+    core, ids = model(), torch.randint(20, (1, 40))
+    with torch.no_grad():
+        core.layers[0].dilated.weight.mul_(300)  # tanh and sigmoid saturate
+    forward = build(core, 2, ignore)
+    logits, grads = gradients(core, core, ids, None)
+    fast_logits, fast_grads = gradients(core, forward, ids, None)
+    assert torch.allclose(logits, fast_logits, atol=1e-4)
+    for name, grad in grads.items():
+        assert (grad - fast_grads[name]).norm() <= 1e-4 * max(1.0, grad.norm().item()), name
+    with torch.no_grad():
+        core.layers[1].dilated.weight[3, 3] = torch.nan
+    assert gradients(core, forward, ids, None)[0][:, 5:].isnan().all()
+
+
+def test_the_same_bits_every_time() -> None:
+    core, ids = model(norm="rmsnorm"), torch.randint(20, (2, 500))
+    forward = build(core, 2, ignore)
+    first = gradients(core, forward, ids, None)
+    for _ in range(20):
+        again = gradients(core, forward, ids, None)
+        assert torch.equal(first[0], again[0])
+        assert all(torch.equal(first[1][name], again[1][name]) for name in first[1])
+
+
+def test_more_threads_than_cores_do_not_wait_for_each_other_in_vain() -> None:
+    core, ids = model(dilations=(1, 2, 4, 8, 16), cycles=4), torch.randint(20, (1, 2048))
+    forward = build(core, 12, ignore)
+    gradients(core, forward, ids, None)
+    began = time.perf_counter()
+    gradients(core, forward, ids, None)
+    assert time.perf_counter() - began < 5
+
+
+def test_whom_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fits(model())
+    assert not fits(model(residual=20))
+    assert not fits(model(bias=False))
+    assert not fits(model(dilations=(3,), cycles=1))
+    assert not fits(GPT(GPTConfig(vocab_size=5, context=8, layers=1, heads=1, channels=8)))
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    assert not fits(model())
+
+
+def test_the_trainer_takes_it_and_does_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, notes = [], []
+    recipe = {"steps": 3, "batch_size": 2, "window": 32, "lr": 0.1, "optimizer": "sgd"}
+    for compile in ("auto", "off", "broken"):
+        if compile == "broken":
+            monkeypatch.setattr(wavenet_cpu, "build", lambda *_: 1 / 0)
+        core, events = model(vocab_size=11), []
+        made = trainer(
+            core, Recipe(**recipe, compile="off" if compile == "off" else "auto"), Memory(), on_event=events.append
+        )
+        assert made.run() is None
+        assert (made.forward is core) == (compile != "auto")
+        weights.append(core.state_dict())
+        notes += [event.text for event in events if isinstance(event, Note) and "compiling" not in event.text]
+    assert len(notes) == 1
+    assert "numba does not work here (ZeroDivisionError" in notes[0]
+    for name, weight in weights[1].items():
+        assert torch.allclose(weights[0][name], weight, atol=1e-5)
+        assert torch.equal(weights[2][name], weight)
