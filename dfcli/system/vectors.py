@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
 from numba import extending, types
 from numpy import uintp
+from torch import Tensor
 
-from dfcli.system.compiled import OPTIONS, inner, njit
+from dfcli.system.compiled import OPTIONS, Compiled, inner, njit
+from dfcli.system.events import OnEvent
 
 WIDTH = 8  # floats of one vector: one AVX2 register, or two of NEON
 COLUMNS = 2 * WIDTH  # that a product computes at once
@@ -87,6 +91,24 @@ def add(out, o, x, i, n):
     """out[o : o + n] += x[i : i + n]"""
     for k in range(n):
         out[uintp(o + k)] += x[uintp(i + k)]
+
+
+@inner
+def norm(out, o, x, i, n):
+    """RMSNorm without gain, as torch's: out[o : o + n] = scale * x[i : i + n]. Returns the scale, 1 / sqrt(mean square
+    + smallest step above 1)."""
+    scale = np.float32(1 / np.sqrt(dot(x, i, x, i, n) / np.float32(n) + np.float32(2**-23)))
+    for k in range(n):
+        out[uintp(o + k)] = x[uintp(i + k)] * scale
+    return scale
+
+
+@inner
+def norm_back(dx, d, dy, g, y, i, scale, n):
+    """The gradient of `norm`, added: dx[d : d + n] from dy[g : g + n], what the norm gave y[i : i + n], its scale."""
+    mean = dot(dy, g, y, i, n) / np.float32(n)
+    for k in range(n):
+        dx[uintp(d + k)] += scale * (dy[uintp(g + k)] - y[uintp(i + k)] * mean)
 
 
 # ---- products of matrices that fit the caches, in which a library's calls would take longer than the work
@@ -210,12 +232,12 @@ def _give_way(_context, function):
     return types.void(_size), codegen
 
 
-APART = 8  # int64 of one cache line
+_APART = 8  # int64 of one cache line
 _PATIENCE = 2000  # looks, about 10 microseconds
 
 
-def give_way() -> int:
-    """The address of the system's function by which a thread lets others run, for `meet`."""
+def _way() -> int:
+    """The address of the system's function by which a thread lets others run."""
     library = ctypes.WinDLL("kernel32").SwitchToThread if os.name == "nt" else ctypes.CDLL(None).sched_yield  # type: ignore[attr-defined]
     return ctypes.cast(library, ctypes.c_void_p).value or 0
 
@@ -224,11 +246,30 @@ def give_way() -> int:
 def meet(flags, piece, pieces, count, way):
     """Wait until all `pieces` threads have come here for the `count`-th time; what they wrote before is then seen.
 
-    flags int64 [pieces * APART], zeros at the start; `way` is what `give_way` gave."""
-    _publish(flags, piece * APART, count)
+    `flags` and `way` come from `Pieces`."""
+    _publish(flags, piece * _APART, count)
     for other in range(pieces):
         looks = 0
-        while _look(flags, other * APART) < count:
+        while _look(flags, other * _APART) < count:
             looks += 1
             if looks > _PATIENCE:  # its thread may wait for this very core
                 _give_way(way)
+
+
+class Pieces:
+    """Runs a compiled function `function(piece, pieces, flags, way, ...)` on all pieces at once, each on a thread."""
+
+    def __init__(self, threads: int) -> None:
+        self.count, self._pool, self._way = threads, ThreadPoolExecutor(threads), _way()
+
+    def run(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Tensors among the arguments, which must be contiguous, are passed as flat arrays."""
+        flat = [a.detach().view(-1).numpy() if isinstance(a, Tensor) else a for a in arguments]
+        common = self.count, np.zeros(self.count * _APART, np.int64), self._way
+        running = [self._pool.submit(function, piece, *common, *flat) for piece in range(self.count)]
+        for each in running:
+            each.result()
+
+    def load(self, function: Compiled, on_event: OnEvent, *arguments: Any) -> None:
+        """Compile `function` or load it: `Compiled.load`, with arguments that make it do nothing."""
+        function.load(on_event, 0, 1, np.zeros(_APART, np.int64), self._way, *arguments)

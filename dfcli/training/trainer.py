@@ -131,7 +131,7 @@ class Trainer:
         self.last_evaluation = self.last_save = s.seconds
         self.core.train()
         self.forward = fastest(self.core, self, self.on_event)
-        self.optimizer.rows.sparse(self.forward is self.core and self.device.kind == "cpu")
+        self.optimizer.rows.sparse(self.device.kind == "cpu" and self.recipe.compile != "on")
         self._start_interval()
         with kept_memory():
             while not s.done:
@@ -357,16 +357,19 @@ def fastest(core: cores.Core, trainer: Trainer, on_event: OnEvent) -> Callable[.
     """How `core`'s forward and backward pass are computed: by the core itself, or compiled where the recipe allows it
     and this machine can. What fails here is told once, and training goes on without it.
 
-    "auto" takes functions that numba compiles for the layers of a WaveNet on a CPU, and torch.compile on CUDA for
-    budgets of more than two minutes or 2,000 steps, as it takes half a minute. "on" is torch.compile anywhere; on a
-    CPU it has not been shown to pay, and n-gram tables then have whole gradients."""
+    "auto" takes functions that numba compiles for the layers of the default recipes' models on a CPU, and torch.compile
+    on CUDA for budgets of more than two minutes or 2,000 steps, as it takes half a minute. "on" is torch.compile
+    anywhere; on a CPU it has not been shown to pay, and n-gram tables then have whole gradients."""
     r, device = trainer.recipe, trainer.device
     long = r.minutes > 2 or r.steps > 2000
     if r.compile == "auto" and device.kind == "cpu":
         try:
-            from dfcli.training import wavenet_cpu  # a broken numba is met here
+            from dfcli.training import gpt_cpu, wavenet_cpu  # a broken numba is met here
 
-            return wavenet_cpu.build(core, device.threads, on_event) if wavenet_cpu.fits(core) else core
+            for module in (gpt_cpu, wavenet_cpu):
+                if module.fits(core):
+                    return module.build(core, device.threads, on_event)
+            return core
         except Exception as error:
             on_event(Note(f"numba does not work here ({first_line(error)[:200]}); training without it, more slowly"))
             return core

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -31,19 +30,19 @@ from dfcli.cores.wavenet import WaveNet
 from dfcli.system.compiled import Compiled, inner
 from dfcli.system.events import OnEvent
 from dfcli.system.vectors import (
-    APART,
     COLUMNS,
     ONE,
     TWO,
     ZERO,
+    Pieces,
     add,
     clamp,
     copy,
-    dot,
     exp,
     fill,
-    give_way,
     meet,
+    norm,
+    norm_back,
     product,
 )
 
@@ -71,13 +70,11 @@ def _shifted(out, x, o, t, by, positions, n, C):
 
 @inner
 def _norm(h, o, scales, s, x, i, R, normed):
-    """RMSNorm without gain, as torch's, or a copy: h = scale * x, R channels."""
-    scale = ONE
+    """What a layer reads of x, and the norm's scale."""
     if normed:
-        scale = np.float32(1 / np.sqrt(dot(x, i, x, i, R) / np.float32(R) + np.float32(2**-23)))
-    scales[uintp(s)] = scale
-    for k in range(R):
-        h[uintp(o + k)] = x[uintp(i + k)] * scale
+        scales[uintp(s)] = norm(h, o, x, i, R)
+    else:
+        copy(h, o, x, i, R)
 
 
 def wavenet_forward(
@@ -185,32 +182,14 @@ def wavenet_backward(
                     _shifted(future, d_sums, sums, t, back, positions, n, 2 * R)
                     product(dh, 0, R, future, 0, 2 * R, 1, dilated, w, taps * R, n, R, 2 * R)
             for r in range(n):
-                s = first + (t + r) * R
-                mean = dot(dh, r * R, h, s, R) / np.float32(R) if normed else ZERO
-                for k in range(R):
-                    change = dh[uintp(r * R + k)] - h[uintp(s + k)] * mean
-                    dx[uintp((t + r) * R + k)] += scales[uintp(layer * N + t + r)] * change
+                if normed:
+                    s, scale = first + (t + r) * R, scales[uintp(layer * N + t + r)]
+                    norm_back(dx, (t + r) * R, dh, r * R, h, s, scale, R)
+                else:
+                    add(dx, (t + r) * R, dh, r * R, R)
 
 
 _forward, _backward = (Compiled(function, [__file__]) for function in (wavenet_forward, wavenet_backward))
-
-
-class _Pieces:
-    """Runs a compiled function on all pieces at once."""
-
-    def __init__(self, threads: int) -> None:
-        self.count = threads
-        self._pool = ThreadPoolExecutor(threads)
-        self._way = give_way()
-
-    def run(self, function: Callable[..., None], *arguments: Any) -> None:
-        flags = np.zeros(self.count * APART, np.int64)
-        flat = [a.detach().reshape(-1).numpy() if isinstance(a, Tensor) else a for a in arguments]
-        running = [
-            self._pool.submit(function, piece, self.count, flags, self._way, *flat) for piece in range(self.count)
-        ]
-        for each in running:
-            each.result()
 
 
 class _Gates(torch.autograd.Function):
@@ -219,7 +198,7 @@ class _Gates(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, positions: Tensor, dilated: Tensor, gate_bias: Tensor, residual: Tensor,
-        residual_bias: Tensor, dilations: NDArray[np.int64], taps: int, normed: bool, pieces: _Pieces,
+        residual_bias: Tensor, dilations: NDArray[np.int64], taps: int, normed: bool, pieces: Pieces,
     ) -> Tensor:  # fmt: skip
         (B, T, R), L = x.shape, len(dilations)
         h, scales, gates, sigmoids = (torch.empty(L, B * T, width) for width in (R, 1, R, R))
@@ -258,12 +237,12 @@ def build(core: nn.Module, threads: int, on_event: OnEvent) -> Callable[..., Ten
     """`core.forward`, for a core that fits, by compiled functions on so many threads. Raises what numba raises where it
     cannot compile."""
     assert isinstance(core, WaveNet)
-    pieces, layers = _Pieces(threads), core.layers
+    pieces, layers = Pieces(threads), core.layers
     dilations = np.array(core.config.all_dilations)
-    nothing, none, way = np.zeros(0, np.float32), np.zeros(0, np.int64), give_way()
+    nothing, none = np.zeros(0, np.float32), np.zeros(0, np.int64)
     taps, normed = core.config.kernel, core.config.norm == "rmsnorm"
     for function, arrays in ((_forward, 9), (_backward, 13)):
-        function.load(on_event, 0, 1, none, way, none, none, taps, normed, *[nothing] * arrays)
+        pieces.load(function, on_event, none, none, taps, normed, *[nothing] * arrays)
 
     def forward(ids: Tensor, positions: Tensor | None = None, last_only: bool = False) -> Tensor:
         if last_only:
