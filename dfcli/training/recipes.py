@@ -103,7 +103,9 @@ def _gpt(corpus: Corpus, device: Device, steps: int, minutes: float, pinned: dic
     if corpus.lines and corpus.longest <= config["context"]:
         recipe["sampling"] = "documents"
         draft.choose("sampling", "documents", "every line fits a sequence")
-    tokens = 16_384 if device.kind == "cuda" else 1024  # on a CPU many small steps beat few large ones
+    # On a CPU many small steps beat few large ones, until Muon's products, which grow faster with the channels than
+    # a step's, take too much of it.
+    tokens = 16_384 if device.kind == "cuda" else max(1024, 8 * config["channels"])
     length = max(1, corpus.tokens // corpus.documents) if recipe.get("sampling") == "documents" else config["context"]
     recipe["batch_size"] = max(1, tokens // length)
     mean = f", at {length:,} ids a line" if recipe.get("sampling") == "documents" else ""
@@ -187,7 +189,8 @@ def _dropout(draft: Draft, corpus: Corpus, device: Device, steps: int, minutes: 
     small = cores.config("gpt", draft.config | {"ngrams": 1}).parameters() < 2 * corpus.tokens
     shares = {"dropout": 0.0 if epochs < (20 if small else 6) else 0.1 if epochs < 40 else 0.2}
     if draft.config["ngrams"] > 1:  # tables can, soon
-        shares["ngram_dropout"] = 0.0 if epochs < 1 else 0.2 if epochs < 1.5 else 0.4 if epochs < 6 else 0.5
+        by_epochs = ((5, 0.7), (2.5, 0.6), (1.5, 0.4), (1, 0.2), (0, 0.0))
+        shares["ngram_dropout"] = next(share for least, share in by_epochs if epochs >= least)
     times = "less than once" if epochs < 1 else "about once" if epochs < 1.5 else f"about {epochs:,.0f} times"
     for name, share in shares.items():
         if name not in pinned:

@@ -144,12 +144,17 @@ def nano_loop(dataset: Dataset) -> tuple[cores.GPT, Callable[[int], None]]:
 
 def trained(result: dict[str, Any], product: float) -> dict[str, Any]:
     """Speed and shares of a run that `df train --json` gave `result` for; `product` is the machine's FLOP/s."""
+    import torch
+
     from dfcli import cores
     from dfcli.runs.run import Run
+    from dfcli.training.optim import matrices
 
     run = Run.open(result["run"])
     core = run.info["core"]
     flops = 3 * cores.config(core["name"], core["config"]).flops_per_token()
+    with torch.device("meta"):
+        muon = sum(map(muon_flops, matrices(cores.build(core["name"], core["config"])).values()))
     # Each line has the rate of training alone since the line before it: what is left of the time is the rest.
     training = before = 0
     for row in run.metrics():
@@ -168,9 +173,19 @@ def trained(result: dict[str, Any], product: float) -> dict[str, Any]:
         "tokens_per_second": result["tokens_seen"] / training,
         "training_flops_per_second": flops * result["tokens_seen"] / training,
         "share_of_product_rate": flops * result["tokens_seen"] / training / product,
+        "share_of_product_rate_with_muon": (flops * result["tokens_seen"] + muon * result["steps"])
+        / training
+        / product,
         "share_of_product_rate_with_validation": flops * result["tokens_seen"] / seconds / product,
         "share_of_time_for_validation_and_checkpoints": 1 - training / seconds,
     }
+
+
+def muon_flops(matrix: Any) -> int:
+    """FLOPs of the products in Muon's update of a matrix on a CPU, as `optim.orthogonalise` takes them."""
+    m, n = sorted((matrix.shape[0], matrix[0].numel()))
+    products = 5 * (2 * m * m * n + m**3) if n < 2 * m else 2 * m * m * n + 17 * m**3
+    return 2 * products
 
 
 # Memory --------------------------------------------------------------------------------------------------------------
