@@ -190,8 +190,8 @@ class WaveNet(nn.Module):
         `positions` [B, T] says how far each id is from the start of its document, where a row holds several: none sees
         ids before its document's start."""
         past = [ids.new_zeros((), dtype=self.table.weight.dtype)] * len(self.layers)
-        skip, _ = self._layers(ids, past, positions)
-        return self._head(skip[:, -1:] if last_only else skip)
+        gates, _ = self._layers(ids, past, positions)
+        return self._head(self.skip(gates[:, -1:] if last_only else gates))
 
     def _layers(self, ids: Tensor, past: list[Tensor], positions: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         """Run the stack after `past`, per layer [B, P, R] (or a scalar to fill it). Returns the concatenated gates
@@ -208,9 +208,9 @@ class WaveNet(nn.Module):
             inputs.append(h)
         return torch.cat(gates, dim=-1), inputs
 
-    def _head(self, gates: Tensor) -> Tensor:
-        """Sum of skips -> ReLU -> 1x1 -> ReLU -> 1x1 -> logits (figure 4). [B, T, L R] -> [B, T, V]"""
-        return self.decoder(self.head2(F.relu(self.head1(F.relu(self.skip(gates))))))
+    def _head(self, skips: Tensor) -> Tensor:
+        """Sum of skips -> ReLU -> 1x1 -> ReLU -> 1x1 -> logits (figure 4). [B, T, S] -> [B, T, V]"""
+        return self.decoder(self.head2(F.relu(self.head1(F.relu(skips)))))
 
     def init_state(self, batch: int, dtype: torch.dtype = torch.float32) -> WaveNetState:
         """Empty queues for `batch` sequences, on the model's device."""
@@ -224,7 +224,7 @@ class WaveNet(nn.Module):
         gates, inputs = self._layers(ids, past, None)
         state.queues = [h[:, h.shape[1] - q.shape[1] :].clone() for h, q in zip(inputs, state.queues, strict=True)]
         state.index = 0
-        return self._head(gates[:, -1]), state
+        return self._head(self.skip(gates[:, -1])), state
 
     def step(self, ids: Tensor, state: WaveNetState) -> tuple[Tensor, WaveNetState]:
         """Feed one id a sequence, ids [B] -> logits [B, V], in O(layers); `state` is updated in place."""
@@ -240,4 +240,4 @@ class WaveNet(nn.Module):
                 x = x + layer.residual(gate)
             gates.append(gate)
         state.index += 1
-        return self._head(torch.cat(gates, dim=-1)), state
+        return self._head(self.skip(torch.cat(gates, dim=-1))), state

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from numpy import uintp
 from torch import Tensor
 
 from dfcli.system.compiled import OPTIONS, Compiled, inner, njit
-from dfcli.system.events import OnEvent
+from dfcli.system.events import OnEvent, ignore
 
 WIDTH = 8  # floats of one vector: one AVX2 register, or two of NEON
 COLUMNS = 2 * WIDTH  # that a product computes at once
@@ -245,6 +245,7 @@ def _way() -> int:
 @inner
 def meet(flags, piece, pieces, count, way):
     """Wait until all `pieces` threads have come here for the `count`-th time; what they wrote before is then seen.
+    False where one never will: then stop.
 
     `flags` and `way` come from `Pieces`."""
     _publish(flags, piece * _APART, count)
@@ -253,7 +254,10 @@ def meet(flags, piece, pieces, count, way):
         while _look(flags, other * _APART) < count:
             looks += 1
             if looks > _PATIENCE:  # its thread may wait for this very core
+                if _look(flags, pieces * _APART):
+                    return False
                 _give_way(way)
+    return True
 
 
 class Pieces:
@@ -265,11 +269,19 @@ class Pieces:
     def run(self, function: Callable[..., None], *arguments: Any) -> None:
         """Tensors among the arguments, which must be contiguous, are passed as flat arrays."""
         flat = [a.detach().view(-1).numpy() if isinstance(a, Tensor) else a for a in arguments]
-        common = self.count, np.zeros(self.count * _APART, np.int64), self._way
-        running = [self._pool.submit(function, piece, *common, *flat) for piece in range(self.count)]
-        for each in running:
-            each.result()
+        flags = np.zeros((self.count + 1) * _APART, np.int64)
+        try:
+            running = [
+                self._pool.submit(function, piece, self.count, flags, self._way, *flat) for piece in range(self.count)
+            ]
+            for each in wait(running, return_when=FIRST_EXCEPTION).done:
+                each.result()
+        except BaseException:  # a piece that failed or never began, or a signal: nobody is to wait for it
+            flags[-_APART] = 1
+            raise
 
-    def load(self, function: Compiled, on_event: OnEvent, *arguments: Any) -> None:
-        """Compile `function` or load it: `Compiled.load`, with arguments that make it do nothing."""
-        function.load(on_event, 0, 1, np.zeros(_APART, np.int64), self._way, *arguments)
+    def load(self, on_event: OnEvent, *functions: tuple[Compiled, tuple[Any, ...]]) -> None:
+        """Compile functions or load them: `Compiled.load`, each with arguments that make it do nothing."""
+        for function, arguments in functions:
+            function.load(on_event, 0, 1, np.zeros(2 * _APART, np.int64), self._way, *arguments)
+            on_event = ignore  # that it takes some seconds is told once

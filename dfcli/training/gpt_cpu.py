@@ -2,9 +2,9 @@
 
 With 64 to 128 channels PyTorch's operations are so short that starting them, and taking their results through memory,
 takes most of the time. Here a thread takes whole sequences, each through all blocks, `BLOCK` positions at a time, which
-stay in the nearest caches. Embeddings, head and loss stay PyTorch's. The core's own `forward` is the reference: logits
-and gradients agree to 1e-5 (tests). Gradients of weights are summed in the order of the pieces, so that the same number
-of threads gives the same bits.
+stay in the nearest caches; so no more threads work than a batch has rows. Embeddings, head and loss stay PyTorch's. The
+core's own `forward` is the reference: logits and gradients agree to 1e-5 (tests). Gradients of weights are summed in
+the order of the pieces, so that the same number of threads gives the same bits.
 
 Attention is that of the queries and keys that RMSNorm made, whose scores are at most sqrt(D): exp of them needs no
 maximum taken off. Its gradient passes the rotation, which keeps lengths and angles, before that of the norm.
@@ -12,7 +12,6 @@ maximum taken off. Its gradient passes the rotation, which keeps lengths and ang
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -249,23 +248,13 @@ class _Blocks(torch.autograd.Function):
         return dx, None, None, None, *(each.sum(0) for each in sums), None, None
 
 
-def fits(core: nn.Module) -> bool:
-    """Whether these functions are for such a model and machine: on processors of other kinds they are not measured."""
-    if not isinstance(core, GPT) or platform.machine() not in ("x86_64", "AMD64"):
-        return False
-    c = core.config
-    kinds = (c.position, c.norm, c.activation) == ("rotary", "rmsnorm", "relu2")
-    return kinds and c.qk_norm and not (c.bias or c.qkv_bias or c.dropout) and c.channels // c.heads % COLUMNS == 0
-
-
 def build(core: nn.Module, threads: int, on_event: OnEvent) -> Callable[..., Tensor]:
-    """`core.forward`, for a core that fits, by compiled functions on so many threads. Raises what numba raises where it
-    cannot compile."""
+    """`core.forward`, for a core that fits (see `fast`), by compiled functions on so many threads. Raises what numba
+    raises where it cannot compile."""
     assert isinstance(core, GPT)
     pieces, blocks = Pieces(threads), core.blocks
     nothing, none = np.zeros(0, np.float32), np.zeros(0, np.int64)
-    for function, arrays in ((_forward, 18), (_backward, 23)):
-        pieces.load(function, on_event, none, 1, 1, *[nothing] * arrays)
+    pieces.load(on_event, *((f, (none, 1, 1, *[nothing] * n)) for f, n in ((_forward, 18), (_backward, 23))))
 
     def forward(ids: Tensor, positions: Tensor | None = None, last_only: bool = False) -> Tensor:
         T = ids.shape[1]

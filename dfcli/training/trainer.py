@@ -28,8 +28,8 @@ from dfcli.errors import CorruptError, DfError
 from dfcli.system.allocator import kept_memory
 from dfcli.system.device import Device
 from dfcli.system.events import Note, OnEvent, ignore
-from dfcli.system.words import first_line
 from dfcli.training.events import Sample, Saved, Step
+from dfcli.training.fast import fastest
 from dfcli.training.optim import Optimizer
 from dfcli.training.schedule import lr_factor
 from dfcli.training.settings import Recipe
@@ -130,7 +130,7 @@ class Trainer:
         self.first_step, self.shown, self.warm, self.guess = s.step, -math.inf, 0.0, 0.0
         self.last_evaluation = self.last_save = s.seconds
         self.core.train()
-        self.forward = fastest(self.core, self, self.on_event)
+        self.forward = fastest(self.core, self.recipe, self.device, self.try_out, self.on_event)
         self.optimizer.rows.sparse(self.device.kind == "cpu" and self.recipe.compile != "on")
         self._start_interval()
         with kept_memory():
@@ -221,6 +221,18 @@ class Trainer:
                 "train again under a new name with a lower `--lr`, a longer `--set warmup=...` or `--set clip=1`",
             )
         self.on_event(Note(f"{what}: its batch is left out"))
+
+    def try_out(self, forward: Callable[..., Tensor]) -> None:
+        """One pass of a batch, forwards and backwards, that changes nothing. Raises what `forward` raises."""
+        buffers = {name: buffer.clone() for name, buffer in self.core.named_buffers()}  # BatchNorm's, which it moves
+        before, self.forward = self.forward, forward
+        try:
+            self.loss(self.batches.at(self.state.step)).backward()
+        finally:
+            self.forward = before
+            self.optimizer.drop_gradients()
+            for name, buffer in self.core.named_buffers():
+                buffer.copy_(buffers[name])
 
     # --- time
 
@@ -351,45 +363,3 @@ def metrics_line(step: Step) -> dict[str, Any]:
 def step_seed(seed: int, step: int) -> int:
     """The seed of torch's generators (dropout) for a step: 63 bits of a hash, so that neighbours share nothing."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{step}".encode()).digest()[:8], "little") >> 1
-
-
-def fastest(core: cores.Core, trainer: Trainer, on_event: OnEvent) -> Callable[..., Tensor]:
-    """How `core`'s forward and backward pass are computed: by the core itself, or compiled where the recipe allows it
-    and this machine can. What fails here is told once, and training goes on without it.
-
-    "auto" takes functions that numba compiles for the layers of the default recipes' models on a CPU, and torch.compile
-    on CUDA for budgets of more than two minutes or 2,000 steps, as it takes half a minute. "on" is torch.compile
-    anywhere; on a CPU it has not been shown to pay, and n-gram tables then have whole gradients."""
-    r, device = trainer.recipe, trainer.device
-    long = r.minutes > 2 or r.steps > 2000
-    if r.compile == "auto" and device.kind == "cpu":
-        try:
-            from dfcli.training import gpt_cpu, wavenet_cpu  # a broken numba is met here
-
-            for module in (gpt_cpu, wavenet_cpu):
-                if module.fits(core):
-                    return module.build(core, device.threads, on_event)
-            return core
-        except Exception as error:
-            on_event(Note(f"numba does not work here ({first_line(error)[:200]}); training without it, more slowly"))
-            return core
-    if r.compile == "on" or (r.compile == "auto" and device.kind == "cuda" and long):
-        return compiled(core, trainer, on_event)
-    return core
-
-
-def compiled(core: cores.Core, trainer: Trainer, on_event: OnEvent) -> Callable[..., Tensor]:
-    """torch.compile of `core`, or `core` where that does not work (it needs a compiler)."""
-    forward = torch.compile(core)
-    buffers = {name: buffer.clone() for name, buffer in core.named_buffers()}  # BatchNorm's, which a forward pass moves
-    try:
-        trainer.forward = forward
-        trainer.loss(trainer.batches.at(trainer.state.step)).backward()
-        return forward
-    except Exception as error:  # whatever the compiler of this machine raises
-        on_event(Note(f"torch.compile does not work here ({first_line(error)[:200]}); training uncompiled"))
-        return core
-    finally:
-        trainer.optimizer.drop_gradients()
-        for name, buffer in core.named_buffers():
-            buffer.copy_(buffers[name])

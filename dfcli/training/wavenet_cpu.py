@@ -2,8 +2,8 @@
 
 With 32 channels the products of a layer take less time than what surrounds them: a dozen PyTorch operations that each
 send megabytes through memory. Here a layer takes `BLOCK` positions at a time, which stay in the nearest cache from its
-input to its output. The head, where matrices are large, stays PyTorch's. The core's own `forward` is the reference:
-logits and gradients agree to 1e-5 (tests).
+input to its output, its part of the skips included. The head stays PyTorch's. The core's own `forward` is the
+reference: logits and gradients agree to 1e-5 (tests).
 
 Positions are flat: N = B T of them, rows behind each other, since a position knows how far it is from its document's
 start and nothing looks beyond that. Each thread has a piece of them and passes through all layers; threads meet between
@@ -16,7 +16,6 @@ and sigmoid(b); tanh(a) is their quotient.
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +29,6 @@ from dfcli.cores.wavenet import WaveNet
 from dfcli.system.compiled import Compiled, inner
 from dfcli.system.events import OnEvent
 from dfcli.system.vectors import (
-    COLUMNS,
     ONE,
     TWO,
     ZERO,
@@ -78,24 +76,27 @@ def _norm(h, o, scales, s, x, i, R, normed):
 
 
 def wavenet_forward(
-    piece, pieces, flags, way, positions, dilations, taps, normed, dilated, gate_bias, residual, residual_bias,
-    x, h, scales, gates, sigmoids,
+    piece, pieces, flags, way, positions, dilations, taps, normed, dilated, gate_bias, residual, residual_bias, skip,
+    skip_bias, x, h, scales, gates, sigmoids, skips,
 ):  # fmt: skip
-    """One piece of the forward pass, all arrays flat. L layers, R channels, K taps.
+    """One piece of the forward pass, all arrays flat. L layers, R residual and S skip channels, K taps.
 
-    positions int64 [N]; dilations [L]; weights as [inputs, outputs]: dilated [L, K R, 2 R], residual [L - 1, R, R].
-    In: x [N, R], overwritten. Out: h [L, N, R], scales [L, N], gates [N, L, R], sigmoids [L, N, R].
+    positions int64 [N]; dilations [L]; weights as [inputs, outputs]: dilated [L, K R, 2 R], residual [L - 1, R, R],
+    skip [L R, S]. In: x [N, R], overwritten. Out: h [L, N, R], scales [L, N], gates and sigmoids [L, N, R],
+    skips [N, S].
     """
     N, L = positions.size, dilations.size
     if N == 0:
         return
-    R = x.size // N
+    R, S = x.size // N, skip_bias.size
     begin, end = _own(piece, pieces, N)
     sums, past = np.empty(BLOCK * 2 * R, np.float32), np.empty(BLOCK * R, np.float32)
     for t in range(begin, end):
         _norm(h, t * R, scales, t, x, t * R, R, normed)
+        copy(skips, t * S, skip_bias, 0, S)
     for layer in range(L):
-        meet(flags, piece, pieces, layer + 1, way)
+        if not meet(flags, piece, pieces, layer + 1, way):
+            return
         first = layer * N * R
         for t in range(begin, end, BLOCK):
             n = min(BLOCK, end - t)
@@ -109,34 +110,35 @@ def wavenet_forward(
                     _shifted(past, h, first, t, -back, positions, n, R)
                     product(sums, 0, 2 * R, past, 0, R, 1, dilated, w, 2 * R, n, 2 * R, R)
             for r in range(n):
-                a, z, s = r * 2 * R, ((t + r) * L + layer) * R, first + (t + r) * R
+                a, s = r * 2 * R, first + (t + r) * R
                 for k in range(R):
                     e = exp(-TWO * clamp(sums[uintp(a + k)], np.float32(10)))
                     sigmoid = ONE / (ONE + exp(-clamp(sums[uintp(a + R + k)], np.float32(40))))
-                    gates[uintp(z + k)] = (ONE - e) / (ONE + e) * sigmoid
+                    gates[uintp(s + k)] = (ONE - e) / (ONE + e) * sigmoid
                     sigmoids[uintp(s + k)] = sigmoid
+            product(skips, t * S, S, gates, first + t * R, R, 1, skip, layer * R * S, S, n, S, R)
             if layer + 1 < L:
                 for r in range(n):
                     add(x, (t + r) * R, residual_bias, layer * R, R)
-                product(x, t * R, R, gates, (t * L + layer) * R, L * R, 1, residual, layer * R * R, R, n, R, R)
+                product(x, t * R, R, gates, first + t * R, R, 1, residual, layer * R * R, R, n, R, R)
                 for r in range(t, t + n):
                     _norm(h, first + (N + r) * R, scales, (layer + 1) * N + r, x, r * R, R, normed)
 
 
 def wavenet_backward(
-    piece, pieces, flags, way, positions, dilations, taps, normed, dilated, residual, h, scales, gates, sigmoids,
-    d_gates, dx, d_sums, d_dilated, d_gate_bias, d_residual, d_residual_bias,
+    piece, pieces, flags, way, positions, dilations, taps, normed, dilated, residual, skip, h, scales, gates, sigmoids,
+    d_skips, dx, d_sums, d_dilated, d_gate_bias, d_residual, d_residual_bias, d_skip,
 ):  # fmt: skip
-    """One piece of the backward pass, all arrays flat, from the gradient with respect to the gates.
+    """One piece of the backward pass, all arrays flat, from the gradient with respect to the skips.
 
-    Weights lie as PyTorch's, [outputs, inputs]: dilated [L, 2 R, K R], residual [L - 1, R, R].
-    In: d_gates [N, L, R]. Added to, zeros at first: dx [N, R] and, for each piece, the weights' gradients. Scratch:
+    Weights lie as PyTorch's, [outputs, inputs]: dilated [L, 2 R, K R], residual [L - 1, R, R], skip [S, L R].
+    In: d_skips [N, S]. Added to, zeros at first: dx [N, R] and, for each piece, the weights' gradients. Scratch:
     d_sums [2, N, 2 R], of which one half may still be read by others when the next layer fills the other.
     """
     N, L = positions.size, dilations.size
     if N == 0:
         return
-    R = dx.size // N
+    R, S = dx.size // N, d_skips.size // N
     begin, end = _own(piece, pieces, N)
     dz, dh, past = np.empty(BLOCK * R, np.float32), np.empty(BLOCK * R, np.float32), np.empty(BLOCK * R, np.float32)
     future = np.empty(BLOCK * 2 * R, np.float32)
@@ -146,18 +148,19 @@ def wavenet_backward(
         own_residual = piece * (L - 1) + layer
         for t in range(begin, end, BLOCK):
             n = min(BLOCK, end - t)
-            for r in range(n):
-                copy(dz, r * R, d_gates, ((t + r) * L + layer) * R, R)
+            z = first + t * R
+            fill(dz, 0, n * R, ZERO)
+            product(dz, 0, R, d_skips, t * S, S, 1, skip, layer * R, L * R, n, R, S)
+            product(d_skip, (piece * S * L + layer) * R, L * R, d_skips, t * S, 1, S, gates, z, R, S, R, n)
             if layer + 1 < L:
-                z = (t * L + layer) * R
                 product(dz, 0, R, dx, t * R, R, 1, residual, layer * R * R, R, n, R, R)
-                product(d_residual, own_residual * R * R, R, dx, t * R, 1, R, gates, z, L * R, R, R, n)
+                product(d_residual, own_residual * R * R, R, dx, t * R, 1, R, gates, z, R, R, R, n)
                 for r in range(t, t + n):
                     add(d_residual_bias, own_residual * R, dx, r * R, R)
             for r in range(n):
-                s, z, a = first + (t + r) * R, ((t + r) * L + layer) * R, sums + (t + r) * 2 * R
+                s, a = first + (t + r) * R, sums + (t + r) * 2 * R
                 for k in range(R):
-                    d, sigmoid, gate = dz[uintp(r * R + k)], sigmoids[uintp(s + k)], gates[uintp(z + k)]
+                    d, sigmoid, gate = dz[uintp(r * R + k)], sigmoids[uintp(s + k)], gates[uintp(s + k)]
                     tanh = gate / sigmoid
                     d_sums[uintp(a + k)] = d * sigmoid * (ONE - tanh * tanh)
                     d_sums[uintp(a + R + k)] = d * gate * (ONE - sigmoid)
@@ -170,7 +173,8 @@ def wavenet_backward(
                 else:
                     _shifted(past, h, first, t, -back, positions, n, R)
                     product(d_dilated, w, taps * R, d_sums, d, 1, 2 * R, past, 0, R, 2 * R, R, n)
-        meet(flags, piece, pieces, L - layer, way)
+        if not meet(flags, piece, pieces, L - layer, way):
+            return
         for t in range(begin, end, BLOCK):
             n = min(BLOCK, end - t)
             fill(dh, 0, n * R, ZERO)
@@ -192,72 +196,74 @@ def wavenet_backward(
 _forward, _backward = (Compiled(function, [__file__]) for function in (wavenet_forward, wavenet_backward))
 
 
-class _Gates(torch.autograd.Function):
-    """What the head reads. x [B, T, R] -> [B, T, L R]"""
+class _Layers(torch.autograd.Function):
+    """All layers, to the sum of their skips. x [B, T, R] -> [B, T, S]"""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, positions: Tensor, dilated: Tensor, gate_bias: Tensor, residual: Tensor,
-        residual_bias: Tensor, dilations: NDArray[np.int64], taps: int, normed: bool, pieces: Pieces,
+        residual_bias: Tensor, skip: Tensor, skip_bias: Tensor, dilations: NDArray[np.int64], taps: int, normed: bool,
+        pieces: Pieces,
     ) -> Tensor:  # fmt: skip
         (B, T, R), L = x.shape, len(dilations)
         h, scales, gates, sigmoids = (torch.empty(L, B * T, width) for width in (R, 1, R, R))
+        skips = torch.empty(B, T, len(skip))
         pieces.run(
             _forward, positions, dilations, taps, normed, dilated.mT.contiguous(), gate_bias, residual.mT.contiguous(),
-            residual_bias, x.clone(), h, scales, gates, sigmoids,
+            residual_bias, skip.mT.contiguous(), skip_bias, x.clone(), h, scales, gates, sigmoids, skips,
         )  # fmt: skip
-        ctx.save_for_backward(positions, dilated, residual, h, scales, gates, sigmoids)
+        ctx.save_for_backward(positions, dilated, residual, skip, h, scales, gates, sigmoids)
         ctx.others = dilations, taps, normed, pieces
-        return gates.view(B, T, L * R)
+        return skips
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        positions, dilated, residual, h, scales, gates, sigmoids = ctx.saved_tensors
+        positions, dilated, residual, skip, h, scales, gates, sigmoids = ctx.saved_tensors
         dilations, taps, normed, pieces = ctx.others
         (B, T), (_, N, R) = positions.shape, h.shape
+        d_skips = gradients[0].contiguous()
         dx, d_sums = torch.zeros(B, T, R), torch.empty(2, N, 2 * R)
-        shapes = dilated.shape, dilated.shape[:2], residual.shape, residual.shape[:2]
+        shapes = dilated.shape, dilated.shape[:2], residual.shape, residual.shape[:2], skip.shape
         sums = [torch.zeros(pieces.count, *shape) for shape in shapes]
         pieces.run(
-            _backward, positions, dilations, taps, normed, dilated, residual, h, scales, gates, sigmoids,
-            gradients[0].contiguous(), dx, d_sums, *sums,
+            _backward, positions, dilations, taps, normed, dilated, residual, skip, h, scales, gates, sigmoids,
+            d_skips, dx, d_sums, *sums,
         )  # fmt: skip
-        return dx, None, *(each.sum(0) for each in sums), None, None, None, None
-
-
-def fits(core: nn.Module) -> bool:
-    """Whether these functions are for such a model and machine: on processors of other kinds they are not measured."""
-    if not isinstance(core, WaveNet) or platform.machine() not in ("x86_64", "AMD64"):
-        return False
-    config = core.config
-    return config.bias and config.residual % COLUMNS == 0 and config.layers > 1
+        d_weights = (each.sum(0) for each in sums)
+        return dx, None, *d_weights, d_skips.sum((0, 1)), None, None, None, None
 
 
 def build(core: nn.Module, threads: int, on_event: OnEvent) -> Callable[..., Tensor]:
-    """`core.forward`, for a core that fits, by compiled functions on so many threads. Raises what numba raises where it
-    cannot compile."""
+    """`core.forward`, for a core that fits (see `fast`), by compiled functions on so many threads. Raises what numba
+    raises where it cannot compile."""
     assert isinstance(core, WaveNet)
     pieces, layers = Pieces(threads), core.layers
     dilations = np.array(core.config.all_dilations)
     nothing, none = np.zeros(0, np.float32), np.zeros(0, np.int64)
     taps, normed = core.config.kernel, core.config.norm == "rmsnorm"
-    for function, arrays in ((_forward, 9), (_backward, 13)):
-        pieces.load(function, on_event, none, none, taps, normed, *[nothing] * arrays)
+    pieces.load(
+        on_event, *((f, (none, none, taps, normed, *[nothing] * n)) for f, n in ((_forward, 12), (_backward, 15)))
+    )
 
     def forward(ids: Tensor, positions: Tensor | None = None, last_only: bool = False) -> Tensor:
         if last_only:
             return core(ids, positions, last_only)
         if positions is None:
             positions = torch.arange(ids.shape[1]).expand(ids.shape)
-        gates = _Gates.apply(
+        skips = _Layers.apply(
             core.entry(core.table(ids)),
             positions.contiguous(),
             torch.stack([layer.dilated.weight for layer in layers]),
             torch.stack([layer.dilated.bias for layer in layers]),
             torch.stack([layer.residual.weight for layer in layers[:-1]]),
             torch.stack([layer.residual.bias for layer in layers[:-1]]),
-            dilations, taps, normed, pieces,
-        )  # fmt: skip
-        return core._head(gates)
+            core.skip.weight,
+            core.skip.bias,
+            dilations,
+            taps,
+            normed,
+            pieces,
+        )
+        return core._head(skips)
 
     return forward

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfcli.cores import GPT, GPTConfig, WaveNet, WaveNetConfig
+from dfcli.cores import GPT, GPTConfig
 from dfcli.system.events import ignore
-from dfcli.training.gpt_cpu import build, fits
+from dfcli.training.gpt_cpu import build
 from dfcli.training.settings import Recipe
 from tests.training.test_trainer import Memory, trainer
 
@@ -70,16 +70,6 @@ def test_the_same_bits_every_time_and_nan_is_not_hidden() -> None:
     with torch.no_grad():
         core.blocks[0].attention.qkv.weight[40, 0] = torch.nan  # of a key
     assert gradients(core, forward, ids, None)[0].isnan().all()
-
-
-def test_whom_it_fits() -> None:
-    assert fits(model())
-    for other in (
-        {"position": "learned"}, {"norm": "layernorm"}, {"activation": "gelu"}, {"bias": True}, {"qkv_bias": True},
-        {"qk_norm": False}, {"dropout": 0.1}, {"channels": 24},
-    ):  # fmt: skip
-        assert not fits(model(**other)), other
-    assert not fits(WaveNet(WaveNetConfig(cycles=1, dilations=(1,), residual=4, skip=4, head=4)))
 
 
 def test_training_ends_alike() -> None:

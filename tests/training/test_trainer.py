@@ -373,24 +373,3 @@ def test_seeds_of_steps_differ() -> None:
     seeds = {step_seed(seed, step) for seed in range(20) for step in range(50)}
     assert len(seeds) == 1000
     assert all(0 <= seed < 2**63 for seed in seeds)
-
-
-def test_a_machine_without_a_compiler_trains_anyway(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_compiler(core: Any) -> Any:
-        def forward(*_: Any) -> Tensor:
-            raise RuntimeError("no compiler found\nand a long story")
-
-        return forward
-
-    monkeypatch.setattr(torch, "compile", no_compiler)
-    events: list[object] = []
-    weights = []
-    for compile in ("on", "off"):
-        core = build("charwavenet")
-        recipe = Recipe(steps=3, batch_size=2, compile=compile)
-        assert trainer(core, recipe, Memory(), on_event=events.append).run() is None
-        weights.append(core.state_dict())
-    notes = [event.text for event in events if isinstance(event, Note)]
-    assert len(notes) == 1
-    assert "no compiler found" in notes[0]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

@@ -1,0 +1,75 @@
+"""How a core's forward and backward pass are computed in training: by the core itself, or compiled."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dfcli import cores
+from dfcli.cores import GPT, GPTConfig, WaveNet, WaveNetConfig
+from dfcli.system.device import Device
+from dfcli.system.events import Note, OnEvent
+from dfcli.system.words import first_line
+from dfcli.training.settings import Recipe
+
+WIDEST = 128  # channels: PyTorch's products of wider ones are faster than ours
+LONGEST = 512  # ids of a GPT's context: attention's shares are kept, T x T for each head
+
+
+def fastest(
+    core: cores.Core,
+    recipe: Recipe,
+    device: Device,
+    try_out: Callable[[Callable[..., Tensor]], None],
+    on_event: OnEvent,
+) -> Callable[..., Tensor]:
+    """`core`, or a compiled form of it where the recipe allows that and this machine can; `try_out` makes one pass with
+    it. What fails here is told once, and training goes on without it.
+
+    "auto" takes functions that numba compiles for the layers of the default recipes' models on a CPU, and torch.compile
+    on CUDA for budgets of more than two minutes or 2,000 steps, as it takes half a minute. "on" is torch.compile
+    anywhere; on a CPU it has not been shown to pay, and n-gram tables then have whole gradients."""
+    long = recipe.minutes > 2 or recipe.steps > 2000
+    if recipe.compile == "auto" and device.kind == "cpu":
+        module = cpu_module(core)
+        if module is None:
+            return core
+        try:
+            return importlib.import_module(module).build(core, device.threads, on_event)
+        except Exception as error:  # whatever a broken numba raises
+            on_event(Note(f"numba does not work here ({first_line(error)[:200]}); training without it, more slowly"))
+            return core
+    if recipe.compile == "on" or (recipe.compile == "auto" and device.kind == "cuda" and long):
+        compiled = torch.compile(core)
+        try:
+            try_out(compiled)
+            return compiled
+        except Exception as error:  # whatever the compiler of this machine raises
+            on_event(Note(f"torch.compile does not work here ({first_line(error)[:200]}); training uncompiled"))
+    return core
+
+
+def cpu_module(core: cores.Core) -> str | None:
+    """The module with compiled functions for such a model, on this kind of processor; None where there is none, or
+    where it has not been shown to pay. The module imports numba."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return None
+    if isinstance(core, GPT) and _gpt_fits(core.config):
+        return "dfcli.training.gpt_cpu"
+    if isinstance(core, WaveNet) and _wavenet_fits(core.config):
+        return "dfcli.training.wavenet_cpu"
+    return None
+
+
+def _gpt_fits(c: GPTConfig) -> bool:
+    kind = (c.position, c.norm, c.activation, c.qk_norm) == ("rotary", "rmsnorm", "relu2", True)
+    plain = not (c.bias or c.qkv_bias or c.dropout)
+    return kind and plain and c.channels // c.heads % 16 == 0 and c.channels <= WIDEST and c.context <= LONGEST
+
+
+def _wavenet_fits(c: WaveNetConfig) -> bool:
+    return c.bias and c.layers > 1 and c.residual % 16 == c.skip % 16 == 0 and c.residual <= WIDEST

@@ -1,0 +1,94 @@
+"""Which models are trained by compiled functions, and that a machine that cannot trains anyway."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dfcli import cores
+from dfcli.system.events import Note
+from dfcli.training import recipes
+from dfcli.training.fast import cpu_module
+from dfcli.training.settings import Recipe
+from tests.training.test_trainer import Memory, trainer
+
+GPT = {
+    "vocab_size": 11, "context": 16, "layers": 1, "heads": 2, "channels": 32, "position": "rotary", "norm": "rmsnorm",
+    "activation": "relu2", "bias": False, "qkv_bias": False, "qk_norm": True, "tied_head": False,
+}  # fmt: skip
+WAVENET = {"vocab_size": 11, "dilations": (1, 2), "cycles": 1, "residual": 16, "skip": 16, "head": 4}
+
+
+def module(core: str, values: dict[str, Any], **others: Any) -> str | None:
+    with torch.device("meta"):
+        found = cpu_module(cores.build(core, values | others))
+    return found and found.rpartition(".")[2]
+
+
+@pytest.fixture(autouse=True)
+def processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+
+
+def test_whom_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert module("gpt", GPT) == "gpt_cpu"
+    for other in (
+        {"position": "learned"}, {"norm": "layernorm"}, {"activation": "gelu"}, {"bias": True}, {"qkv_bias": True},
+        {"qk_norm": False}, {"dropout": 0.1}, {"channels": 24}, {"channels": 192}, {"context": 1024},
+    ):  # fmt: skip
+        assert module("gpt", GPT, **other) is None, other
+    assert module("wavenet", WAVENET) == "wavenet_cpu"
+    for other in ({"residual": 20}, {"residual": 256}, {"skip": 24}, {"bias": False}, {"dilations": (3,)}):
+        assert module("wavenet", WAVENET, **other) is None, other
+    assert module("charwavenet", {"vocab_size": 11}) is None
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    assert module("gpt", GPT) is None
+
+
+def test_they_fit_what_the_recipes_choose_for_a_laptop() -> None:
+    for layers, heads, channels in recipes.GPT_SIZES[:3]:
+        assert module("gpt", GPT, layers=layers, heads=heads, channels=channels) == "gpt_cpu"
+    for _, residual, skip in recipes.WAVENET_SIZES:
+        assert module("wavenet", WAVENET, residual=residual, skip=skip) == "wavenet_cpu"
+
+
+@pytest.mark.parametrize("core_name", ["gpt", "charwavenet"])
+def test_a_machine_whose_numba_is_broken_trains_anyway(core_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("dfcli.training.gpt_cpu")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "dfcli.system.vectors", None)
+    events: list[object] = []
+    core = cores.build(core_name, GPT if core_name == "gpt" else {"vocab_size": 11, "levels": 3})
+    made = trainer(core, Recipe(steps=2, batch_size=2), Memory(), on_event=events.append)
+    assert made.run() is None
+    assert made.forward is core
+    notes = [event.text for event in events if isinstance(event, Note)]
+    assert len(notes) == (core_name == "gpt")  # who would not use it is not told
+    assert all(note.startswith("numba does not work here (ModuleNotFoundError") for note in notes)
+
+
+def test_a_machine_without_a_compiler_trains_anyway(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_compiler(core: Any) -> Any:
+        def forward(*_: Any) -> Tensor:
+            raise RuntimeError("no compiler found\nand a long story")
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    events: list[object] = []
+    weights = []
+    for compile in ("on", "off"):
+        torch.manual_seed(0)
+        core = cores.build("charwavenet", {"vocab_size": 11, "levels": 3, "embedding": 4, "hidden": 6})
+        made = trainer(core, Recipe(steps=3, batch_size=2, compile=compile), Memory(), on_event=events.append)
+        assert made.run() is None
+        weights.append(core.state_dict())
+    notes = [event.text for event in events if isinstance(event, Note)]
+    assert len(notes) == 1
+    assert "torch.compile does not work here (RuntimeError: no compiler found)" in notes[0]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
