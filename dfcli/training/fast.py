@@ -20,37 +20,38 @@ WIDEST = 128  # channels: PyTorch's products of wider ones are faster than ours
 LONGEST = 512  # ids of a GPT's context: attention's shares are kept, T x T for each head
 
 
-def fastest(
-    core: cores.Core,
-    recipe: Recipe,
-    device: Device,
-    try_out: Callable[[Callable[..., Tensor]], None],
-    on_event: OnEvent,
-) -> Callable[..., Tensor]:
-    """`core`, or a compiled form of it where the recipe allows that and this machine can; `try_out` makes one pass with
-    it. What fails here is told once, and training goes on without it.
+Forward = Callable[..., Tensor]
 
-    "auto" takes functions that numba compiles for the layers of the default recipes' models on a CPU, and torch.compile
-    on CUDA for budgets of more than two minutes or 2,000 steps, as it takes half a minute. "on" is torch.compile
-    anywhere; on a CPU it has not been shown to pay, and n-gram tables then have whole gradients."""
+
+def by_numba(core: cores.Core, recipe: Recipe, device: Device, on_event: OnEvent) -> Forward:
+    """On a CPU, the core by functions that numba compiles, once on a machine, for the layers of the default recipes'
+    models; else `core`. What fails is told, and training goes on without it."""
+    module = cpu_module(core) if recipe.compile == "auto" and device.kind == "cpu" else None
+    if module is None:
+        return core
+    try:
+        return importlib.import_module(module).build(core, device.threads, on_event)
+    except Exception as error:  # whatever a broken numba raises
+        on_event(Note(f"numba does not work here ({first_line(error)[:200]}); training without it, more slowly"))
+        return core
+
+
+def by_torch(
+    core: cores.Core, recipe: Recipe, device: Device, try_out: Callable[[Forward], None], on_event: OnEvent
+) -> Forward:
+    """torch.compile of the core where the recipe asks for it or it pays: on CUDA for budgets of more than two minutes
+    or 2,000 steps, as it takes half a minute in each process. On a CPU it has not been shown to pay, and n-gram tables
+    then have whole gradients. `try_out` makes one pass with it; where that fails it is told, and `core` returned."""
     long = recipe.minutes > 2 or recipe.steps > 2000
-    if recipe.compile == "auto" and device.kind == "cpu":
-        module = cpu_module(core)
-        if module is None:
-            return core
-        try:
-            return importlib.import_module(module).build(core, device.threads, on_event)
-        except Exception as error:  # whatever a broken numba raises
-            on_event(Note(f"numba does not work here ({first_line(error)[:200]}); training without it, more slowly"))
-            return core
-    if recipe.compile == "on" or (recipe.compile == "auto" and device.kind == "cuda" and long):
-        compiled = torch.compile(core)
-        try:
-            try_out(compiled)
-            return compiled
-        except Exception as error:  # whatever the compiler of this machine raises
-            on_event(Note(f"torch.compile does not work here ({first_line(error)[:200]}); training uncompiled"))
-    return core
+    if recipe.compile == "off" or (recipe.compile == "auto" and not (device.kind == "cuda" and long)):
+        return core
+    compiled = torch.compile(core)
+    try:
+        try_out(compiled)
+        return compiled
+    except Exception as error:  # whatever the compiler of this machine raises
+        on_event(Note(f"torch.compile does not work here ({first_line(error)[:200]}); training uncompiled"))
+        return core
 
 
 def cpu_module(core: cores.Core) -> str | None:

@@ -20,6 +20,7 @@ from typing import Any
 from dfcli import cores
 from dfcli.system.device import Device
 from dfcli.system.events import Choice
+from dfcli.training.fast import LONGEST
 from dfcli.training.settings import Recipe
 
 DEFAULT_MINUTES = 5.0
@@ -30,7 +31,7 @@ TOKENS_PER_PARAMETER = {"gpt": 4.0, "wavenet": 12.0}  # a model that sees fewer 
 PARAMETERS_PER_TOKEN = 10.0  # a model with more than that for each token of the corpus only learns it by heart
 NGRAM_TOKENS = (20_000, 100_000, 500_000, 500_000, 500_000)  # from so many ids on, 2-grams, 3-grams, ... pay
 EFFICIENCY = 0.4  # the share of a device's peak rate that a small model's training reaches at best
-USUAL_EFFICIENCY = 0.2  # and what is usual
+USUAL_EFFICIENCY = 0.35  # and what is usual
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ def _dropout(draft: Draft, corpus: Corpus, device: Device, steps: int, minutes: 
     small = cores.config("gpt", draft.config | {"ngrams": 1}).parameters() < 2 * corpus.tokens
     shares = {"dropout": 0.0 if epochs < (20 if small else 6) else 0.1 if epochs < 40 else 0.2}
     if draft.config["ngrams"] > 1:  # tables can, soon
-        by_epochs = ((5, 0.7), (2.5, 0.6), (1.5, 0.4), (1, 0.2), (0, 0.0))
+        by_epochs = ((4, 0.7), (2, 0.6), (1.2, 0.4), (0.7, 0.2), (0, 0.0))
         shares["ngram_dropout"] = next(share for least, share in by_epochs if epochs >= least)
     times = "less than once" if epochs < 1 else "about once" if epochs < 1.5 else f"about {epochs:,.0f} times"
     for name, share in shares.items():
@@ -228,6 +229,8 @@ def memory_bytes(core: str, config: cores.CoreConfig, recipe: Recipe, device: De
     window = recipe.window or config.context
     if core == "gpt":
         kept = c.layers * c.channels * (18 + 2 * c.qk_norm + 8 * (c.dropout > 0))
+        if device.kind == "cpu" and c.qk_norm and c.context <= LONGEST:
+            kept += c.layers * c.heads * window  # attention's shares, which gpt_cpu keeps
     elif core == "wavenet":
         kept = c.layers * c.residual * (6 + c.kernel + (c.norm != "none")) + c.skip + c.head
     else:

@@ -4,7 +4,8 @@ Exact resume: a batch is a pure function of (seed, step), dropout's random numbe
 each step, and everything else that the next step depends on is in a checkpoint. So a run that was stopped and resumed
 on a CPU ends with the same weights, bit for bit, as one that never stopped.
 
-Time: `--minutes` counts from just before the first step, validation and checkpoints included. Time for the last
+Time: `--minutes` counts from just before the first step, validation and checkpoints included. (What numba compiles once
+on a machine is prepared before; what torch.compile compiles in each process is included.) Time for the last
 evaluation and checkpoint is set aside, as long as the earlier ones took, and the learning rate reaches its end before.
 """
 
@@ -29,7 +30,7 @@ from dfcli.system.allocator import kept_memory
 from dfcli.system.device import Device
 from dfcli.system.events import Note, OnEvent, ignore
 from dfcli.training.events import Sample, Saved, Step
-from dfcli.training.fast import fastest
+from dfcli.training.fast import by_numba, by_torch
 from dfcli.training.optim import Optimizer
 from dfcli.training.schedule import lr_factor
 from dfcli.training.settings import Recipe
@@ -126,11 +127,13 @@ class Trainer:
         s = self.state
         if s.done:
             return None
+        self.forward = by_numba(self.core, self.recipe, self.device, self.on_event)
         self.began = self.clock() - s.seconds
         self.first_step, self.shown, self.warm, self.guess = s.step, -math.inf, 0.0, 0.0
         self.last_evaluation = self.last_save = s.seconds
         self.core.train()
-        self.forward = fastest(self.core, self.recipe, self.device, self.try_out, self.on_event)
+        if self.forward is self.core:
+            self.forward = by_torch(self.core, self.recipe, self.device, self.try_out, self.on_event)
         self.optimizer.rows.sparse(self.device.kind == "cpu" and self.recipe.compile != "on")
         self._start_interval()
         with kept_memory():

@@ -11,7 +11,14 @@ import soundfile
 OFTEN = ["log_every=1", "eval_every=3", "checkpoint_every=2"]
 SELDOM = ["log_every=1000", "eval_every=1000", "checkpoint_every=1000"]
 GPT = ["layers=1", "heads=2", "channels=16", "context=16", "dropout=0.1"]
-WAVENET = ["dilations=1,2,4", "cycles=1", "residual=4", "skip=4", "head=4", "window=32"]
+COMPILED_GPT = [
+    "layers=1",
+    "heads=2",
+    "channels=32",
+    "context=16",
+    "dropout=0",
+]  # by gpt_cpu, as WAVENET by wavenet_cpu
+WAVENET = ["dilations=1,2,4", "cycles=1", "residual=16", "skip=16", "head=4", "window=32"]
 
 
 def data(folder: Path) -> None:
@@ -33,11 +40,11 @@ def trainings(folder: Path, steps: int, pace: list[str] = OFTEN) -> dict[str, li
         words = ["train", kind, "--data", str(folder / source), "--steps", str(steps), "--seed", "3", "--quiet", *more]
         return [
             *words,
-            *(word for setting in (*settings, *pace, "eval_tokens=200", "compile=off") for word in ("--set", setting)),
+            *(word for setting in (*settings, *pace, "eval_tokens=200") for word in ("--set", setting)),
         ]
 
     return {
-        "gpt, muon": line("gpt", "text.txt", *GPT, "optimizer=muon", "batch_size=4"),
+        "gpt, muon": line("gpt", "text.txt", *COMPILED_GPT, "optimizer=muon", "batch_size=4"),
         "gpt, adamw, accumulated": line("gpt", "text.txt", *GPT, "optimizer=adamw", "batch_size=2", "accumulate=2"),
         "gpt of lines, sgd": line("gpt", "names.txt", *GPT, "optimizer=sgd", more=("--preset", "makemore")),
         "wavenet, adamw": line("wavenet", "sound", *WAVENET, "optimizer=adamw", "batch_size=2"),

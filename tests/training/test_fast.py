@@ -15,6 +15,7 @@ from dfcli.system.events import Note
 from dfcli.training import recipes
 from dfcli.training.fast import cpu_module
 from dfcli.training.settings import Recipe
+from dfcli.training.trainer import State
 from tests.training.test_trainer import Memory, trainer
 
 GPT = {
@@ -92,3 +93,30 @@ def test_a_machine_without_a_compiler_trains_anyway(monkeypatch: pytest.MonkeyPa
     assert len(notes) == 1
     assert "torch.compile does not work here (RuntimeError: no compiler found)" in notes[0]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize(("core_name", "values"), [("gpt", GPT | {"ngrams": 3}), ("wavenet", WAVENET)])
+def test_compiled_training_stopped_and_resumed_ends_as_one_that_never_stopped(
+    core_name: str, values: dict[str, Any]
+) -> None:
+    recipe = Recipe(steps=7, batch_size=3, accumulate=2, optimizer="muon", lr=0.02, momentum=0.9, clip=1.0)
+
+    def build(seed: int) -> Any:
+        torch.manual_seed(seed)
+        return cores.build(core_name, values)
+
+    whole, parts = Memory(), Memory()
+    made = trainer(build(0), recipe, whole)
+    assert made.run() is None
+    assert made.forward is not made.core
+    polls = iter(range(100))
+    assert trainer(build(0), recipe, parts, stop=lambda: "asked" if next(polls) == 3 else None).run() == "asked"
+    model, optimizer, state = parts.saves[3]
+    core = build(99)
+    core.load_state_dict(model)
+    resumed = trainer(core, recipe, parts, state=State.from_json(state))
+    resumed.optimizer.load_state_tensors(optimizer)
+    assert resumed.run() is None
+    for part, other in zip(parts.saves[7][:2], whole.saves[7][:2], strict=True):
+        assert part.keys() == other.keys()
+        assert all(torch.equal(part[name], other[name]) for name in other)

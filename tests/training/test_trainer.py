@@ -23,7 +23,7 @@ from dfcli.training.trainer import State, Trainer, metrics_line, step_seed
 
 CORES: dict[str, dict[str, Any]] = {
     "gpt": {"vocab_size": 11, "context": 8, "layers": 2, "heads": 2, "channels": 8, "tied_head": False, "dropout": 0.2},
-    "wavenet": {"vocab_size": 11, "dilations": (1, 2), "cycles": 2, "residual": 4, "skip": 6, "head": 8},
+    "wavenet": {"vocab_size": 11, "dilations": (1, 2), "cycles": 2, "residual": 16, "skip": 16, "head": 8},
     "charwavenet": {"vocab_size": 11, "levels": 3, "embedding": 4, "hidden": 6},
 }
 DEVICE = resolve("cpu")
