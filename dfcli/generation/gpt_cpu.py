@@ -30,7 +30,7 @@ from dfcli.generation.lanes import Lanes
 from dfcli.system.compiled import Compiled, inner
 from dfcli.system.device import Device
 from dfcli.system.events import OnEvent, ignore
-from dfcli.system.vectors import add, copy, exp
+from dfcli.system.vectors import ONE, add, copy, exp, rotate
 from dfcli.system.words import first_line
 
 FEW = 2  # cores
@@ -114,16 +114,6 @@ def _norm(model, state, B):
             _rms_norm(state.normed, b * C, state.stream, b * C, model.channels)
         else:
             _layer_norm(state.normed, b * C, state.stream, b * C, model.channels)
-
-
-@inner
-def _rotate(x, i, D, cos, sin, angle):
-    """Turns the pairs (x[i + k], x[i + D / 2 + k]) by the angles that begin at `angle`."""
-    half = D // 2
-    for k in range(half):
-        a, b = x[uintp(i + k)], x[uintp(i + half + k)]
-        c, s = cos[uintp(angle + k)], sin[uintp(angle + k)]
-        x[uintp(i + k)], x[uintp(i + half + k)] = a * c - b * s, a * s + b * c
 
 
 @inner
@@ -223,8 +213,8 @@ def _step(model, state, B):
                     _rms_norm(qkv, q, qkv, q, D)
                     _rms_norm(qkv, k, qkv, k, D)
                 if model.rotary:
-                    _rotate(qkv, q, D, model.cos, model.sin, t * (D // 2))
-                    _rotate(qkv, k, D, model.cos, model.sin, t * (D // 2))
+                    rotate(qkv, q, D, model.cos, model.sin, t * (D // 2), ONE)
+                    rotate(qkv, k, D, model.cos, model.sin, t * (D // 2), ONE)
                 cache = ((layer * B + b) * H + head) * D * T
                 for d in range(D):
                     state.keys[uintp(cache + d * T + t)] = qkv[uintp(k + d)]

@@ -111,6 +111,17 @@ def norm_back(dx, d, dy, g, y, i, scale, n):
         dx[uintp(d + k)] += scale * (dy[uintp(g + k)] - y[uintp(i + k)] * mean)
 
 
+@inner
+def rotate(x, i, D, cos, sin, angle, direction):
+    """Turns the pairs (x[i + k], x[i + D / 2 + k]) by the angles that begin at `angle`: forwards, or back where the
+    direction is -1 (float32)."""
+    half = D // 2
+    for k in range(half):
+        a, b = x[uintp(i + k)], x[uintp(i + half + k)]
+        c, s = cos[uintp(angle + k)], direction * sin[uintp(angle + k)]
+        x[uintp(i + k)], x[uintp(i + half + k)] = a * c - b * s, a * s + b * c
+
+
 # ---- products of matrices that fit the caches, in which a library's calls would take longer than the work
 
 

@@ -17,6 +17,7 @@ from dfcli.system.words import first_line
 from dfcli.training.settings import Recipe
 
 WIDEST = 128  # channels: PyTorch's products of wider ones are faster than ours
+COLUMNS = 16  # widths are multiples of it: vectors.COLUMNS, which numba is imported with
 LONGEST = 512  # ids of a GPT's context: attention's shares are kept, T x T for each head
 
 
@@ -69,8 +70,8 @@ def cpu_module(core: cores.Core) -> str | None:
 def _gpt_fits(c: GPTConfig) -> bool:
     kind = (c.position, c.norm, c.activation, c.qk_norm) == ("rotary", "rmsnorm", "relu2", True)
     plain = not (c.bias or c.qkv_bias or c.dropout)
-    return kind and plain and c.channels // c.heads % 16 == 0 and c.channels <= WIDEST and c.context <= LONGEST
+    return kind and plain and c.channels // c.heads % COLUMNS == 0 and c.channels <= WIDEST and c.context <= LONGEST
 
 
 def _wavenet_fits(c: WaveNetConfig) -> bool:
-    return c.bias and c.layers > 1 and c.residual % 16 == c.skip % 16 == 0 and c.residual <= WIDEST
+    return c.bias and c.layers > 1 and c.residual % COLUMNS == c.skip % COLUMNS == 0 and c.residual <= WIDEST

@@ -23,20 +23,24 @@ from torch import Tensor, nn
 from dfcli.cores.gpt import GPT
 from dfcli.system.compiled import Compiled, inner
 from dfcli.system.events import OnEvent
-from dfcli.system.vectors import COLUMNS, ONE, TWO, ZERO, Pieces, any_order, dot, exp, fill, norm, norm_back, product
+from dfcli.system.vectors import (
+    COLUMNS,
+    ONE,
+    TWO,
+    ZERO,
+    Pieces,
+    any_order,
+    dot,
+    exp,
+    fill,
+    norm,
+    norm_back,
+    product,
+    rotate,
+)
 
 BLOCK = 64  # positions of the products with weights
 QUERIES = 16  # positions of attention: of a block of queries all keys up to its last are multiplied
-
-
-@inner
-def _rotate(x, i, cos, sin, c, D, way):
-    """Turn x[i : i + D] by the angles at cos[c], sin[c], forwards (way 1) or back (way -1), as `cores.gpt.rotate`."""
-    half = D // 2
-    for k in range(half):
-        a, b, co, si = x[uintp(i + k)], x[uintp(i + half + k)], cos[uintp(c + k)], sin[uintp(c + k)] * way
-        x[uintp(i + k)] = a * co - b * si
-        x[uintp(i + half + k)] = a * si + b * co
 
 
 @inner
@@ -97,7 +101,7 @@ def gpt_forward(
                     for part in range(2 * heads):
                         i = (row + t) * 3 * C + part * D
                         qk_scales[uintp((row + t) * 2 * heads + part)] = norm(qkv, i, qkv, i, D)
-                        _rotate(qkv, i, cos, sin, (t0 + t) * (D // 2), D, ONE)
+                        rotate(qkv, i, D, cos, sin, (t0 + t) * (D // 2), ONE)
                 for head in range(heads):
                     k = row * 3 * C + C + head * D
                     _transposed(keys, head * D * Tp + t0, Tp, qkv, k, 3 * C, n, D)
@@ -204,7 +208,7 @@ def gpt_backward(
                     mean = dot(d_qkv, i, qkv, j, D) / np.float32(D)
                     for k in range(D):
                         d_qkv[uintp(i + k)] = scale * (d_qkv[uintp(i + k)] - qkv[uintp(j + k)] * mean)
-                    _rotate(d_qkv, i, cos, sin, t * (D // 2), D, -ONE)
+                    rotate(d_qkv, i, D, cos, sin, t * (D // 2), -ONE)
             for t0 in range(0, T, BLOCK):
                 n = min(BLOCK, T - t0)
                 row, at = first + t0, b * T + t0

@@ -127,14 +127,14 @@ class Trainer:
         s = self.state
         if s.done:
             return None
-        self.forward = by_numba(self.core, self.recipe, self.device, self.on_event)
+        self.forward = eager = by_numba(self.core, self.recipe, self.device, self.on_event)
         self.began = self.clock() - s.seconds
         self.first_step, self.shown, self.warm, self.guess = s.step, -math.inf, 0.0, 0.0
         self.last_evaluation = self.last_save = s.seconds
         self.core.train()
         if self.forward is self.core:
             self.forward = by_torch(self.core, self.recipe, self.device, self.try_out, self.on_event)
-        self.optimizer.rows.sparse(self.device.kind == "cpu" and self.recipe.compile != "on")
+        self.optimizer.rows.sparse(self.forward is eager and self.device.kind == "cpu")
         self._start_interval()
         with kept_memory():
             while not s.done:

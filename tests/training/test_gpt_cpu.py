@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from dfcli.cores import GPT, GPTConfig
 from dfcli.system.events import ignore
 from dfcli.training.gpt_cpu import build
 from dfcli.training.settings import Recipe
+from tests.training import passes
 from tests.training.test_trainer import Memory, trainer
 
 pytestmark = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="for x86-64 processors")
@@ -36,40 +35,27 @@ def model(seed: int = 0, **config: Any) -> GPT:
     return GPT(GPTConfig(**{"context": 160, **KIND, **config}))
 
 
-def gradients(core: GPT, forward: Any, ids: Tensor, positions: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-    core.zero_grad(set_to_none=True)
-    logits = forward(ids, positions)
-    F.cross_entropy(logits.flatten(0, 1), ids.roll(-1).flatten(), reduction="sum").backward()
-    return logits.detach(), {name: p.grad for name, p in core.named_parameters() if p.grad is not None}
-
-
 @pytest.mark.parametrize("documents", [True, False])
 @pytest.mark.parametrize(("config", "B", "T", "threads"), CASES)
 def test_logits_and_gradients_are_the_cores(
     config: dict[str, Any], B: int, T: int, threads: int, documents: bool
 ) -> None:
     core = model(**config)
-    ids, place = torch.randint(core.config.vocab_size, (B, T)), torch.arange(T)
-    positions = torch.minimum((place + torch.arange(B)[:, None]) % 23, place) if documents else None
-    logits, grads = gradients(core, core, ids, positions)
-    fast_logits, fast_grads = gradients(core, build(core, threads, ignore), ids, positions)
-    assert (logits - fast_logits).abs().max() <= 1e-5 * max(1.0, logits.abs().max().item())
-    assert fast_grads.keys() == grads.keys()
-    for name, grad in grads.items():
-        assert (grad - fast_grads[name]).norm() <= 1e-5 * max(1.0, grad.norm().item()), name
+    ids = torch.randint(core.config.vocab_size, (B, T))
+    positions = passes.starts(B, T) if documents else None
+    expected = passes.one(core, core, ids, positions)
+    found = passes.one(core, build(core, threads, ignore), ids, positions)
+    assert (expected[0] - found[0]).abs().max() <= 1e-5 * max(1.0, expected[0].abs().max().item())
+    passes.assert_gradients(found, expected, 1e-5)
 
 
 def test_the_same_bits_every_time_and_nan_is_not_hidden() -> None:
     core, ids = model(), torch.randint(20, (5, 100))
     forward = build(core, 2, ignore)
-    first = gradients(core, forward, ids, None)
-    for _ in range(20):
-        again = gradients(core, forward, ids, None)
-        assert torch.equal(first[0], again[0])
-        assert all(torch.equal(first[1][name], again[1][name]) for name in first[1])
+    passes.assert_same_bits(core, forward, ids)
     with torch.no_grad():
         core.blocks[0].attention.qkv.weight[40, 0] = torch.nan  # of a key
-    assert gradients(core, forward, ids, None)[0].isnan().all()
+    assert passes.one(core, forward, ids)[0].isnan().all()
 
 
 def test_training_ends_alike() -> None:

@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from dfcli.cores import WaveNet, WaveNetConfig
 from dfcli.system.events import Note, ignore
 from dfcli.training import wavenet_cpu
 from dfcli.training.settings import Recipe
 from dfcli.training.wavenet_cpu import build
+from tests.training import passes
 from tests.training.test_trainer import Memory, trainer
 
 pytestmark = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="for x86-64 processors")
@@ -38,13 +37,6 @@ def model(seed: int = 0, **config: Any) -> WaveNet:
     return WaveNet(WaveNetConfig(**SMALL | config))
 
 
-def gradients(core: WaveNet, forward: Any, ids: Tensor, positions: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-    core.zero_grad(set_to_none=True)
-    logits = forward(ids, positions)
-    F.cross_entropy(logits.flatten(0, 1), ids.roll(-1).flatten(), reduction="sum").backward()
-    return logits.detach(), {name: p.grad for name, p in core.named_parameters() if p.grad is not None}
-
-
 @pytest.mark.parametrize("documents", [True, False])
 @pytest.mark.parametrize(("config", "B", "T", "threads"), CASES)
 def test_logits_and_gradients_are_the_cores(
@@ -52,14 +44,11 @@ def test_logits_and_gradients_are_the_cores(
 ) -> None:
     core = model(**config)
     ids = torch.randint(20, (B, T))
-    place = torch.arange(T)
-    positions = torch.minimum((place + torch.arange(B)[:, None]) % 23, place) if documents else None
-    logits, grads = gradients(core, core, ids, positions)
-    fast_logits, fast_grads = gradients(core, build(core, threads, ignore), ids, positions)
-    assert (logits - fast_logits).abs().max() < 1e-5
-    assert fast_grads.keys() == grads.keys()
-    for name, grad in grads.items():
-        assert (grad - fast_grads[name]).norm() <= 1e-5 * max(1.0, grad.norm().item()), name
+    positions = passes.starts(B, T) if documents else None
+    expected = passes.one(core, core, ids, positions)
+    found = passes.one(core, build(core, threads, ignore), ids, positions)
+    assert (expected[0] - found[0]).abs().max() < 1e-5
+    passes.assert_gradients(found, expected, 1e-5)
 
 
 def test_large_sums_and_what_is_not_a_number() -> None:
@@ -67,32 +56,26 @@ def test_large_sums_and_what_is_not_a_number() -> None:
     with torch.no_grad():
         core.layers[0].dilated.weight.mul_(300)  # tanh and sigmoid saturate
     forward = build(core, 2, ignore)
-    logits, grads = gradients(core, core, ids, None)
-    fast_logits, fast_grads = gradients(core, forward, ids, None)
-    assert torch.allclose(logits, fast_logits, atol=1e-4)
-    for name, grad in grads.items():
-        assert (grad - fast_grads[name]).norm() <= 1e-4 * max(1.0, grad.norm().item()), name
+    expected, found = passes.one(core, core, ids), passes.one(core, forward, ids)
+    assert torch.allclose(expected[0], found[0], atol=1e-4)
+    passes.assert_gradients(found, expected, 1e-4)
     with torch.no_grad():
         core.layers[1].dilated.weight[3, 3] = torch.nan
-    assert gradients(core, forward, ids, None)[0][:, 5:].isnan().all()
+    assert passes.one(core, forward, ids)[0][:, 5:].isnan().all()
 
 
 def test_the_same_bits_every_time() -> None:
     core, ids = model(norm="rmsnorm"), torch.randint(20, (2, 500))
     forward = build(core, 2, ignore)
-    first = gradients(core, forward, ids, None)
-    for _ in range(20):
-        again = gradients(core, forward, ids, None)
-        assert torch.equal(first[0], again[0])
-        assert all(torch.equal(first[1][name], again[1][name]) for name in first[1])
+    passes.assert_same_bits(core, forward, ids)
 
 
 def test_more_threads_than_cores_do_not_wait_for_each_other_in_vain() -> None:
     core, ids = model(dilations=(1, 2, 4, 8, 16), cycles=4), torch.randint(20, (1, 2048))
     forward = build(core, 12, ignore)
-    gradients(core, forward, ids, None)
+    passes.one(core, forward, ids)
     began = time.perf_counter()
-    gradients(core, forward, ids, None)
+    passes.one(core, forward, ids)
     assert time.perf_counter() - began < 5
 
 
@@ -111,10 +94,9 @@ def test_nobody_waits_for_a_piece_that_never_comes(monkeypatch: pytest.MonkeyPat
     with pytest.raises(KeyboardInterrupt):
         forward(ids)
     monkeypatch.undo()
-    logits, grads = gradients(core, core, ids, None)  # the first piece's thread is free again
-    fast_logits, fast_grads = gradients(core, forward, ids, None)
-    assert torch.allclose(logits, fast_logits, atol=1e-5)
-    assert fast_grads.keys() == grads.keys()
+    expected, found = passes.one(core, core, ids), passes.one(core, forward, ids)  # its thread is free again
+    assert torch.allclose(expected[0], found[0], atol=1e-5)
+    passes.assert_gradients(found, expected, 1e-5)
 
 
 def test_the_trainer_takes_it_and_does_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
