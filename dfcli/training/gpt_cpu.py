@@ -30,6 +30,7 @@ from dfcli.system.vectors import (
     ZERO,
     Pieces,
     any_order,
+    copy,
     dot,
     exp,
     fill,
@@ -62,10 +63,18 @@ def _exp_sum(x, i, n, factor):
     return total
 
 
-@inner
-def _whole(n):
+def whole(n):
     """n rounded up to whole columns of a product."""
     return (n + COLUMNS - 1) // COLUMNS * COLUMNS
+
+
+def apart(width):
+    """Floats from the beginning of a row to that of the next, for `width` floats: an odd number of cache lines, so that
+    rows lie in all the sets of the nearest cache. Rows of 128 floats would share 8 of its 64 sets."""
+    return ((width + COLUMNS - 1) // COLUMNS | 1) * COLUMNS
+
+
+_whole, _apart = inner(whole), inner(apart)
 
 
 def gpt_forward(
@@ -74,46 +83,49 @@ def gpt_forward(
 ):  # fmt: skip
     """One piece of the forward pass, all arrays flat. N = B T positions, L blocks, C channels, H heads of D.
 
+    An array with a star has rows that begin `_apart` from each other.
     positions int64 [N]: how far each is from its document's start; cos, sin [T, D / 2]; weights as [inputs, outputs]:
-    qkv_weight [L, C, 3 C], projection [L, C, C], expansion [L, C, 4 C], contraction [L, 4 C, C].
-    In: x [N, C], overwritten. Out: the norms' outputs and scales h1 [L, N, C], scale1 [L, N], h2, scale2, out [N, C],
-    out_scale [N]; qkv [L, N, 3 C], queries and keys normed and turned; qk_scales [L, N, 2 H]; attention's shares
-    [L, N, H, T in whole columns]; its output y [L, N, C]; r = relu of the MLP's inside [L, N, 4 C].
+    qkv_weight* [L, C, 3 C], projection* [L, C, C], expansion* [L, C, 4 C], contraction* [L, 4 C, C].
+    In: x [N, C]. Out: the norms' outputs and scales h1* [L, N, C], scale1 [L, N], h2*, scale2, out [N, C],
+    out_scale [N]; qkv* [L, N, 3 C], queries and keys normed and turned; qk_scales [L, N, 2 H]; attention's shares
+    [L, N, H, T in whole columns]; its output y* [L, N, C]; r* = relu of the MLP's inside [L, N, 4 C].
     """
     N = positions.size
     if N == 0:
         return
-    C, Tp, F = x.size // N, _whole(T), 4 * (x.size // N)
-    L, D, B = h1.size // x.size, x.size // N // heads, N // T
-    keys, inside = np.zeros(heads * D * Tp, np.float32), np.empty(BLOCK * F, np.float32)
+    C, F, Tp, L, B = x.size // N, 4 * (x.size // N), _whole(T), scale1.size // N, N // T
+    D, Cs, Qs, Fs, Ts = C // heads, _apart(C), _apart(3 * C), _apart(F), _apart(T)
+    stream, keys = np.empty(T * Cs, np.float32), np.zeros(heads * D * Ts, np.float32)
+    inside = np.empty(BLOCK * Fs, np.float32)
     factor = np.float32(1 / np.sqrt(D))
     for b in range(piece * B // pieces, (piece + 1) * B // pieces):
+        for t in range(T):
+            copy(stream, t * Cs, x, (b * T + t) * C, C)
         for layer in range(L):
             first = layer * N + b * T  # of the sequence's positions, in what is kept of all layers
             for t0 in range(0, T, BLOCK):
-                n = min(BLOCK, T - t0)
-                row, at = first + t0, b * T + t0
+                n, row = min(BLOCK, T - t0), first + t0
                 for t in range(n):
-                    scale1[uintp(row + t)] = norm(h1, (row + t) * C, x, (at + t) * C, C)
-                fill(qkv, row * 3 * C, n * 3 * C, ZERO)
-                product(qkv, row * 3 * C, 3 * C, h1, row * C, C, 1, qkv_weight, layer * 3 * C * C, 3 * C, n, 3 * C, C)
+                    scale1[uintp(row + t)] = norm(h1, (row + t) * Cs, stream, (t0 + t) * Cs, C)
+                fill(qkv, row * Qs, n * Qs, ZERO)
+                product(qkv, row * Qs, Qs, h1, row * Cs, Cs, 1, qkv_weight, layer * C * Qs, Qs, n, 3 * C, C)
                 for t in range(n):
                     for part in range(2 * heads):
-                        i = (row + t) * 3 * C + part * D
+                        i = (row + t) * Qs + part * D
                         qk_scales[uintp((row + t) * 2 * heads + part)] = norm(qkv, i, qkv, i, D)
                         rotate(qkv, i, D, cos, sin, (t0 + t) * (D // 2), ONE)
                 for head in range(heads):
-                    k = row * 3 * C + C + head * D
-                    _transposed(keys, head * D * Tp + t0, Tp, qkv, k, 3 * C, n, D)
-                fill(y, row * C, n * C, ZERO)
+                    k = row * Qs + C + head * D
+                    _transposed(keys, head * D * Ts + t0, Ts, qkv, k, Qs, n, D)
+                fill(y, row * Cs, n * Cs, ZERO)
                 for head in range(heads):
                     for q0 in range(t0, t0 + n, QUERIES):
                         m = min(QUERIES, t0 + n - q0)
                         many, s = q0 + m, ((first + q0) * heads + head) * Tp
                         for t in range(m):
                             fill(shares, s + t * heads * Tp, Tp, ZERO)
-                        q = (first + q0) * 3 * C + head * D
-                        product(shares, s, heads * Tp, qkv, q, 3 * C, 1, keys, head * D * Tp, Tp, m, _whole(many), D)
+                        q = (first + q0) * Qs + head * D
+                        product(shares, s, heads * Tp, qkv, q, Qs, 1, keys, head * D * Ts, Ts, m, _whole(many), D)
                         for t in range(q0, q0 + m):
                             s = ((first + t) * heads + head) * Tp
                             begin = t - min(t, positions[uintp(b * T + t)])
@@ -122,21 +134,21 @@ def gpt_forward(
                             for k in range(begin, t + 1):
                                 shares[uintp(s + k)] *= share
                             fill(shares, s + t + 1, Tp - t - 1, ZERO)
-                        s, v = ((first + q0) * heads + head) * Tp, first * 3 * C + 2 * C + head * D
-                        product(y, (first + q0) * C + head * D, C, shares, s, heads * Tp, 1, qkv, v, 3 * C, m, D, many)
-                product(x, at * C, C, y, row * C, C, 1, projection, layer * C * C, C, n, C, C)
+                        s, v = ((first + q0) * heads + head) * Tp, first * Qs + 2 * C + head * D
+                        product(y, (first + q0) * Cs + head * D, Cs, shares, s, heads * Tp, 1, qkv, v, Qs, m, D, many)
+                product(stream, t0 * Cs, Cs, y, row * Cs, Cs, 1, projection, layer * C * Cs, Cs, n, C, C)
                 for t in range(n):
-                    scale2[uintp(row + t)] = norm(h2, (row + t) * C, x, (at + t) * C, C)
-                fill(r, row * F, n * F, ZERO)
-                product(r, row * F, F, h2, row * C, C, 1, expansion, layer * C * F, F, n, F, C)
-                for i in range(n * F):
-                    value = r[uintp(row * F + i)]
+                    scale2[uintp(row + t)] = norm(h2, (row + t) * Cs, stream, (t0 + t) * Cs, C)
+                fill(inside, 0, n * Fs, ZERO)
+                product(inside, 0, Fs, h2, row * Cs, Cs, 1, expansion, layer * C * Fs, Fs, n, F, C)
+                for i in range(n * Fs):
+                    value = inside[uintp(i)]
                     value = ZERO if value < ZERO else value
-                    r[uintp(row * F + i)] = value
+                    r[uintp(row * Fs + i)] = value
                     inside[uintp(i)] = value * value
-                product(x, at * C, C, inside, 0, F, 1, contraction, layer * C * F, C, n, C, F)
-        for t in range(b * T, (b + 1) * T):
-            out_scale[uintp(t)] = norm(out, t * C, x, t * C, C)
+                product(stream, t0 * Cs, Cs, inside, 0, Fs, 1, contraction, layer * F * Cs, Cs, n, C, F)
+        for t in range(T):
+            out_scale[uintp(b * T + t)] = norm(out, (b * T + t) * C, stream, t * Cs, C)
 
 
 def gpt_backward(
@@ -146,81 +158,90 @@ def gpt_backward(
 ):  # fmt: skip
     """One piece of the backward pass, from the gradient with respect to `out`.
 
-    Weights lie as PyTorch's, [outputs, inputs]. In: d_out [N, C]. Added to, zeros at first: dx [N, C] and, for each
-    piece, the weights' gradients.
+    Weights lie as PyTorch's, [outputs, inputs], with a star. In: d_out [N, C]. Out: dx [N, C]; added to, zeros at
+    first: for each piece, the weights' gradients.
     """
     N = positions.size
     if N == 0:
         return
-    C, Tp, F = dx.size // N, _whole(T), 4 * (dx.size // N)
-    L, D, B = h1.size // dx.size, dx.size // N // heads, N // T
+    C, F, Tp, L, B = dx.size // N, 4 * (dx.size // N), _whole(T), scale1.size // N, N // T
+    D, Cs, Qs, Fs, Ts = C // heads, _apart(C), _apart(3 * C), _apart(F), _apart(T)
     factor = np.float32(1 / np.sqrt(D))
-    values, d_qkv, dy = np.zeros(D * Tp, np.float32), np.empty(T * 3 * C, np.float32), np.empty(T * C, np.float32)
-    d_inside, inside = np.empty(BLOCK * F, np.float32), np.empty(BLOCK * F, np.float32)
-    dh, d_shares = np.empty(BLOCK * C, np.float32), np.empty(QUERIES * Tp, np.float32)
+    stream, dy, d_qkv = np.empty(T * Cs, np.float32), np.empty(T * Cs, np.float32), np.empty(T * Qs, np.float32)
+    d_inside, inside = np.empty(BLOCK * Fs, np.float32), np.empty(BLOCK * Fs, np.float32)
+    values, d_shares = np.zeros(D * Ts, np.float32), np.empty(QUERIES * Ts, np.float32)
+    dh = np.empty(BLOCK * Cs, np.float32)
     for b in range(piece * B // pieces, (piece + 1) * B // pieces):
-        for t in range(b * T, (b + 1) * T):
-            norm_back(dx, t * C, d_out, t * C, out, t * C, out_scale[uintp(t)], C)
+        fill(stream, 0, T * Cs, ZERO)  # the gradient with respect to what the blocks add to
+        for t in range(T):
+            i = (b * T + t) * C
+            norm_back(stream, t * Cs, d_out, i, out, i, out_scale[uintp(b * T + t)], C)
         for layer in range(L - 1, -1, -1):
             first, own = layer * N + b * T, piece * L + layer
-            fill(dy, 0, T * C, ZERO)
+            fill(dy, 0, T * Cs, ZERO)
             for t0 in range(0, T, BLOCK):
-                n = min(BLOCK, T - t0)
-                row, at = first + t0, b * T + t0
-                fill(d_inside, 0, n * F, ZERO)
-                product(d_inside, 0, F, dx, at * C, C, 1, contraction, layer * C * F, F, n, F, C)
-                for i in range(n * F):
-                    value = r[uintp(row * F + i)]
+                n, row, at = min(BLOCK, T - t0), first + t0, t0 * Cs
+                fill(d_inside, 0, n * Fs, ZERO)
+                product(d_inside, 0, Fs, stream, at, Cs, 1, contraction, layer * C * Fs, Fs, n, F, C)
+                for i in range(n * Fs):
+                    value = r[uintp(row * Fs + i)]
                     inside[uintp(i)] = value * value
                     d_inside[uintp(i)] *= TWO * value
-                product(d_contraction, own * C * F, F, dx, at * C, 1, C, inside, 0, F, C, F, n)
-                product(d_expansion, own * C * F, C, d_inside, 0, 1, F, h2, row * C, C, F, C, n)
-                fill(dh, 0, n * C, ZERO)
-                product(dh, 0, C, d_inside, 0, F, 1, expansion, layer * C * F, C, n, C, F)
+                product(d_contraction, own * C * F, F, stream, at, 1, Cs, inside, 0, Fs, C, F, n)
+                product(d_expansion, own * C * F, C, d_inside, 0, 1, Fs, h2, row * Cs, Cs, F, C, n)
+                fill(dh, 0, n * Cs, ZERO)
+                product(dh, 0, Cs, d_inside, 0, Fs, 1, expansion, layer * F * Cs, Cs, n, C, F)
                 for t in range(n):
-                    scale = scale2[uintp(row + t)]
-                    norm_back(dx, (at + t) * C, dh, t * C, h2, (row + t) * C, scale, C)
-                product(d_projection, own * C * C, C, dx, at * C, 1, C, y, row * C, C, C, C, n)
-                product(dy, t0 * C, C, dx, at * C, C, 1, projection, layer * C * C, C, n, C, C)
-            fill(d_qkv, 0, T * 3 * C, ZERO)
+                    norm_back(stream, at + t * Cs, dh, t * Cs, h2, (row + t) * Cs, scale2[uintp(row + t)], C)
+                product(d_projection, own * C * C, C, stream, at, 1, Cs, y, row * Cs, Cs, C, C, n)
+                product(dy, at, Cs, stream, at, Cs, 1, projection, layer * C * Cs, Cs, n, C, C)
+            fill(d_qkv, 0, T * Qs, ZERO)
             for head in range(heads):
                 q, k, v = head * D, C + head * D, 2 * C + head * D  # within a row of qkv
-                _transposed(values, 0, Tp, qkv, first * 3 * C + v, 3 * C, T, D)
+                _transposed(values, 0, Ts, qkv, first * Qs + v, Qs, T, D)
                 for q0 in range(0, T, QUERIES):
                     m = min(QUERIES, T - q0)
                     many, s = q0 + m, ((first + q0) * heads + head) * Tp
-                    fill(d_shares, 0, m * Tp, ZERO)
-                    product(d_shares, 0, Tp, dy, q0 * C + q, C, 1, values, 0, Tp, m, _whole(many), D)
+                    fill(d_shares, 0, m * Ts, ZERO)
+                    product(d_shares, 0, Ts, dy, q0 * Cs + q, Cs, 1, values, 0, Ts, m, _whole(many), D)
                     for t in range(m):
                         share = s + t * heads * Tp
-                        mean = dot(d_shares, t * Tp, shares, share, many)
+                        mean = dot(d_shares, t * Ts, shares, share, many)
                         for j in range(many):
-                            change = d_shares[uintp(t * Tp + j)] - mean
-                            d_shares[uintp(t * Tp + j)] = shares[uintp(share + j)] * change * factor
-                    query, key = (first + q0) * 3 * C + q, first * 3 * C + k
-                    product(d_qkv, q0 * 3 * C + q, 3 * C, d_shares, 0, Tp, 1, qkv, key, 3 * C, m, D, many)
-                    product(d_qkv, k, 3 * C, d_shares, 0, 1, Tp, qkv, query, 3 * C, many, D, m)
-                    product(d_qkv, v, 3 * C, shares, s, 1, heads * Tp, dy, q0 * C + q, C, many, D, m)
+                            change = d_shares[uintp(t * Ts + j)] - mean
+                            d_shares[uintp(t * Ts + j)] = shares[uintp(share + j)] * change * factor
+                    query, key = (first + q0) * Qs + q, first * Qs + k
+                    product(d_qkv, q0 * Qs + q, Qs, d_shares, 0, Ts, 1, qkv, key, Qs, m, D, many)
+                    product(d_qkv, k, Qs, d_shares, 0, 1, Ts, qkv, query, Qs, many, D, m)
+                    product(d_qkv, v, Qs, shares, s, 1, heads * Tp, dy, q0 * Cs + q, Cs, many, D, m)
             for t in range(T):
                 for part in range(2 * heads):
-                    i, j = t * 3 * C + part * D, (first + t) * 3 * C + part * D
+                    i, j = t * Qs + part * D, (first + t) * Qs + part * D
                     scale = qk_scales[uintp((first + t) * 2 * heads + part)]
                     mean = dot(d_qkv, i, qkv, j, D) / np.float32(D)
                     for k in range(D):
                         d_qkv[uintp(i + k)] = scale * (d_qkv[uintp(i + k)] - qkv[uintp(j + k)] * mean)
                     rotate(d_qkv, i, D, cos, sin, t * (D // 2), -ONE)
             for t0 in range(0, T, BLOCK):
-                n = min(BLOCK, T - t0)
-                row, at = first + t0, b * T + t0
-                product(d_qkv_weight, own * 3 * C * C, C, d_qkv, t0 * 3 * C, 1, 3 * C, h1, row * C, C, 3 * C, C, n)
-                fill(dh, 0, n * C, ZERO)
-                product(dh, 0, C, d_qkv, t0 * 3 * C, 3 * C, 1, qkv_weight, layer * 3 * C * C, C, n, C, 3 * C)
+                n, row = min(BLOCK, T - t0), first + t0
+                product(d_qkv_weight, own * 3 * C * C, C, d_qkv, t0 * Qs, 1, Qs, h1, row * Cs, Cs, 3 * C, C, n)
+                fill(dh, 0, n * Cs, ZERO)
+                product(dh, 0, Cs, d_qkv, t0 * Qs, Qs, 1, qkv_weight, layer * 3 * C * Cs, Cs, n, C, 3 * C)
                 for t in range(n):
                     scale = scale1[uintp(row + t)]
-                    norm_back(dx, (at + t) * C, dh, t * C, h1, (row + t) * C, scale, C)
+                    norm_back(stream, (t0 + t) * Cs, dh, t * Cs, h1, (row + t) * Cs, scale, C)
+        for t in range(T):
+            copy(dx, (b * T + t) * C, stream, t * Cs, C)
 
 
 _forward, _backward = (Compiled(function, [__file__]) for function in (gpt_forward, gpt_backward))
+
+
+def _spread(weights: Tensor) -> Tensor:
+    """weights [L, M, N], their rows begin `apart` from each other -> [L, M, apart(N)]"""
+    rows = weights.new_empty(*weights.shape[:-1], apart(weights.shape[-1]))
+    rows[..., : weights.shape[-1]] = weights
+    return rows
 
 
 class _Blocks(torch.autograd.Function):
@@ -232,12 +253,12 @@ class _Blocks(torch.autograd.Function):
         expansion: Tensor, contraction: Tensor, heads: int, pieces: Pieces,
     ) -> Tensor:  # fmt: skip
         (B, T, C), L = x.shape, len(qkv_weight)
-        N, Tp = B * T, -(-T // COLUMNS) * COLUMNS
-        widths = C, 1, 3 * C, 2 * heads, heads * Tp, C, C, 1, 4 * C
+        N, Tp, Cs = B * T, whole(T), apart(C)
+        widths = Cs, 1, apart(3 * C), 2 * heads, heads * Tp, Cs, Cs, 1, apart(4 * C)
         kept = [torch.empty(L, N, width) for width in widths] + [torch.empty(B, T, C), torch.empty(N)]
         weights = qkv_weight, projection, expansion, contraction
         fixed = positions, T, heads, cos, sin
-        pieces.run(_forward, *fixed, *(w.mT.contiguous() for w in weights), x.clone(), *kept)
+        pieces.run(_forward, *fixed, *(_spread(w.mT) for w in weights), x, *kept)
         ctx.save_for_backward(positions, cos, sin, *weights, *kept)
         ctx.others = T, heads, pieces
         return kept[-2]
@@ -246,9 +267,11 @@ class _Blocks(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         positions, cos, sin, *saved = ctx.saved_tensors
         T, heads, pieces = ctx.others
-        dx = torch.zeros_like(gradients[0], memory_format=torch.contiguous_format)
-        sums = [torch.zeros(pieces.count, *weight.shape) for weight in saved[:4]]
-        pieces.run(_backward, positions, T, heads, cos, sin, *saved, gradients[0].contiguous(), dx, *sums)
+        weights, kept = saved[:4], saved[4:]
+        dx = torch.empty(gradients[0].shape)
+        sums = [torch.zeros(pieces.count, *weight.shape) for weight in weights]
+        spread = map(_spread, weights)
+        pieces.run(_backward, positions, T, heads, cos, sin, *spread, *kept, gradients[0].contiguous(), dx, *sums)
         return dx, None, None, None, *(each.sum(0) for each in sums), None, None
 
 
