@@ -212,6 +212,21 @@ def product(out, o, o_row, a, i, a_row, a_k, b, j, b_row, M, N, K):
             m += 1
 
 
+@inner
+def transposed(out, o, o_row, x, i, x_row, rows, columns):
+    """out[o + c o_row + r] = x[i + r x_row + c]"""
+    for r in range(rows):
+        for c in range(columns):
+            out[uintp(o + c * o_row + r)] = x[uintp(i + r * x_row + c)]
+
+
+def apart(width):
+    """Floats from the beginning of a matrix's row to that of the next, for rows of `width` floats in whole columns of a
+    product: an odd number of cache lines, so that rows lie in all the sets of the nearest cache. Rows of 128 floats
+    would share 8 of its 64 sets."""
+    return ((width + COLUMNS - 1) // COLUMNS | 1) * COLUMNS
+
+
 # ---- threads that each advance a piece of the same work
 
 
@@ -271,6 +286,12 @@ def meet(flags, piece, pieces, count, way):
     return True
 
 
+def _flat(argument: Any) -> Any:
+    if isinstance(argument, tuple):
+        return tuple(_flat(each) for each in argument)
+    return argument.detach().view(-1).numpy() if isinstance(argument, Tensor) else argument
+
+
 class Pieces:
     """Runs a compiled function `function(piece, pieces, flags, way, ...)` on all pieces at once, each on a thread."""
 
@@ -278,8 +299,8 @@ class Pieces:
         self.count, self._pool, self._way = threads, ThreadPoolExecutor(threads), _way()
 
     def run(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Tensors among the arguments, which must be contiguous, are passed as flat arrays."""
-        flat = [a.detach().view(-1).numpy() if isinstance(a, Tensor) else a for a in arguments]
+        """Tensors among the arguments, or in tuples there, must be contiguous; they are passed as flat arrays."""
+        flat = [_flat(a) for a in arguments]
         flags = np.zeros((self.count + 1) * _APART, np.int64)
         try:
             running = [

@@ -12,8 +12,9 @@ from torch import Tensor
 from dfcli import cores
 from dfcli.cores import GPT, GPTConfig, WaveNet, WaveNetConfig
 from dfcli.system.device import Device
-from dfcli.system.events import Note, OnEvent
+from dfcli.system.events import Note, OnEvent, ignore
 from dfcli.system.words import first_line
+from dfcli.training.optim import Optimizer
 from dfcli.training.settings import Recipe
 
 WIDEST = 128  # channels: PyTorch's products of wider ones are faster than ours
@@ -22,19 +23,28 @@ LONGEST = 512  # ids of a GPT's context: attention's shares are kept, T x T for 
 
 
 Forward = Callable[..., Tensor]
+Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # of ids, targets and positions, see `loss.cross_entropy`
 
 
-def by_numba(core: cores.Core, recipe: Recipe, device: Device, on_event: OnEvent) -> Forward:
-    """On a CPU, the core by functions that numba compiles, once on a machine, for the layers of the default recipes'
-    models; else `core`. What fails is told, and training goes on without it."""
-    module = cpu_module(core) if recipe.compile == "auto" and device.kind == "cpu" else None
+def by_numba(core: cores.Core, optimizer: Optimizer, recipe: Recipe, device: Device, on_event: OnEvent) -> Loss | None:
+    """On a CPU, the core's loss by functions that numba compiles, once on a machine, for models of the default
+    recipes' kinds, whose `optimizer` then uses such functions too; else None. What fails is told, and training goes on
+    without it."""
+    wanted = recipe.compile == "auto" and device.kind == "cpu" and recipe.sampling != "last"
+    module = cpu_module(core) if wanted else None
     if module is None:
-        return core
+        return None
     try:
-        return importlib.import_module(module).build(core, device.threads, on_event)
+        from dfcli.system.vectors import Pieces
+        from dfcli.training import optim_cpu
+
+        pieces = Pieces(device.threads)
+        loss = importlib.import_module(module).build(core, pieces, on_event)
+        optim_cpu.speed_up(optimizer, pieces, ignore)
+        return loss
     except Exception as error:  # whatever a broken numba raises
         on_event(Note(f"numba does not work here ({first_line(error)[:200]}); training without it, more slowly"))
-        return core
+        return None
 
 
 def by_torch(
@@ -69,7 +79,7 @@ def cpu_module(core: cores.Core) -> str | None:
 
 def _gpt_fits(c: GPTConfig) -> bool:
     kind = (c.position, c.norm, c.activation, c.qk_norm) == ("rotary", "rmsnorm", "relu2", True)
-    plain = not (c.bias or c.qkv_bias or c.dropout)
+    plain = not (c.bias or c.qkv_bias or c.head_bias or c.tied_head or c.dropout)
     return kind and plain and c.channels // c.heads % COLUMNS == 0 and c.channels <= WIDEST and c.context <= LONGEST
 
 

@@ -1,13 +1,16 @@
-"""The default recipe's GPT in training on a CPU: the blocks' forward and backward pass as compiled functions (numba).
+"""The default recipe's GPT in training on a CPU: loss and gradients by one compiled function (numba).
 
 With 64 to 128 channels PyTorch's operations are so short that starting them, and taking their results through memory,
-takes most of the time. Here a thread takes whole sequences, each through all blocks, `BLOCK` positions at a time, which
-stay in the nearest caches; so no more threads work than a batch has rows. Embeddings, head and loss stay PyTorch's. The
-core's own `forward` is the reference: logits and gradients agree to 1e-5 (tests). Gradients of weights are summed in
-the order of the pieces, so that the same number of threads gives the same bits.
+takes most of the time. Here a thread takes whole sequences, each forwards and backwards before the next, so that what
+is kept between stays in its caches; so no more threads work than a batch has rows. The loss of the core's own `forward`
+is the reference: loss and gradients agree to 1e-5 (tests). Gradients of weights are summed in the order of the pieces,
+so that the same number of threads gives the same bits.
 
 Attention is that of the queries and keys that RMSNorm made, whose scores are at most sqrt(D): exp of them needs no
 maximum taken off. Its gradient passes the rotation, which keeps lengths and angles, before that of the norm.
+
+Arrays are flat. Rows of products' matrices begin `apart` from each other, but those of weights and gradients outside:
+Cs, Qs, Fs, Vs, Ts floats for C channels, 3 C of queries, keys and values, F = 4 C in the MLP, V ids, T positions.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import torch
 from numpy import uintp
 from torch import Tensor, nn
 
-from dfcli.cores.gpt import GPT
+from dfcli.cores.gpt import GPT, NGrams
 from dfcli.system.compiled import Compiled, inner
 from dfcli.system.events import OnEvent
 from dfcli.system.vectors import (
@@ -29,84 +32,166 @@ from dfcli.system.vectors import (
     TWO,
     ZERO,
     Pieces,
+    add,
     any_order,
+    apart,
     copy,
     dot,
     exp,
     fill,
+    meet,
     norm,
     norm_back,
     product,
     rotate,
+    transposed,
 )
 
+MOST_TABLES = 7  # a GPT has no more: for 2 to 8 ids
 BLOCK = 64  # positions of the products with weights
 QUERIES = 16  # positions of attention: of a block of queries all keys up to its last are multiplied
+_LEAST = np.float32(-87)  # what exp takes
 
-
-@inner
-def _transposed(out, o, o_row, x, i, x_row, rows, columns):
-    """out[o + c o_row + r] = x[i + r x_row + c]"""
-    for r in range(rows):
-        for c in range(columns):
-            out[uintp(o + c * o_row + r)] = x[uintp(i + r * x_row + c)]
+_apart = inner(apart)
 
 
 @any_order
-def _exp_sum(x, i, n, factor):
-    """x[i : i + n] = exp(factor * x), and its sum."""
+def _exp_sum(x, i, n, factor, most):
+    """x[i : i + n] = exp(factor * (x - most)), for what is at most `most`; and its sum."""
     total = ZERO
     for k in range(n):
-        e = exp(factor * x[uintp(i + k)])
+        value = factor * (x[uintp(i + k)] - most)
+        e = exp(_LEAST if value < _LEAST else value)
         x[uintp(i + k)] = e
         total += e
     return total
 
 
-def whole(n):
+@inner
+def _whole(n):
     """n rounded up to whole columns of a product."""
     return (n + COLUMNS - 1) // COLUMNS * COLUMNS
 
 
-def apart(width):
-    """Floats from the beginning of a row to that of the next, for `width` floats: an odd number of cache lines, so that
-    rows lie in all the sets of the nearest cache. Rows of 128 floats would share 8 of its 64 sets."""
-    return ((width + COLUMNS - 1) // COLUMNS | 1) * COLUMNS
+@inner
+def _copies(out, o, o_row, x, i, rows, columns):
+    for row in range(rows):
+        copy(out, o + row * o_row, x, i + row * columns, columns)
 
 
-_whole, _apart = inner(whole), inner(apart)
+@inner
+def _embed(stream, Cs, first, C, T, V, ids, positions, weights, many, sizes, tables, noise, rows):
+    """The tokens' embeddings and those of n-grams (`cores.gpt.NGrams`) of the sequence that begins at `first`."""
+    N = ids.size
+    for t in range(T):
+        n = first + t
+        copy(stream, t * Cs, weights, ids[uintp(n)] * C, C)
+        back, number = min(t, positions[uintp(n)]), ids[uintp(n)]
+        for k in range(many):
+            number = number * V + (ids[uintp(n - 1 - k)] if back > k else 0)
+            rows[uintp(k * N + n)] = number % sizes[uintp(k)]
+        for k in range(many):
+            factor = noise[uintp(k * N + n)] if noise.size else ONE
+            row = rows[uintp(k * N + n)] * C
+            for c in range(C):
+                stream[uintp(t * Cs + c)] += factor * tables[k][uintp(row + c)]
 
 
-def gpt_forward(
-    piece, pieces, flags, way, positions, T, heads, cos, sin, qkv_weight, projection, expansion, contraction,
-    x, h1, scale1, qkv, qk_scales, shares, y, h2, scale2, r, out, out_scale,
+@inner
+def _table_gradients(k, N, C, rows, noise, dx, places, counts, found, grads):
+    """Of table k the rows that were read, in order and each once, with their gradients."""
+    for n in range(N):
+        places[uintp(k * N + n)] = rows[uintp(k * N + n)] * N + n
+    places[k * N : (k + 1) * N].sort()
+    count, last = k * N, -1
+    for j in range(k * N, (k + 1) * N):
+        row = places[uintp(j)] // N
+        n = places[uintp(j)] - row * N
+        if row != last:
+            found[uintp(count)], last = row, row
+            fill(grads, count * C, C, ZERO)
+            count += 1
+        factor = noise[uintp(k * N + n)] if noise.size else ONE
+        for c in range(C):
+            grads[uintp((count - 1) * C + c)] += factor * dx[uintp(n * C + c)]
+    counts[uintp(k)] = count - k * N
+
+
+def gpt_step(
+    piece, pieces, flags, way, ids, targets, positions, T, V, L, heads, cos, sin, weights, many, sizes, tables, noise,
+    nats, grads, dx, rows, places, counts, found, row_grads,
 ):  # fmt: skip
-    """One piece of the forward pass, all arrays flat. N = B T positions, L blocks, C channels, H heads of D.
+    """One piece of loss and gradients. N = B T positions, L blocks, C channels, H heads of D, K = `many` n-gram tables.
 
-    An array with a star has rows that begin `_apart` from each other.
-    positions int64 [N]: how far each is from its document's start; cos, sin [T, D / 2]; weights as [inputs, outputs]:
-    qkv_weight* [L, C, 3 C], projection* [L, C, C], expansion* [L, C, 4 C], contraction* [L, 4 C, C].
-    In: x [N, C]. Out: the norms' outputs and scales h1* [L, N, C], scale1 [L, N], h2*, scale2, out [N, C],
-    out_scale [N]; qkv* [L, N, 3 C], queries and keys normed and turned; qk_scales [L, N, 2 H]; attention's shares
-    [L, N, H, T in whole columns]; its output y* [L, N, C]; r* = relu of the MLP's inside [L, N, 4 C].
+    ids, targets (negative: not scored), positions (how far each is from its document's start) int64 [N]; cos, sin
+    [T, D / 2]; weights, as PyTorch's: tokens [V, C], head [V, C], then of all blocks queries, keys and values
+    [L, 3 C, C], projection [L, C, C], expansion [L, 4 C, C], contraction [L, C, 4 C]. Tables: a tuple of MOST_TABLES
+    arrays, of `sizes` int64 [K] rows; noise [K, N]: what dropout multiplies n-grams by, or nothing.
+
+    Added to, zeros at first, for each piece: nats float64, the summed cross-entropy; grads, of the weights. Out: dx
+    [N, C]; of each table how many rows were read (counts int64 [K]), which (found int64 [K, N]) and their gradients
+    (row_grads [K, N, C]). rows, places int64 [K, N] are for use here.
     """
-    N = positions.size
+    N, B = ids.size, ids.size // T
     if N == 0:
         return
-    C, F, Tp, L, B = x.size // N, 4 * (x.size // N), _whole(T), scale1.size // N, N // T
-    D, Cs, Qs, Fs, Ts = C // heads, _apart(C), _apart(3 * C), _apart(F), _apart(T)
-    stream, keys = np.empty(T * Cs, np.float32), np.zeros(heads * D * Ts, np.float32)
-    inside = np.empty(BLOCK * Fs, np.float32)
+    C = dx.size // N
+    D, F, Tp, Vp = C // heads, 4 * C, _whole(T), _whole(V)
+    Cs, Qs, Fs, Vs, Ts = _apart(C), _apart(3 * C), _apart(F), _apart(V), _apart(T)
     factor = np.float32(1 / np.sqrt(D))
+    # Where each kind of weight begins, among the weights and, after `mine`, among the gradients.
+    W_head, W_qkv = V * C, 2 * V * C
+    W_projection = W_qkv + L * 3 * C * C
+    W_expansion = W_projection + L * C * C
+    W_contraction = W_expansion + L * F * C
+    mine = piece * (W_contraction + L * C * F)
+    # The weights as products take them: forwards [inputs, outputs], backwards as they are.
+    head, head_back = np.zeros(C * Vs, np.float32), np.empty(V * Cs, np.float32)
+    qkv_weight, qkv_back = np.empty(L * C * Qs, np.float32), np.empty(L * 3 * C * Cs, np.float32)
+    projection, projection_back = np.empty(L * C * Cs, np.float32), np.empty(L * C * Cs, np.float32)
+    expansion, expansion_back = np.empty(L * C * Fs, np.float32), np.empty(L * F * Cs, np.float32)
+    contraction, contraction_back = np.empty(L * F * Cs, np.float32), np.empty(L * C * Fs, np.float32)
+    transposed(head, 0, Vs, weights, W_head, C, V, C)
+    _copies(head_back, 0, Cs, weights, W_head, V, C)
+    _copies(qkv_back, 0, Cs, weights, W_qkv, L * 3 * C, C)
+    _copies(projection_back, 0, Cs, weights, W_projection, L * C, C)
+    _copies(expansion_back, 0, Cs, weights, W_expansion, L * F, C)
+    _copies(contraction_back, 0, Fs, weights, W_contraction, L * C, F)
+    for layer in range(L):
+        transposed(qkv_weight, layer * C * Qs, Qs, weights, W_qkv + layer * 3 * C * C, C, 3 * C, C)
+        transposed(projection, layer * C * Cs, Cs, weights, W_projection + layer * C * C, C, C, C)
+        transposed(expansion, layer * C * Fs, Fs, weights, W_expansion + layer * F * C, C, F, C)
+        transposed(contraction, layer * F * Cs, Cs, weights, W_contraction + layer * C * F, F, C, F)
+    # What is kept of a sequence, for the way back: outputs and scales of the norms, queries and keys normed and turned,
+    # attention's shares [L, T, H, Tp], its output, relu of the MLP's inside.
+    h1, scale1, h2, scale2 = (np.empty(L * T * Cs, np.float32), np.empty(L * T, np.float32),
+                              np.empty(L * T * Cs, np.float32), np.empty(L * T, np.float32))  # fmt: skip
+    qkv, qk_scales = np.empty(L * T * Qs, np.float32), np.empty(L * T * 2 * heads, np.float32)
+    shares, y, r = (
+        np.empty(L * T * heads * Tp, np.float32),
+        np.empty(L * T * Cs, np.float32),
+        np.empty(L * T * Fs, np.float32),
+    )
+    out, out_scale, logits = np.empty(T * Cs, np.float32), np.empty(T, np.float32), np.empty(BLOCK * Vs, np.float32)
+    stream, dy, d_qkv = np.empty(T * Cs, np.float32), np.empty(T * Cs, np.float32), np.empty(T * Qs, np.float32)
+    d_inside, inside, dh = (
+        np.empty(BLOCK * Fs, np.float32),
+        np.empty(BLOCK * Fs, np.float32),
+        np.empty(BLOCK * Cs, np.float32),
+    )
+    keys, values, d_shares = (
+        np.zeros(heads * D * Ts, np.float32),
+        np.zeros(D * Ts, np.float32),
+        np.empty(QUERIES * Ts, np.float32),
+    )
     for b in range(piece * B // pieces, (piece + 1) * B // pieces):
-        for t in range(T):
-            copy(stream, t * Cs, x, (b * T + t) * C, C)
+        _embed(stream, Cs, b * T, C, T, V, ids, positions, weights, many, sizes, tables, noise, rows)
         for layer in range(L):
-            first = layer * N + b * T  # of the sequence's positions, in what is kept of all layers
+            first = layer * T
             for t0 in range(0, T, BLOCK):
-                n, row = min(BLOCK, T - t0), first + t0
+                n, row, at = min(BLOCK, T - t0), first + t0, t0 * Cs
                 for t in range(n):
-                    scale1[uintp(row + t)] = norm(h1, (row + t) * Cs, stream, (t0 + t) * Cs, C)
+                    scale1[uintp(row + t)] = norm(h1, (row + t) * Cs, stream, at + t * Cs, C)
                 fill(qkv, row * Qs, n * Qs, ZERO)
                 product(qkv, row * Qs, Qs, h1, row * Cs, Cs, 1, qkv_weight, layer * C * Qs, Qs, n, 3 * C, C)
                 for t in range(n):
@@ -114,31 +199,30 @@ def gpt_forward(
                         i = (row + t) * Qs + part * D
                         qk_scales[uintp((row + t) * 2 * heads + part)] = norm(qkv, i, qkv, i, D)
                         rotate(qkv, i, D, cos, sin, (t0 + t) * (D // 2), ONE)
-                for head in range(heads):
-                    k = row * Qs + C + head * D
-                    _transposed(keys, head * D * Ts + t0, Ts, qkv, k, Qs, n, D)
+                for h in range(heads):
+                    transposed(keys, h * D * Ts + t0, Ts, qkv, row * Qs + C + h * D, Qs, n, D)
                 fill(y, row * Cs, n * Cs, ZERO)
-                for head in range(heads):
+                for h in range(heads):
                     for q0 in range(t0, t0 + n, QUERIES):
                         m = min(QUERIES, t0 + n - q0)
-                        many, s = q0 + m, ((first + q0) * heads + head) * Tp
+                        many_keys, s = q0 + m, ((first + q0) * heads + h) * Tp
                         for t in range(m):
                             fill(shares, s + t * heads * Tp, Tp, ZERO)
-                        q = (first + q0) * Qs + head * D
-                        product(shares, s, heads * Tp, qkv, q, Qs, 1, keys, head * D * Ts, Ts, m, _whole(many), D)
+                        q = (first + q0) * Qs + h * D
+                        product(shares, s, heads * Tp, qkv, q, Qs, 1, keys, h * D * Ts, Ts, m, _whole(many_keys), D)
                         for t in range(q0, q0 + m):
-                            s = ((first + t) * heads + head) * Tp
+                            s = ((first + t) * heads + h) * Tp
                             begin = t - min(t, positions[uintp(b * T + t)])
-                            share = ONE / _exp_sum(shares, s + begin, t + 1 - begin, factor)
+                            share = ONE / _exp_sum(shares, s + begin, t + 1 - begin, factor, ZERO)
                             fill(shares, s, begin, ZERO)
                             for k in range(begin, t + 1):
                                 shares[uintp(s + k)] *= share
                             fill(shares, s + t + 1, Tp - t - 1, ZERO)
-                        s, v = ((first + q0) * heads + head) * Tp, first * Qs + 2 * C + head * D
-                        product(y, (first + q0) * Cs + head * D, Cs, shares, s, heads * Tp, 1, qkv, v, Qs, m, D, many)
-                product(stream, t0 * Cs, Cs, y, row * Cs, Cs, 1, projection, layer * C * Cs, Cs, n, C, C)
+                        s, v = ((first + q0) * heads + h) * Tp, first * Qs + 2 * C + h * D
+                        product(y, (first + q0) * Cs + h * D, Cs, shares, s, heads * Tp, 1, qkv, v, Qs, m, D, many_keys)
+                product(stream, at, Cs, y, row * Cs, Cs, 1, projection, layer * C * Cs, Cs, n, C, C)
                 for t in range(n):
-                    scale2[uintp(row + t)] = norm(h2, (row + t) * Cs, stream, (t0 + t) * Cs, C)
+                    scale2[uintp(row + t)] = norm(h2, (row + t) * Cs, stream, at + t * Cs, C)
                 fill(inside, 0, n * Fs, ZERO)
                 product(inside, 0, Fs, h2, row * Cs, Cs, 1, expansion, layer * C * Fs, Fs, n, F, C)
                 for i in range(n * Fs):
@@ -146,74 +230,75 @@ def gpt_forward(
                     value = ZERO if value < ZERO else value
                     r[uintp(row * Fs + i)] = value
                     inside[uintp(i)] = value * value
-                product(stream, t0 * Cs, Cs, inside, 0, Fs, 1, contraction, layer * F * Cs, Cs, n, C, F)
-        for t in range(T):
-            out_scale[uintp(b * T + t)] = norm(out, (b * T + t) * C, stream, t * Cs, C)
-
-
-def gpt_backward(
-    piece, pieces, flags, way, positions, T, heads, cos, sin, qkv_weight, projection, expansion, contraction,
-    h1, scale1, qkv, qk_scales, shares, y, h2, scale2, r, out, out_scale,
-    d_out, dx, d_qkv_weight, d_projection, d_expansion, d_contraction,
-):  # fmt: skip
-    """One piece of the backward pass, from the gradient with respect to `out`.
-
-    Weights lie as PyTorch's, [outputs, inputs], with a star. In: d_out [N, C]. Out: dx [N, C]; added to, zeros at
-    first: for each piece, the weights' gradients.
-    """
-    N = positions.size
-    if N == 0:
-        return
-    C, F, Tp, L, B = dx.size // N, 4 * (dx.size // N), _whole(T), scale1.size // N, N // T
-    D, Cs, Qs, Fs, Ts = C // heads, _apart(C), _apart(3 * C), _apart(F), _apart(T)
-    factor = np.float32(1 / np.sqrt(D))
-    stream, dy, d_qkv = np.empty(T * Cs, np.float32), np.empty(T * Cs, np.float32), np.empty(T * Qs, np.float32)
-    d_inside, inside = np.empty(BLOCK * Fs, np.float32), np.empty(BLOCK * Fs, np.float32)
-    values, d_shares = np.zeros(D * Ts, np.float32), np.empty(QUERIES * Ts, np.float32)
-    dh = np.empty(BLOCK * Cs, np.float32)
-    for b in range(piece * B // pieces, (piece + 1) * B // pieces):
-        fill(stream, 0, T * Cs, ZERO)  # the gradient with respect to what the blocks add to
-        for t in range(T):
-            i = (b * T + t) * C
-            norm_back(stream, t * Cs, d_out, i, out, i, out_scale[uintp(b * T + t)], C)
+                product(stream, at, Cs, inside, 0, Fs, 1, contraction, layer * F * Cs, Cs, n, C, F)
+        # The head and the loss; from here on `stream` is the gradient with respect to the residual stream.
+        for t0 in range(0, T, BLOCK):
+            n, at = min(BLOCK, T - t0), t0 * Cs
+            for t in range(n):
+                out_scale[uintp(t0 + t)] = norm(out, at + t * Cs, stream, at + t * Cs, C)
+            fill(logits, 0, n * Vs, ZERO)
+            product(logits, 0, Vs, out, at, Cs, 1, head, 0, Vs, n, Vp, C)
+            for t in range(n):
+                target, i = targets[uintp(b * T + t0 + t)], t * Vs
+                if target < 0:
+                    fill(logits, i, V, ZERO)
+                    continue
+                most = logits[uintp(i)]
+                for v in range(V):
+                    most = max(most, logits[uintp(i + v)])
+                right = logits[uintp(i + target)] - most
+                total = _exp_sum(logits, i, V, ONE, most)
+                nats[uintp(piece)] += np.log(total) - right
+                for v in range(V):
+                    logits[uintp(i + v)] /= total
+                logits[uintp(i + target)] -= ONE
+            product(grads, mine + W_head, C, logits, 0, 1, Vs, out, at, Cs, V, C, n)
+            fill(dh, 0, n * Cs, ZERO)
+            product(dh, 0, Cs, logits, 0, Vs, 1, head_back, 0, Cs, n, C, V)
+            fill(stream, at, n * Cs, ZERO)
+            for t in range(n):
+                norm_back(stream, at + t * Cs, dh, t * Cs, out, at + t * Cs, out_scale[uintp(t0 + t)], C)
         for layer in range(L - 1, -1, -1):
-            first, own = layer * N + b * T, piece * L + layer
+            first = layer * T
             fill(dy, 0, T * Cs, ZERO)
             for t0 in range(0, T, BLOCK):
                 n, row, at = min(BLOCK, T - t0), first + t0, t0 * Cs
                 fill(d_inside, 0, n * Fs, ZERO)
-                product(d_inside, 0, Fs, stream, at, Cs, 1, contraction, layer * C * Fs, Fs, n, F, C)
+                product(d_inside, 0, Fs, stream, at, Cs, 1, contraction_back, layer * C * Fs, Fs, n, F, C)
                 for i in range(n * Fs):
                     value = r[uintp(row * Fs + i)]
                     inside[uintp(i)] = value * value
                     d_inside[uintp(i)] *= TWO * value
-                product(d_contraction, own * C * F, F, stream, at, 1, Cs, inside, 0, Fs, C, F, n)
-                product(d_expansion, own * C * F, C, d_inside, 0, 1, Fs, h2, row * Cs, Cs, F, C, n)
+                own = mine + W_contraction + layer * C * F
+                product(grads, own, F, stream, at, 1, Cs, inside, 0, Fs, C, F, n)
+                own = mine + W_expansion + layer * F * C
+                product(grads, own, C, d_inside, 0, 1, Fs, h2, row * Cs, Cs, F, C, n)
                 fill(dh, 0, n * Cs, ZERO)
-                product(dh, 0, Cs, d_inside, 0, Fs, 1, expansion, layer * F * Cs, Cs, n, C, F)
+                product(dh, 0, Cs, d_inside, 0, Fs, 1, expansion_back, layer * F * Cs, Cs, n, C, F)
                 for t in range(n):
                     norm_back(stream, at + t * Cs, dh, t * Cs, h2, (row + t) * Cs, scale2[uintp(row + t)], C)
-                product(d_projection, own * C * C, C, stream, at, 1, Cs, y, row * Cs, Cs, C, C, n)
-                product(dy, at, Cs, stream, at, Cs, 1, projection, layer * C * Cs, Cs, n, C, C)
+                own = mine + W_projection + layer * C * C
+                product(grads, own, C, stream, at, 1, Cs, y, row * Cs, Cs, C, C, n)
+                product(dy, at, Cs, stream, at, Cs, 1, projection_back, layer * C * Cs, Cs, n, C, C)
             fill(d_qkv, 0, T * Qs, ZERO)
-            for head in range(heads):
-                q, k, v = head * D, C + head * D, 2 * C + head * D  # within a row of qkv
-                _transposed(values, 0, Ts, qkv, first * Qs + v, Qs, T, D)
+            for h in range(heads):
+                q, k, v = h * D, C + h * D, 2 * C + h * D  # within a row of qkv
+                transposed(values, 0, Ts, qkv, first * Qs + v, Qs, T, D)
                 for q0 in range(0, T, QUERIES):
                     m = min(QUERIES, T - q0)
-                    many, s = q0 + m, ((first + q0) * heads + head) * Tp
+                    many_keys, s = q0 + m, ((first + q0) * heads + h) * Tp
                     fill(d_shares, 0, m * Ts, ZERO)
-                    product(d_shares, 0, Ts, dy, q0 * Cs + q, Cs, 1, values, 0, Ts, m, _whole(many), D)
+                    product(d_shares, 0, Ts, dy, q0 * Cs + q, Cs, 1, values, 0, Ts, m, _whole(many_keys), D)
                     for t in range(m):
                         share = s + t * heads * Tp
-                        mean = dot(d_shares, t * Ts, shares, share, many)
-                        for j in range(many):
+                        mean = dot(d_shares, t * Ts, shares, share, many_keys)
+                        for j in range(many_keys):
                             change = d_shares[uintp(t * Ts + j)] - mean
                             d_shares[uintp(t * Ts + j)] = shares[uintp(share + j)] * change * factor
                     query, key = (first + q0) * Qs + q, first * Qs + k
-                    product(d_qkv, q0 * Qs + q, Qs, d_shares, 0, Ts, 1, qkv, key, Qs, m, D, many)
-                    product(d_qkv, k, Qs, d_shares, 0, 1, Ts, qkv, query, Qs, many, D, m)
-                    product(d_qkv, v, Qs, shares, s, 1, heads * Tp, dy, q0 * Cs + q, Cs, many, D, m)
+                    product(d_qkv, q0 * Qs + q, Qs, d_shares, 0, Ts, 1, qkv, key, Qs, m, D, many_keys)
+                    product(d_qkv, k, Qs, d_shares, 0, 1, Ts, qkv, query, Qs, many_keys, D, m)
+                    product(d_qkv, v, Qs, shares, s, 1, heads * Tp, dy, q0 * Cs + q, Cs, many_keys, D, m)
             for t in range(T):
                 for part in range(2 * heads):
                     i, j = t * Qs + part * D, (first + t) * Qs + part * D
@@ -223,85 +308,97 @@ def gpt_backward(
                         d_qkv[uintp(i + k)] = scale * (d_qkv[uintp(i + k)] - qkv[uintp(j + k)] * mean)
                     rotate(d_qkv, i, D, cos, sin, t * (D // 2), -ONE)
             for t0 in range(0, T, BLOCK):
-                n, row = min(BLOCK, T - t0), first + t0
-                product(d_qkv_weight, own * 3 * C * C, C, d_qkv, t0 * Qs, 1, Qs, h1, row * Cs, Cs, 3 * C, C, n)
+                n, row, at = min(BLOCK, T - t0), first + t0, t0 * Cs
+                own = mine + W_qkv + layer * 3 * C * C
+                product(grads, own, C, d_qkv, t0 * Qs, 1, Qs, h1, row * Cs, Cs, 3 * C, C, n)
                 fill(dh, 0, n * Cs, ZERO)
-                product(dh, 0, Cs, d_qkv, t0 * Qs, Qs, 1, qkv_weight, layer * 3 * C * Cs, Cs, n, C, 3 * C)
+                product(dh, 0, Cs, d_qkv, t0 * Qs, Qs, 1, qkv_back, layer * 3 * C * Cs, Cs, n, C, 3 * C)
                 for t in range(n):
-                    scale = scale1[uintp(row + t)]
-                    norm_back(stream, (t0 + t) * Cs, dh, t * Cs, h1, (row + t) * Cs, scale, C)
+                    norm_back(stream, at + t * Cs, dh, t * Cs, h1, (row + t) * Cs, scale1[uintp(row + t)], C)
         for t in range(T):
+            add(grads, mine + ids[uintp(b * T + t)] * C, stream, t * Cs, C)
             copy(dx, (b * T + t) * C, stream, t * Cs, C)
+    if many and meet(flags, piece, pieces, 1, way):
+        for k in range(piece, many, pieces):
+            _table_gradients(k, N, C, rows, noise, dx, places, counts, found, row_grads)
 
 
-_forward, _backward = (Compiled(function, [__file__]) for function in (gpt_forward, gpt_backward))
+_step = Compiled(gpt_step, [__file__])
 
 
-def _spread(weights: Tensor) -> Tensor:
-    """weights [L, M, N], their rows begin `apart` from each other -> [L, M, apart(N)]"""
-    rows = weights.new_empty(*weights.shape[:-1], apart(weights.shape[-1]))
-    rows[..., : weights.shape[-1]] = weights
-    return rows
-
-
-class _Blocks(torch.autograd.Function):
-    """All blocks and the last norm. x [B, T, C] -> [B, T, C]"""
+class _Loss(torch.autograd.Function):
+    """Cross-entropy in nats, summed over targets [B, T] that are not negative; a scalar. The gradients are computed
+    with it, those of the tables sparse, and coalesced."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, qkv_weight: Tensor, projection: Tensor,
-        expansion: Tensor, contraction: Tensor, heads: int, pieces: Pieces,
+        ctx: Any, ids: Tensor, targets: Tensor, positions: Tensor, core: GPT, noise: Tensor, pieces: Pieces, many: int,
+        *parameters: Tensor,
     ) -> Tensor:  # fmt: skip
-        (B, T, C), L = x.shape, len(qkv_weight)
-        N, Tp, Cs = B * T, whole(T), apart(C)
-        widths = Cs, 1, apart(3 * C), 2 * heads, heads * Tp, Cs, Cs, 1, apart(4 * C)
-        kept = [torch.empty(L, N, width) for width in widths] + [torch.empty(B, T, C), torch.empty(N)]
-        weights = qkv_weight, projection, expansion, contraction
-        fixed = positions, T, heads, cos, sin
-        pieces.run(_forward, *fixed, *(_spread(w.mT) for w in weights), x, *kept)
-        ctx.save_for_backward(positions, cos, sin, *weights, *kept)
-        ctx.others = T, heads, pieces
-        return kept[-2]
+        (B, T), (tables, dense) = ids.shape, (parameters[:many], parameters[many:])
+        c, N, C = core.config, B * T, core.config.channels
+        sizes = [p.numel() for p in dense]
+        nats, grads = torch.zeros(pieces.count, dtype=torch.float64), torch.zeros(pieces.count, sum(sizes))
+        dx, row_grads = torch.empty(N, C), torch.empty(many, N, C)
+        rows, places, found = torch.empty(3, many, N, dtype=torch.int64)
+        counts = torch.empty(many, dtype=torch.int64)
+        pieces.run(
+            _step, ids, targets, positions, T, c.vocab_size, c.layers, c.heads, core.cos[:T], core.sin[:T],
+            torch.cat([p.flatten() for p in dense]), many, np.array([len(table) for table in tables], np.int64),
+            tables + (torch.empty(0),) * (MOST_TABLES - many), noise,
+            nats, grads, dx, rows, places, counts, found, row_grads,
+        )  # fmt: skip
+        ctx.dense, ctx.sizes, ctx.shapes = grads.sum(0), sizes, [p.shape for p in parameters]
+        ctx.rows = list(zip(found, row_grads, counts.tolist(), strict=True))
+        return nats.sum().float()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        positions, cos, sin, *saved = ctx.saved_tensors
-        T, heads, pieces = ctx.others
-        weights, kept = saved[:4], saved[4:]
-        dx = torch.empty(gradients[0].shape)
-        sums = [torch.zeros(pieces.count, *weight.shape) for weight in weights]
-        spread = map(_spread, weights)
-        pieces.run(_backward, positions, T, heads, cos, sin, *spread, *kept, gradients[0].contiguous(), dx, *sums)
-        return dx, None, None, None, *(each.sum(0) for each in sums), None, None
-
-
-def build(core: nn.Module, threads: int, on_event: OnEvent) -> Callable[..., Tensor]:
-    """`core.forward`, for a core that fits (see `fast`), by compiled functions on so many threads. Raises what numba
-    raises where it cannot compile."""
-    assert isinstance(core, GPT)
-    pieces, blocks = Pieces(threads), core.blocks
-    nothing, none = np.zeros(0, np.float32), np.zeros(0, np.int64)
-    pieces.load(on_event, *((f, (none, 1, 1, *[nothing] * n)) for f, n in ((_forward, 18), (_backward, 23))))
-
-    def forward(ids: Tensor, positions: Tensor | None = None, last_only: bool = False) -> Tensor:
-        T = ids.shape[1]
-        if last_only:
-            return core(ids, positions, last_only)
-        x = core._embed(ids, ids[:, :0], positions)
-        if positions is None:
-            positions = torch.arange(T).expand(ids.shape)
-        x = _Blocks.apply(
-            x.contiguous(),
-            positions.contiguous(),
-            core.cos[:T],
-            core.sin[:T],
-            torch.stack([block.attention.qkv.weight for block in blocks]),
-            torch.stack([block.attention.projection.weight for block in blocks]),
-            torch.stack([block.mlp.expansion.weight for block in blocks]),
-            torch.stack([block.mlp.projection.weight for block in blocks]),
-            core.config.heads,
-            pieces,
+        factor, shapes = gradients[0], ctx.shapes
+        tables = (
+            torch.sparse_coo_tensor(
+                rows[None, :n], factor * grads[:n], shape, is_coalesced=True, check_invariants=False
+            )
+            for (rows, grads, n), shape in zip(ctx.rows, shapes[: len(ctx.rows)], strict=True)
         )
-        return core.head(x)
+        dense = (factor * ctx.dense).split(ctx.sizes)
+        weights = (grad.view(shape) for grad, shape in zip(dense, shapes[len(ctx.rows) :], strict=True))
+        return None, None, None, None, None, None, None, *tables, *weights
 
-    return forward
+
+def _noise(ngrams: NGrams, ids: Tensor) -> Tensor:
+    """What dropout multiplies the n-grams of ids [B, T] by: [tables, B, T, 1], or nothing where there is none."""
+    if not (ngrams.training and ngrams.dropout.p):
+        return torch.empty(0)
+    return torch.stack([ngrams.dropout(torch.ones(*ids.shape, 1)) for _ in ngrams.tables])
+
+
+def build(core: nn.Module, pieces: Pieces, on_event: OnEvent) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """The loss of a core that fits (see `fast`), as a function of ids, targets and positions [B, T], by compiled
+    functions. Raises what numba raises where it cannot compile."""
+    assert isinstance(core, GPT)
+    blocks, tables = core.blocks, [table.weight for table in core.ngrams.tables] if core.config.ngrams > 1 else []
+    parameters = [
+        *tables,
+        core.tokens.weight,
+        core.head.weight,
+        *(block.attention.qkv.weight for block in blocks),
+        *(block.attention.projection.weight for block in blocks),
+        *(block.mlp.expansion.weight for block in blocks),
+        *(block.mlp.projection.weight for block in blocks),
+    ]
+    nothing, none = np.zeros(0, np.float32), np.zeros(0, np.int64)
+    ids = (none, none, none, 1, 1, 1, 1)
+    inputs = (nothing, nothing, nothing, 0, none, (nothing,) * MOST_TABLES, nothing)
+    outputs = (np.zeros(0), nothing, nothing, none, none, none, none, nothing)
+    pieces.load(on_event, (_step, (*ids, *inputs, *outputs)))
+
+    def loss(ids: Tensor, targets: Tensor, positions: Tensor | None) -> Tensor:
+        positions = torch.arange(ids.shape[1]).expand(ids.shape) if positions is None else positions
+        noise = _noise(core.ngrams, ids) if tables else torch.empty(0)
+        whole = (each.contiguous() for each in (ids, targets, positions))
+        result = _Loss.apply(*whole, core, noise, pieces, len(tables), *parameters)
+        assert isinstance(result, Tensor)
+        return result
+
+    return loss

@@ -46,33 +46,44 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     return product @ x
 
 
+def orthogonalise_all(matrices: list[Tensor]) -> list[Tensor]:
+    """`orthogonalise` of each matrix [m, n], whichever is larger; those of one shape in one batch."""
+    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+    wide = [matrix.T if matrix.shape[0] > matrix.shape[1] else matrix for matrix in matrices]
+    for i, matrix in enumerate(wide):
+        groups[(matrix.shape[0], matrix.shape[1])].append(i)
+    for group in groups.values():
+        stack = torch.stack([wide[i] for i in group])
+        stack = orthogonalise(stack.bfloat16() if stack.is_cuda else stack)
+        for i, matrix in zip(group, stack, strict=True):
+            wide[i] = matrix
+    return [new.T if old.shape[0] > old.shape[1] else new for old, new in zip(matrices, wide, strict=True)]
+
+
 class Muon:
     """Muon over `parameters`, each of 2 or more dimensions; the first is the output, the others together the input."""
 
     def __init__(self, parameters: dict[str, nn.Parameter], lr: float, momentum: float, weight_decay: float) -> None:
         self.parameters, self.lr, self.momentum, self.weight_decay = parameters, lr, momentum, weight_decay
         self.buffers: dict[str, Tensor] = {}
+        self.orthogonalise_all = orthogonalise_all
 
     @torch.no_grad()
     def step(self, lr_factor: float) -> None:
-        groups: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor, bool]]] = defaultdict(list)
+        lr, ps, updates = self.lr * lr_factor, [], []
         for name, p in self.parameters.items():
             if p.grad is None:  # nothing of the loss depends on it
                 continue
             buffer = self.buffers.setdefault(name, torch.zeros_like(p))
             buffer.lerp_(p.grad, 1 - self.momentum)
-            update = p.grad.lerp(buffer, self.momentum).flatten(1)
-            tall = update.shape[0] > update.shape[1]
-            update = update.T if tall else update
-            groups[(update.shape[0], update.shape[1])].append((p, update, tall))
-        for (m, n), group in groups.items():
-            stack = torch.stack([update for _, update, _ in group])
-            stack = orthogonalise(stack.bfloat16() if stack.is_cuda else stack)
-            for (p, _, tall), update in zip(group, stack, strict=True):
-                # A step of one size in every output whatever the shape (Jordan's scale for tall matrices).
-                lr = self.lr * lr_factor
+            ps.append(p)
+            updates.append(p.grad.lerp(buffer, self.momentum).flatten(1))
+        for p, update in zip(ps, self.orthogonalise_all(updates), strict=True):
+            if self.weight_decay:
                 p.mul_(1 - lr * self.weight_decay)
-                p.add_((update.T if tall else update).reshape(p.shape), alpha=-lr * ((n / m) ** 0.5 if tall else 1.0))
+            # A step of one size in every output whatever the shape (Jordan's scale for tall matrices).
+            outputs, inputs = update.shape
+            p.add_(update.reshape(p.shape), alpha=-lr * max(1, outputs / inputs) ** 0.5)
 
 
 class Elementwise:
@@ -120,6 +131,16 @@ class Elementwise:
         kept |= {name: buffer for name, buffer in zip(grads, buffers, strict=True) if buffer is not None}
 
 
+def update_rows(tables: list[tuple[Tensor, ...]], lr: float, eps: float) -> None:
+    """For each table [N, C]: the rows to change, int64 [R], no one twice, and their gradients [R, C]; how often each
+    row has been changed and the mean of its gradients' squares, each float32 [N], which move."""
+    for table, rows, grad, updates, square in tables:
+        count = updates[rows] + 1
+        mean = square[rows].lerp(grad.square().mean(dim=1), 1 / count)
+        updates[rows], square[rows] = count, mean
+        table.index_add_(0, rows, grad / mean.sqrt().add_(eps)[:, None], alpha=-lr)
+
+
 class Rows:
     """RMSprop without momentum for the rows of tables, by name, each [N, C]: the gradient over its root mean square,
     the mean being over all the gradients that this row has had so far, all C channels together.
@@ -129,7 +150,7 @@ class Rows:
     number a row, as in the row-wise AdaGrad of large recommendation models (Naumov et al. 2019, arXiv 1906.00091)."""
 
     def __init__(self, tables: dict[str, nn.Embedding], recipe: Recipe) -> None:
-        self.tables, self.recipe = tables, recipe
+        self.tables, self.recipe, self.update_rows = tables, recipe, update_rows
         kept = ("row_updates", "row_square")
         self.state = {
             what: {name: table.weight.new_zeros(len(table.weight)) for name, table in tables.items()} for what in kept
@@ -143,6 +164,7 @@ class Rows:
 
     @torch.no_grad()
     def step(self, lr_factor: float) -> None:
+        tables = []
         for name, table in self.tables.items():
             p = table.weight
             if p.grad is None:
@@ -153,12 +175,8 @@ class Rows:
             else:
                 rows = p.grad.norm(dim=1).nonzero().squeeze(1)
                 grad = p.grad[rows]
-            updates, square = self.state["row_updates"][name], self.state["row_square"][name]
-            count = updates[rows] + 1
-            mean = square[rows].lerp(grad.square().mean(dim=1), 1 / count)
-            updates[rows], square[rows] = count, mean
-            scale = mean.sqrt().add_(self.recipe.eps)
-            p.index_add_(0, rows, grad / scale[:, None], alpha=-self.recipe.table_lr * lr_factor)
+            tables.append((p, rows, grad, self.state["row_updates"][name], self.state["row_square"][name]))
+        self.update_rows(tables, self.recipe.table_lr * lr_factor, self.recipe.eps)
 
 
 class Optimizer:

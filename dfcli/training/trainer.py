@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dfcli import cores
@@ -30,7 +29,8 @@ from dfcli.system.allocator import kept_memory
 from dfcli.system.device import Device
 from dfcli.system.events import Note, OnEvent, ignore
 from dfcli.training.events import Sample, Saved, Step
-from dfcli.training.fast import by_numba, by_torch
+from dfcli.training.fast import Loss, by_numba, by_torch
+from dfcli.training.loss import cross_entropy
 from dfcli.training.optim import Optimizer
 from dfcli.training.schedule import lr_factor
 from dfcli.training.settings import Recipe
@@ -115,6 +115,7 @@ class Trainer:
         self.on_event, self.stop, self.clock = on_event, stop, clock
         self.optimizer = Optimizer(core, recipe)
         self.forward: Callable[..., Tensor] = core
+        self.fast_loss: Loss | None = None
         self.saved_step: int | None = self.state.step or None
 
     # --- the loop
@@ -127,14 +128,14 @@ class Trainer:
         s = self.state
         if s.done:
             return None
-        self.forward = eager = by_numba(self.core, self.recipe, self.device, self.on_event)
+        self.fast_loss = by_numba(self.core, self.optimizer, self.recipe, self.device, self.on_event)
         self.began = self.clock() - s.seconds
         self.first_step, self.shown, self.warm, self.guess = s.step, -math.inf, 0.0, 0.0
         self.last_evaluation = self.last_save = s.seconds
         self.core.train()
-        if self.forward is self.core:
+        if self.fast_loss is None:
             self.forward = by_torch(self.core, self.recipe, self.device, self.try_out, self.on_event)
-        self.optimizer.rows.sparse(self.forward is eager and self.device.kind == "cpu")
+        self.optimizer.rows.sparse(self.forward is self.core and self.device.kind == "cpu")
         self._start_interval()
         with kept_memory():
             while not s.done:
@@ -201,13 +202,13 @@ class Trainer:
         )
         assert ids is not None
         assert targets is not None
+        if self.fast_loss:
+            return self.fast_loss(ids, targets, positions)
         last = self.recipe.sampling == "last"
         with self.device.autocast():
             logits = self.forward(ids, positions, last)
             targets = targets[:, -1:] if last else targets
-            return F.cross_entropy(
-                logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-            )
+            return cross_entropy(logits, targets)
 
     def _not_finite(self, nats: float) -> None:
         s, r = self.state, self.recipe

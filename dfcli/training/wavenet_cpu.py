@@ -43,6 +43,7 @@ from dfcli.system.vectors import (
     norm_back,
     product,
 )
+from dfcli.training.loss import cross_entropy
 
 BLOCK = 64  # positions
 
@@ -233,11 +234,11 @@ class _Layers(torch.autograd.Function):
         return dx, None, *d_weights, d_skips.sum((0, 1)), None, None, None, None
 
 
-def build(core: nn.Module, threads: int, on_event: OnEvent) -> Callable[..., Tensor]:
-    """`core.forward`, for a core that fits (see `fast`), by compiled functions on so many threads. Raises what numba
-    raises where it cannot compile."""
+def build(core: nn.Module, pieces: Pieces, on_event: OnEvent) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """The loss of a core that fits (see `fast`), as a function of ids, targets and positions [B, T], by compiled
+    functions. Raises what numba raises where it cannot compile."""
     assert isinstance(core, WaveNet)
-    pieces, layers = Pieces(threads), core.layers
+    layers = core.layers
     dilations = np.array(core.config.all_dilations)
     nothing, none = np.zeros(0, np.float32), np.zeros(0, np.int64)
     taps, normed = core.config.kernel, core.config.norm == "rmsnorm"
@@ -245,9 +246,7 @@ def build(core: nn.Module, threads: int, on_event: OnEvent) -> Callable[..., Ten
         on_event, *((f, (none, none, taps, normed, *[nothing] * n)) for f, n in ((_forward, 12), (_backward, 15)))
     )
 
-    def forward(ids: Tensor, positions: Tensor | None = None, last_only: bool = False) -> Tensor:
-        if last_only:
-            return core(ids, positions, last_only)
+    def loss(ids: Tensor, targets: Tensor, positions: Tensor | None) -> Tensor:
         if positions is None:
             positions = torch.arange(ids.shape[1]).expand(ids.shape)
         skips = _Layers.apply(
@@ -264,6 +263,6 @@ def build(core: nn.Module, threads: int, on_event: OnEvent) -> Callable[..., Ten
             normed,
             pieces,
         )
-        return core._head(skips)
+        return cross_entropy(core._head(skips), targets)
 
-    return forward
+    return loss

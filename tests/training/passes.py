@@ -1,23 +1,31 @@
-"""A forward and backward pass by the core and by what stands in for it, side by side."""
+"""The loss and the gradients by the core and by what stands in for it, side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-Pass = tuple[Tensor, dict[str, Tensor]]  # logits, and the gradients of the parameters that have one
-Forward = Callable[..., Tensor]
+from dfcli.training.loss import cross_entropy
+
+Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # of ids, targets, positions
+Pass = tuple[Tensor, dict[str, Tensor]]  # the loss, and the gradients of the parameters that have one
 
 
-def one(core: nn.Module, forward: Forward, ids: Tensor, positions: Tensor | None = None) -> Pass:
-    """A pass by `forward`, whose parameters are those of `core`."""
+def plain(core: nn.Module) -> Loss:
+    """The loss by the core's own `forward`."""
+    return lambda ids, targets, positions: cross_entropy(core(ids, positions), targets)
+
+
+def one(core: nn.Module, loss: Loss, ids: Tensor, targets: Tensor, positions: Tensor | None = None) -> Pass:
+    """A pass by `loss`, whose parameters are those of `core`; the same noise every time."""
     core.zero_grad(set_to_none=True)
-    logits = forward(ids, positions)
-    F.cross_entropy(logits.flatten(0, 1), ids.roll(-1).flatten(), reduction="sum").backward()
-    return logits.detach(), {name: p.grad for name, p in core.named_parameters() if p.grad is not None}
+    torch.manual_seed(0)
+    total = loss(ids, targets, positions)
+    (total / 3).backward()
+    grads = {name: p.grad for name, p in core.named_parameters() if p.grad is not None}
+    return total.detach(), {name: grad.to_dense() if grad.is_sparse else grad for name, grad in grads.items()}
 
 
 def starts(B: int, T: int) -> Tensor:
@@ -26,17 +34,19 @@ def starts(B: int, T: int) -> Tensor:
     return torch.minimum((place + torch.arange(B)[:, None]) % 23, place)
 
 
-def assert_gradients(found: Pass, expected: Pass, most: float) -> None:
-    """The same parameters have gradients, and they differ by at most `most` of their norm, or of 1."""
+def assert_alike(found: Pass, expected: Pass, most: float) -> None:
+    """The losses differ by at most `most` of theirs; the same parameters have gradients, and they differ by at most
+    `most` of their norm, or of 1."""
+    assert abs(found[0] - expected[0]) <= most * expected[0]
     assert found[1].keys() == expected[1].keys()
     for name, grad in expected[1].items():
         assert (grad - found[1][name]).norm() <= most * max(1.0, grad.norm().item()), name
 
 
-def assert_same_bits(core: nn.Module, forward: Forward, ids: Tensor) -> None:
+def assert_same_bits(core: nn.Module, loss: Loss, ids: Tensor, targets: Tensor) -> None:
     """21 passes over the same ids give the same bits."""
-    first = one(core, forward, ids)
+    first = one(core, loss, ids, targets)
     for _ in range(20):
-        again = one(core, forward, ids)
+        again = one(core, loss, ids, targets)
         assert torch.equal(first[0], again[0])
         assert all(torch.equal(first[1][name], again[1][name]) for name in first[1])

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from dfcli.cores import WaveNet, WaveNetConfig
+from dfcli.data.batches import IGNORED
 from dfcli.system.events import Note, ignore
+from dfcli.system.vectors import Pieces
 from dfcli.training import wavenet_cpu
 from dfcli.training.settings import Recipe
 from dfcli.training.wavenet_cpu import build
@@ -39,43 +41,42 @@ def model(seed: int = 0, **config: Any) -> WaveNet:
 
 @pytest.mark.parametrize("documents", [True, False])
 @pytest.mark.parametrize(("config", "B", "T", "threads"), CASES)
-def test_logits_and_gradients_are_the_cores(
+def test_loss_and_gradients_are_the_cores(
     config: dict[str, Any], B: int, T: int, threads: int, documents: bool
 ) -> None:
     core = model(**config)
     ids = torch.randint(20, (B, T))
     positions = passes.starts(B, T) if documents else None
-    expected = passes.one(core, core, ids, positions)
-    found = passes.one(core, build(core, threads, ignore), ids, positions)
-    assert (expected[0] - found[0]).abs().max() < 1e-5
-    passes.assert_gradients(found, expected, 1e-5)
+    targets = torch.randint(core.config.vocab_size, (B, T)).masked_fill(torch.rand(B, T) < 0.1, IGNORED)
+    expected = passes.one(core, passes.plain(core), ids, targets, positions)
+    found = passes.one(core, build(core, Pieces(threads), ignore), ids, targets, positions)
+    passes.assert_alike(found, expected, 1e-5)
 
 
 def test_large_sums_and_what_is_not_a_number() -> None:
     core, ids = model(), torch.randint(20, (1, 40))
     with torch.no_grad():
         core.layers[0].dilated.weight.mul_(300)  # tanh and sigmoid saturate
-    forward = build(core, 2, ignore)
-    expected, found = passes.one(core, core, ids), passes.one(core, forward, ids)
-    assert torch.allclose(expected[0], found[0], atol=1e-4)
-    passes.assert_gradients(found, expected, 1e-4)
+    loss = build(core, Pieces(2), ignore)
+    expected, found = passes.one(core, passes.plain(core), ids, ids), passes.one(core, loss, ids, ids)
+    passes.assert_alike(found, expected, 1e-4)
     with torch.no_grad():
         core.layers[1].dilated.weight[3, 3] = torch.nan
-    assert passes.one(core, forward, ids)[0][:, 5:].isnan().all()
+    assert passes.one(core, loss, ids, ids)[0].isnan()
 
 
 def test_the_same_bits_every_time() -> None:
     core, ids = model(norm="rmsnorm"), torch.randint(20, (2, 500))
-    forward = build(core, 2, ignore)
-    passes.assert_same_bits(core, forward, ids)
+    loss = build(core, Pieces(2), ignore)
+    passes.assert_same_bits(core, loss, ids, ids)
 
 
 def test_more_threads_than_cores_do_not_wait_for_each_other_in_vain() -> None:
     core, ids = model(dilations=(1, 2, 4, 8, 16), cycles=4), torch.randint(20, (1, 2048))
-    forward = build(core, 12, ignore)
-    passes.one(core, forward, ids)
+    loss = build(core, Pieces(12), ignore)
+    passes.one(core, loss, ids, ids)
     began = time.perf_counter()
-    passes.one(core, forward, ids)
+    passes.one(core, loss, ids, ids)
     assert time.perf_counter() - began < 5
 
 
@@ -89,14 +90,16 @@ def test_nobody_waits_for_a_piece_that_never_comes(monkeypatch: pytest.MonkeyPat
             raise KeyboardInterrupt
         return submit(*arguments)
 
-    forward = build(core, 2, ignore)
+    loss = build(core, Pieces(2), ignore)
     monkeypatch.setattr(ThreadPoolExecutor, "submit", refuse)
     with pytest.raises(KeyboardInterrupt):
-        forward(ids)
+        loss(ids, ids, None)
     monkeypatch.undo()
-    expected, found = passes.one(core, core, ids), passes.one(core, forward, ids)  # its thread is free again
-    assert torch.allclose(expected[0], found[0], atol=1e-5)
-    passes.assert_gradients(found, expected, 1e-5)
+    expected, found = (
+        passes.one(core, passes.plain(core), ids, ids),
+        passes.one(core, loss, ids, ids),
+    )  # its thread is free again
+    passes.assert_alike(found, expected, 1e-5)
 
 
 def test_the_trainer_takes_it_and_does_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +113,7 @@ def test_the_trainer_takes_it_and_does_without_it(monkeypatch: pytest.MonkeyPatc
             core, Recipe(**recipe, compile="off" if compile == "off" else "auto"), Memory(), on_event=events.append
         )
         assert made.run() is None
-        assert (made.forward is core) == (compile != "auto")
+        assert (made.fast_loss is None) == (compile != "auto")
         weights.append(core.state_dict())
         notes += [event.text for event in events if isinstance(event, Note) and "compiling" not in event.text]
     assert len(notes) == 1

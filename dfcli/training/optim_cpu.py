@@ -1,0 +1,143 @@
+"""Parts of the optimiser as compiled functions (numba), for small models on a CPU: Muon's products of matrices whose
+smaller side is up to `WIDEST`, and the updates of the rows of n-gram tables. PyTorch's operations on them are so short
+that starting them takes most of the time. `optim.orthogonalise_all` and `optim.update_rows` are the references (tests).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy import uintp
+from torch import Tensor
+
+from dfcli.system.compiled import Compiled, inner
+from dfcli.system.events import OnEvent
+from dfcli.system.vectors import COLUMNS, ONE, ZERO, Pieces, apart, dot, fill, product, transposed
+from dfcli.training import optim
+from dfcli.training.gpt_cpu import MOST_TABLES
+
+WIDEST = 128  # PyTorch's products of larger matrices are faster than ours
+STEPS = 5
+
+_A, _B, _C = (np.float32(factor) for factor in optim.NEWTON_SCHULZ)
+_SMALLEST = np.float32(1e-7)
+_apart = inner(apart)
+
+
+@inner
+def _times(out, a, b, m, S):
+    """out = a b, [m, m] with rows S apart; for an `out` that is symmetric, so that half of it is computed."""
+    fill(out, 0, m * S, ZERO)
+    for j in range(0, m, COLUMNS):
+        product(out, j, S, a, 0, S, 1, b, j, S, j + COLUMNS, COLUMNS, m)
+        for i in range(0, j, COLUMNS):
+            transposed(out, j * S + i, S, out, i * S + j, S, COLUMNS, COLUMNS)
+
+
+def newton_schulz(piece, pieces, flags, way, matrices, places, rows, columns, out):
+    """One piece of U V^T, about, of matrices U S V^T: `optim.orthogonalise` of each, its steps taken on the products of
+    the smaller side, all of them polynomials of one symmetric matrix.
+
+    matrices float32, flat: each begins at its place and has so many rows and columns (int64), multiples of COLUMNS.
+    Out, zeros at first: the same way.
+    """
+    for each in range(piece, places.size, pieces):
+        x, R, C = places[each], rows[each], columns[each]
+        m, tall = min(R, C), R > C
+        S = _apart(m)
+        gram, p, half = np.empty(m * S, np.float32), np.empty(m * S, np.float32), np.empty(m * S, np.float32)
+        whole, other = np.empty(m * S, np.float32), np.empty(m * S, np.float32)
+        fill(gram, 0, m * S, ZERO)
+        if tall:
+            product(gram, 0, S, matrices, x, 1, C, matrices, x, C, m, m, R)
+        else:
+            turned = np.empty(C * S, np.float32)
+            transposed(turned, 0, S, matrices, x, C, m, C)
+            product(gram, 0, S, matrices, x, C, 1, turned, 0, S, m, m, C)
+        square = ZERO
+        for i in range(m):
+            square += gram[uintp(i * S + i)]
+        scale = ONE / (np.sqrt(square) + _SMALLEST)
+        for i in range(m * S):
+            gram[uintp(i)] *= scale * scale
+        for step in range(STEPS):
+            _times(p, gram, gram, m, S)
+            for i in range(m * S):
+                p[uintp(i)] = _B * gram[uintp(i)] + _C * p[uintp(i)]
+            for i in range(m):
+                p[uintp(i * S + i)] += _A
+            if step == 0:
+                for i in range(m * S):
+                    whole[uintp(i)] = scale * p[uintp(i)]
+            else:
+                _times(other, whole, p, m, S)
+                whole, other = other, whole
+            if step + 1 < STEPS:
+                _times(half, gram, p, m, S)
+                _times(gram, half, p, m, S)
+        if tall:
+            product(out, x, C, matrices, x, C, 1, whole, 0, S, R, C, m)
+        else:
+            product(out, x, C, whole, 0, S, 1, matrices, x, C, R, C, m)
+
+
+def row_rmsprop(piece, pieces, flags, way, many, tables, rows, grads, updates, squares, lr, eps):
+    """One piece of `optim.update_rows` of `many` tables, in tuples of MOST_TABLES flat arrays; `rows` are int64."""
+    for table in range(many):
+        N = rows[table].size
+        C = grads[table].size // max(1, N)
+        for i in range(piece * N // pieces, (piece + 1) * N // pieces):
+            row = rows[table][uintp(i)]
+            count, square = updates[table][uintp(row)] + ONE, squares[table][uintp(row)]
+            square += (dot(grads[table], i * C, grads[table], i * C, C) / np.float32(C) - square) / count
+            updates[table][uintp(row)], squares[table][uintp(row)] = count, square
+            step = lr / (np.sqrt(square) + eps)
+            for c in range(C):
+                tables[table][uintp(row * C + c)] -= step * grads[table][uintp(i * C + c)]
+
+
+_newton_schulz, _row_rmsprop = (Compiled(f, [__file__, optim.__file__]) for f in (newton_schulz, row_rmsprop))
+
+
+def speed_up(optimizer: optim.Optimizer, pieces: Pieces, on_event: OnEvent) -> None:
+    """Have `optimizer` compute by these functions what they can. Raises what numba raises where it cannot compile."""
+    nothing, none = np.zeros(0, np.float32), np.zeros(0, np.int64)
+    kinds = nothing, none, nothing, nothing, nothing
+    pieces.load(
+        on_event,
+        (_newton_schulz, (nothing, none, none, none, nothing)),
+        (_row_rmsprop, (0, *((empty,) * MOST_TABLES for empty in kinds), ZERO, ZERO)),
+    )
+
+    def orthogonalise_all(matrices: list[Tensor]) -> list[Tensor]:
+        ours = [matrix for matrix in matrices if _fits(matrix)]
+        done = {id(matrix): new for matrix, new in zip(ours, _orthogonalise(ours, pieces), strict=True)}
+        others = [matrix for matrix in matrices if id(matrix) not in done]
+        done |= {id(matrix): new for matrix, new in zip(others, optim.orthogonalise_all(others), strict=True)}
+        return [done[id(matrix)] for matrix in matrices]
+
+    def update_rows(tables: list[tuple[Tensor, ...]], lr: float, eps: float) -> None:
+        if tables:
+            columns = zip(zip(*tables, strict=True), kinds, strict=True)
+            arrays = [each + (empty,) * (MOST_TABLES - len(tables)) for each, empty in columns]
+            pieces.run(_row_rmsprop, len(tables), *arrays, np.float32(lr), np.float32(eps))
+
+    if optimizer.muon:
+        optimizer.muon.orthogonalise_all = orthogonalise_all
+    optimizer.rows.update_rows = update_rows
+
+
+def _fits(matrix: Tensor) -> bool:
+    return min(matrix.shape) <= WIDEST and not any(side % COLUMNS for side in matrix.shape)
+
+
+def _orthogonalise(matrices: list[Tensor], pieces: Pieces) -> list[Tensor]:
+    if not matrices:
+        return []
+    sizes = [matrix.numel() for matrix in matrices]
+    flat, ends = torch.cat([matrix.reshape(-1) for matrix in matrices]), np.cumsum(sizes)
+    order = np.argsort(sizes, kind="stable")  # neighbours, which go to different threads, take equal times
+    rows, columns = (np.array([matrix.shape[side] for matrix in matrices])[order] for side in (0, 1))
+    out = torch.zeros_like(flat)
+    pieces.run(_newton_schulz, flat, (ends - sizes)[order], rows, columns, out)
+    return [part.view(matrix.shape) for part, matrix in zip(out.split(sizes), matrices, strict=True)]
