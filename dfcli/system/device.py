@@ -119,6 +119,17 @@ def set_threads() -> int:
     return threads
 
 
+@contextmanager
+def pytorch_threads(count: int) -> Iterator[None]:
+    """Inside the block an operation of PyTorch uses so many threads of the CPU."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _cpu(threads: int, reason: str) -> Device:
     # bfloat16 without units for it is emulated, about 300 times slower, and most CPUs have none.
     why = f"{reason}; float32, which every CPU computes at full speed"

@@ -24,7 +24,7 @@ from dfcli.system.events import OnEvent, ignore
 
 WIDTH = 8  # floats of one vector: one AVX2 register, or two of NEON
 COLUMNS = 2 * WIDTH  # that a product computes at once
-ROWS = 4
+ROWS = 6  # so that a product needs 12 + 2 + 1 of 16 registers, and does not wait for its sums
 FLOATS = ir.VectorType(ir.FloatType(), WIDTH)
 I64, I32 = ir.IntType(64), ir.IntType(32)
 
@@ -191,6 +191,11 @@ def _one_row(_context, out, o, o_row, a, i, a_row, a_k, b, j, b_row, K):
 
 
 @intrinsic
+def _four_rows(_context, out, o, o_row, a, i, a_row, a_k, b, j, b_row, K):
+    return types.void(out, _size, _size, a, _size, _size, _size, b, _size, _size, _size), _tile(4)
+
+
+@intrinsic
 def _rows(_context, out, o, o_row, a, i, a_row, a_k, b, j, b_row, K):
     return types.void(out, _size, _size, a, _size, _size, _size, b, _size, _size, _size), _tile(ROWS)
 
@@ -207,9 +212,29 @@ def product(out, o, o_row, a, i, a_row, a_k, b, j, b_row, M, N, K):
         while m + ROWS <= M:
             _rows(out, o + m * o_row + n, o_row, a, i + m * a_row, a_row, a_k, b, j + n, b_row, K)
             m += ROWS
+        if m + 4 <= M:
+            _four_rows(out, o + m * o_row + n, o_row, a, i + m * a_row, a_row, a_k, b, j + n, b_row, K)
+            m += 4
         while m < M:
             _one_row(out, o + m * o_row + n, o_row, a, i + m * a_row, a_row, a_k, b, j + n, b_row, K)
             m += 1
+
+
+@inner
+def packed_product(out, o, o_row, a, i, a_row, a_k, b, j, M, N, K):
+    """`product` with a `b` that lies as `pack` has put it: made for one too large for the nearest caches."""
+    for n in range(0, N, COLUMNS):
+        product(out, o + n, o_row, a, i, a_row, a_k, b, j + n * K, COLUMNS, M, COLUMNS, K)
+
+
+@inner
+def pack(out, o, x, i, x_row, x_column, K, N):
+    """The matrix x[i + k x_row + n x_column] of K rows and N columns, a multiple of COLUMNS, for `packed_product`: some
+    COLUMNS of its columns after the others, so that what is read at once lies together."""
+    for n in range(0, N, COLUMNS):
+        for k in range(K):
+            for c in range(COLUMNS):
+                out[uintp(o + n * K + k * COLUMNS + c)] = x[uintp(i + k * x_row + (n + c) * x_column)]
 
 
 @inner

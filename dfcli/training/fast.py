@@ -23,11 +23,15 @@ LONGEST = 512  # ids of a GPT's context: attention's shares are kept, T x T for 
 
 
 Forward = Callable[..., Tensor]
-Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # of ids, targets and positions, see `loss.cross_entropy`
+# Of ids, targets and positions [B, T], and how many targets the mean is over: adds the mean's gradients to those of the
+# parameters, and gives the sum, see `loss.cross_entropy`.
+Backward = Callable[[Tensor, Tensor, Tensor | None, int], Tensor]
 
 
-def by_numba(core: cores.Core, optimizer: Optimizer, recipe: Recipe, device: Device, on_event: OnEvent) -> Loss | None:
-    """On a CPU, the core's loss by functions that numba compiles, once on a machine, for models of the default
+def by_numba(
+    core: cores.Core, optimizer: Optimizer, recipe: Recipe, device: Device, on_event: OnEvent
+) -> Backward | None:
+    """On a CPU, loss and gradients by functions that numba compiles, once on a machine, for models of the default
     recipes' kinds, whose `optimizer` then uses such functions too; else None. What fails is told, and training goes on
     without it."""
     wanted = recipe.compile == "auto" and device.kind == "cpu" and recipe.sampling != "last"
@@ -39,9 +43,9 @@ def by_numba(core: cores.Core, optimizer: Optimizer, recipe: Recipe, device: Dev
         from dfcli.training import optim_cpu
 
         pieces = Pieces(device.threads)
-        loss = importlib.import_module(module).build(core, pieces, on_event)
+        backward = importlib.import_module(module).build(core, pieces, on_event)
         optim_cpu.speed_up(optimizer, pieces, ignore)
-        return loss
+        return backward
     except Exception as error:  # whatever a broken numba raises
         on_event(Note(f"numba does not work here ({first_line(error)[:200]}); training without it, more slowly"))
         return None

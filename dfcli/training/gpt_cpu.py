@@ -16,7 +16,6 @@ Cs, Qs, Fs, Vs, Ts floats for C channels, 3 C of queries, keys and values, F = 4
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -42,6 +41,8 @@ from dfcli.system.vectors import (
     meet,
     norm,
     norm_back,
+    pack,
+    packed_product,
     product,
     rotate,
     transposed,
@@ -74,9 +75,11 @@ def _whole(n):
 
 
 @inner
-def _copies(out, o, o_row, x, i, rows, columns):
-    for row in range(rows):
-        copy(out, o + row * o_row, x, i + row * columns, columns)
+def _both(forwards, back, weights, begin, layer, outputs, inputs):
+    """A layer's weight, [outputs, inputs] among all of its kind, packed for both ways."""
+    o = layer * outputs * inputs
+    pack(forwards, o, weights, begin + o, 1, inputs, inputs, outputs)
+    pack(back, o, weights, begin + o, inputs, 1, outputs, inputs)
 
 
 @inner
@@ -119,7 +122,7 @@ def _table_gradients(k, N, C, rows, noise, dx, places, counts, found, grads):
 
 def gpt_step(
     piece, pieces, flags, way, ids, targets, positions, T, V, L, heads, cos, sin, weights, many, sizes, tables, noise,
-    nats, grads, dx, rows, places, counts, found, row_grads,
+    per_target, nats, grads, dx, rows, places, counts, found, row_grads,
 ):  # fmt: skip
     """One piece of loss and gradients. N = B T positions, L blocks, C channels, H heads of D, K = `many` n-gram tables.
 
@@ -128,9 +131,10 @@ def gpt_step(
     [L, 3 C, C], projection [L, C, C], expansion [L, 4 C, C], contraction [L, C, 4 C]. Tables: a tuple of MOST_TABLES
     arrays, of `sizes` int64 [K] rows; noise [K, N]: what dropout multiplies n-grams by, or nothing.
 
-    Added to, zeros at first, for each piece: nats float64, the summed cross-entropy; grads, of the weights. Out: dx
-    [N, C]; of each table how many rows were read (counts int64 [K]), which (found int64 [K, N]) and their gradients
-    (row_grads [K, N, C]). rows, places int64 [K, N] are for use here.
+    Out: nats float64 [pieces], the cross-entropy summed over the targets of each piece; the gradients of
+    `per_target` times it: grads [pieces, weights], the first row; of each table how many rows were read (counts int64
+    [K]), which (found int64 [K, N]), and theirs (row_grads [K, N, C]). dx [N, C], and rows and places int64 [K, N], are
+    for use here.
     """
     N, B = ids.size, ids.size // T
     if N == 0:
@@ -144,24 +148,26 @@ def gpt_step(
     W_projection = W_qkv + L * 3 * C * C
     W_expansion = W_projection + L * C * C
     W_contraction = W_expansion + L * F * C
-    mine = piece * (W_contraction + L * C * F)
-    # The weights as products take them: forwards [inputs, outputs], backwards as they are.
-    head, head_back = np.zeros(C * Vs, np.float32), np.empty(V * Cs, np.float32)
-    qkv_weight, qkv_back = np.empty(L * C * Qs, np.float32), np.empty(L * 3 * C * Cs, np.float32)
-    projection, projection_back = np.empty(L * C * Cs, np.float32), np.empty(L * C * Cs, np.float32)
-    expansion, expansion_back = np.empty(L * C * Fs, np.float32), np.empty(L * F * Cs, np.float32)
-    contraction, contraction_back = np.empty(L * F * Cs, np.float32), np.empty(L * C * Fs, np.float32)
-    transposed(head, 0, Vs, weights, W_head, C, V, C)
-    _copies(head_back, 0, Cs, weights, W_head, V, C)
-    _copies(qkv_back, 0, Cs, weights, W_qkv, L * 3 * C, C)
-    _copies(projection_back, 0, Cs, weights, W_projection, L * C, C)
-    _copies(expansion_back, 0, Cs, weights, W_expansion, L * F, C)
-    _copies(contraction_back, 0, Fs, weights, W_contraction, L * C, F)
+    total = W_contraction + L * C * F
+    mine = piece * total
+    nats[uintp(piece)] = 0
+    fill(grads, mine, total, ZERO)
+    # The weights as products take them: forwards [inputs, outputs], backwards [outputs, inputs].
+    head, head_back = np.zeros(C * Vp, np.float32), np.empty(V * C, np.float32)
+    qkv_weight, qkv_back = np.empty(L * 3 * C * C, np.float32), np.empty(L * 3 * C * C, np.float32)
+    projection, projection_back = np.empty(L * C * C, np.float32), np.empty(L * C * C, np.float32)
+    expansion, expansion_back = np.empty(L * C * F, np.float32), np.empty(L * C * F, np.float32)
+    contraction, contraction_back = np.empty(L * C * F, np.float32), np.empty(L * C * F, np.float32)
+    for n in range(0, V, COLUMNS):
+        for v in range(n, min(V, n + COLUMNS)):
+            for c in range(C):
+                head[uintp(n * C + c * COLUMNS + v - n)] = weights[uintp(W_head + v * C + c)]
+    pack(head_back, 0, weights, W_head, C, 1, V, C)
     for layer in range(L):
-        transposed(qkv_weight, layer * C * Qs, Qs, weights, W_qkv + layer * 3 * C * C, C, 3 * C, C)
-        transposed(projection, layer * C * Cs, Cs, weights, W_projection + layer * C * C, C, C, C)
-        transposed(expansion, layer * C * Fs, Fs, weights, W_expansion + layer * F * C, C, F, C)
-        transposed(contraction, layer * F * Cs, Cs, weights, W_contraction + layer * C * F, F, C, F)
+        _both(qkv_weight, qkv_back, weights, W_qkv, layer, 3 * C, C)
+        _both(projection, projection_back, weights, W_projection, layer, C, C)
+        _both(expansion, expansion_back, weights, W_expansion, layer, F, C)
+        _both(contraction, contraction_back, weights, W_contraction, layer, C, F)
     # What is kept of a sequence, for the way back: outputs and scales of the norms, queries and keys normed and turned,
     # attention's shares [L, T, H, Tp], its output, relu of the MLP's inside.
     h1, scale1, h2, scale2 = (np.empty(L * T * Cs, np.float32), np.empty(L * T, np.float32),
@@ -193,7 +199,7 @@ def gpt_step(
                 for t in range(n):
                     scale1[uintp(row + t)] = norm(h1, (row + t) * Cs, stream, at + t * Cs, C)
                 fill(qkv, row * Qs, n * Qs, ZERO)
-                product(qkv, row * Qs, Qs, h1, row * Cs, Cs, 1, qkv_weight, layer * C * Qs, Qs, n, 3 * C, C)
+                packed_product(qkv, row * Qs, Qs, h1, row * Cs, Cs, 1, qkv_weight, layer * 3 * C * C, n, 3 * C, C)
                 for t in range(n):
                     for part in range(2 * heads):
                         i = (row + t) * Qs + part * D
@@ -220,24 +226,24 @@ def gpt_step(
                             fill(shares, s + t + 1, Tp - t - 1, ZERO)
                         s, v = ((first + q0) * heads + h) * Tp, first * Qs + 2 * C + h * D
                         product(y, (first + q0) * Cs + h * D, Cs, shares, s, heads * Tp, 1, qkv, v, Qs, m, D, many_keys)
-                product(stream, at, Cs, y, row * Cs, Cs, 1, projection, layer * C * Cs, Cs, n, C, C)
+                packed_product(stream, at, Cs, y, row * Cs, Cs, 1, projection, layer * C * C, n, C, C)
                 for t in range(n):
                     scale2[uintp(row + t)] = norm(h2, (row + t) * Cs, stream, at + t * Cs, C)
                 fill(inside, 0, n * Fs, ZERO)
-                product(inside, 0, Fs, h2, row * Cs, Cs, 1, expansion, layer * C * Fs, Fs, n, F, C)
+                packed_product(inside, 0, Fs, h2, row * Cs, Cs, 1, expansion, layer * C * F, n, F, C)
                 for i in range(n * Fs):
                     value = inside[uintp(i)]
                     value = ZERO if value < ZERO else value
                     r[uintp(row * Fs + i)] = value
                     inside[uintp(i)] = value * value
-                product(stream, at, Cs, inside, 0, Fs, 1, contraction, layer * F * Cs, Cs, n, C, F)
+                packed_product(stream, at, Cs, inside, 0, Fs, 1, contraction, layer * C * F, n, C, F)
         # The head and the loss; from here on `stream` is the gradient with respect to the residual stream.
         for t0 in range(0, T, BLOCK):
             n, at = min(BLOCK, T - t0), t0 * Cs
             for t in range(n):
                 out_scale[uintp(t0 + t)] = norm(out, at + t * Cs, stream, at + t * Cs, C)
             fill(logits, 0, n * Vs, ZERO)
-            product(logits, 0, Vs, out, at, Cs, 1, head, 0, Vs, n, Vp, C)
+            packed_product(logits, 0, Vs, out, at, Cs, 1, head, 0, n, Vp, C)
             for t in range(n):
                 target, i = targets[uintp(b * T + t0 + t)], t * Vs
                 if target < 0:
@@ -247,14 +253,15 @@ def gpt_step(
                 for v in range(V):
                     most = max(most, logits[uintp(i + v)])
                 right = logits[uintp(i + target)] - most
-                total = _exp_sum(logits, i, V, ONE, most)
-                nats[uintp(piece)] += np.log(total) - right
+                whole = _exp_sum(logits, i, V, ONE, most)
+                nats[uintp(piece)] += np.log(whole) - right
+                share = per_target / whole
                 for v in range(V):
-                    logits[uintp(i + v)] /= total
-                logits[uintp(i + target)] -= ONE
+                    logits[uintp(i + v)] *= share
+                logits[uintp(i + target)] -= per_target
             product(grads, mine + W_head, C, logits, 0, 1, Vs, out, at, Cs, V, C, n)
             fill(dh, 0, n * Cs, ZERO)
-            product(dh, 0, Cs, logits, 0, Vs, 1, head_back, 0, Cs, n, C, V)
+            packed_product(dh, 0, Cs, logits, 0, Vs, 1, head_back, 0, n, C, V)
             fill(stream, at, n * Cs, ZERO)
             for t in range(n):
                 norm_back(stream, at + t * Cs, dh, t * Cs, out, at + t * Cs, out_scale[uintp(t0 + t)], C)
@@ -264,7 +271,7 @@ def gpt_step(
             for t0 in range(0, T, BLOCK):
                 n, row, at = min(BLOCK, T - t0), first + t0, t0 * Cs
                 fill(d_inside, 0, n * Fs, ZERO)
-                product(d_inside, 0, Fs, stream, at, Cs, 1, contraction_back, layer * C * Fs, Fs, n, F, C)
+                packed_product(d_inside, 0, Fs, stream, at, Cs, 1, contraction_back, layer * C * F, n, F, C)
                 for i in range(n * Fs):
                     value = r[uintp(row * Fs + i)]
                     inside[uintp(i)] = value * value
@@ -274,12 +281,12 @@ def gpt_step(
                 own = mine + W_expansion + layer * F * C
                 product(grads, own, C, d_inside, 0, 1, Fs, h2, row * Cs, Cs, F, C, n)
                 fill(dh, 0, n * Cs, ZERO)
-                product(dh, 0, Cs, d_inside, 0, Fs, 1, expansion_back, layer * F * Cs, Cs, n, C, F)
+                packed_product(dh, 0, Cs, d_inside, 0, Fs, 1, expansion_back, layer * C * F, n, C, F)
                 for t in range(n):
                     norm_back(stream, at + t * Cs, dh, t * Cs, h2, (row + t) * Cs, scale2[uintp(row + t)], C)
                 own = mine + W_projection + layer * C * C
                 product(grads, own, C, stream, at, 1, Cs, y, row * Cs, Cs, C, C, n)
-                product(dy, at, Cs, stream, at, Cs, 1, projection_back, layer * C * Cs, Cs, n, C, C)
+                packed_product(dy, at, Cs, stream, at, Cs, 1, projection_back, layer * C * C, n, C, C)
             fill(d_qkv, 0, T * Qs, ZERO)
             for h in range(heads):
                 q, k, v = h * D, C + h * D, 2 * C + h * D  # within a row of qkv
@@ -290,11 +297,11 @@ def gpt_step(
                     fill(d_shares, 0, m * Ts, ZERO)
                     product(d_shares, 0, Ts, dy, q0 * Cs + q, Cs, 1, values, 0, Ts, m, _whole(many_keys), D)
                     for t in range(m):
-                        share = s + t * heads * Tp
-                        mean = dot(d_shares, t * Ts, shares, share, many_keys)
+                        row = s + t * heads * Tp
+                        mean = dot(d_shares, t * Ts, shares, row, many_keys)
                         for j in range(many_keys):
                             change = d_shares[uintp(t * Ts + j)] - mean
-                            d_shares[uintp(t * Ts + j)] = shares[uintp(share + j)] * change * factor
+                            d_shares[uintp(t * Ts + j)] = shares[uintp(row + j)] * change * factor
                     query, key = (first + q0) * Qs + q, first * Qs + k
                     product(d_qkv, q0 * Qs + q, Qs, d_shares, 0, Ts, 1, qkv, key, Qs, m, D, many_keys)
                     product(d_qkv, k, Qs, d_shares, 0, 1, Ts, qkv, query, Qs, many_keys, D, m)
@@ -312,58 +319,22 @@ def gpt_step(
                 own = mine + W_qkv + layer * 3 * C * C
                 product(grads, own, C, d_qkv, t0 * Qs, 1, Qs, h1, row * Cs, Cs, 3 * C, C, n)
                 fill(dh, 0, n * Cs, ZERO)
-                product(dh, 0, Cs, d_qkv, t0 * Qs, Qs, 1, qkv_back, layer * 3 * C * Cs, Cs, n, C, 3 * C)
+                packed_product(dh, 0, Cs, d_qkv, t0 * Qs, Qs, 1, qkv_back, layer * 3 * C * C, n, C, 3 * C)
                 for t in range(n):
                     norm_back(stream, at + t * Cs, dh, t * Cs, h1, (row + t) * Cs, scale1[uintp(row + t)], C)
         for t in range(T):
             add(grads, mine + ids[uintp(b * T + t)] * C, stream, t * Cs, C)
             copy(dx, (b * T + t) * C, stream, t * Cs, C)
-    if many and meet(flags, piece, pieces, 1, way):
-        for k in range(piece, many, pieces):
-            _table_gradients(k, N, C, rows, noise, dx, places, counts, found, row_grads)
+    if not meet(flags, piece, pieces, 1, way):
+        return
+    begin, end = piece * total // pieces, (piece + 1) * total // pieces
+    for other in range(1, pieces):
+        add(grads, begin, grads, other * total + begin, end - begin)
+    for k in range(piece, many, pieces):
+        _table_gradients(k, N, C, rows, noise, dx, places, counts, found, row_grads)
 
 
 _step = Compiled(gpt_step, [__file__])
-
-
-class _Loss(torch.autograd.Function):
-    """Cross-entropy in nats, summed over targets [B, T] that are not negative; a scalar. The gradients are computed
-    with it, those of the tables sparse, and coalesced."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, ids: Tensor, targets: Tensor, positions: Tensor, core: GPT, noise: Tensor, pieces: Pieces, many: int,
-        *parameters: Tensor,
-    ) -> Tensor:  # fmt: skip
-        (B, T), (tables, dense) = ids.shape, (parameters[:many], parameters[many:])
-        c, N, C = core.config, B * T, core.config.channels
-        sizes = [p.numel() for p in dense]
-        nats, grads = torch.zeros(pieces.count, dtype=torch.float64), torch.zeros(pieces.count, sum(sizes))
-        dx, row_grads = torch.empty(N, C), torch.empty(many, N, C)
-        rows, places, found = torch.empty(3, many, N, dtype=torch.int64)
-        counts = torch.empty(many, dtype=torch.int64)
-        pieces.run(
-            _step, ids, targets, positions, T, c.vocab_size, c.layers, c.heads, core.cos[:T], core.sin[:T],
-            torch.cat([p.flatten() for p in dense]), many, np.array([len(table) for table in tables], np.int64),
-            tables + (torch.empty(0),) * (MOST_TABLES - many), noise,
-            nats, grads, dx, rows, places, counts, found, row_grads,
-        )  # fmt: skip
-        ctx.dense, ctx.sizes, ctx.shapes = grads.sum(0), sizes, [p.shape for p in parameters]
-        ctx.rows = list(zip(found, row_grads, counts.tolist(), strict=True))
-        return nats.sum().float()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        factor, shapes = gradients[0], ctx.shapes
-        tables = (
-            torch.sparse_coo_tensor(
-                rows[None, :n], factor * grads[:n], shape, is_coalesced=True, check_invariants=False
-            )
-            for (rows, grads, n), shape in zip(ctx.rows, shapes[: len(ctx.rows)], strict=True)
-        )
-        dense = (factor * ctx.dense).split(ctx.sizes)
-        weights = (grad.view(shape) for grad, shape in zip(dense, shapes[len(ctx.rows) :], strict=True))
-        return None, None, None, None, None, None, None, *tables, *weights
 
 
 def _noise(ngrams: NGrams, ids: Tensor) -> Tensor:
@@ -373,13 +344,12 @@ def _noise(ngrams: NGrams, ids: Tensor) -> Tensor:
     return torch.stack([ngrams.dropout(torch.ones(*ids.shape, 1)) for _ in ngrams.tables])
 
 
-def build(core: nn.Module, pieces: Pieces, on_event: OnEvent) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """The loss of a core that fits (see `fast`), as a function of ids, targets and positions [B, T], by compiled
-    functions. Raises what numba raises where it cannot compile."""
+def build(core: nn.Module, pieces: Pieces, on_event: OnEvent) -> Callable[[Tensor, Tensor, Tensor | None, int], Tensor]:
+    """What `fast.Backward` says, for a core that fits. Raises what numba raises where it cannot compile."""
     assert isinstance(core, GPT)
-    blocks, tables = core.blocks, [table.weight for table in core.ngrams.tables] if core.config.ngrams > 1 else []
-    parameters = [
-        *tables,
+    c, blocks, C = core.config, core.blocks, core.config.channels
+    tables = [table.weight for table in core.ngrams.tables] if c.ngrams > 1 else []
+    dense = [
         core.tokens.weight,
         core.head.weight,
         *(block.attention.qkv.weight for block in blocks),
@@ -387,18 +357,37 @@ def build(core: nn.Module, pieces: Pieces, on_event: OnEvent) -> Callable[[Tenso
         *(block.mlp.expansion.weight for block in blocks),
         *(block.mlp.projection.weight for block in blocks),
     ]
+    many, places = len(tables), [p.numel() for p in dense]
+    sizes = np.array([len(table) for table in tables], np.int64)
     nothing, none = np.zeros(0, np.float32), np.zeros(0, np.int64)
     ids = (none, none, none, 1, 1, 1, 1)
     inputs = (nothing, nothing, nothing, 0, none, (nothing,) * MOST_TABLES, nothing)
     outputs = (np.zeros(0), nothing, nothing, none, none, none, none, nothing)
-    pieces.load(on_event, (_step, (*ids, *inputs, *outputs)))
+    pieces.load(on_event, (_step, (*ids, *inputs, ZERO, *outputs)))
 
-    def loss(ids: Tensor, targets: Tensor, positions: Tensor | None) -> Tensor:
-        positions = torch.arange(ids.shape[1]).expand(ids.shape) if positions is None else positions
+    @torch.no_grad()
+    def backward(ids: Tensor, targets: Tensor, positions: Tensor | None, count: int) -> Tensor:
+        (B, T), N = ids.shape, ids.numel()
+        positions = torch.arange(T).expand(B, T) if positions is None else positions
         noise = _noise(core.ngrams, ids) if tables else torch.empty(0)
-        whole = (each.contiguous() for each in (ids, targets, positions))
-        result = _Loss.apply(*whole, core, noise, pieces, len(tables), *parameters)
-        assert isinstance(result, Tensor)
-        return result
+        nats, grads = torch.empty(pieces.count, dtype=torch.float64), torch.empty(pieces.count, sum(places))
+        dx, row_grads, counts = torch.empty(N, C), torch.empty(many, N, C), torch.empty(many, dtype=torch.int64)
+        rows, sorted_rows, found = torch.empty(3, many, N, dtype=torch.int64)
+        pieces.run(
+            _step, ids.contiguous(), targets.contiguous(), positions.contiguous(), T, c.vocab_size, c.layers, c.heads,
+            core.cos[:T], core.sin[:T], torch.cat([p.view(-1) for p in dense]), many, sizes,
+            (*tables, *[torch.empty(0)] * (MOST_TABLES - many)), noise,
+            np.float32(1 / max(1, count)), nats, grads, dx, rows, sorted_rows, counts, found, row_grads,
+        )  # fmt: skip
+        for p, grad in zip(dense, grads[0].split(places), strict=True):
+            _add_gradient(p, grad.view(p.shape))
+        for p, n, read, grad in zip(tables, counts.tolist(), found, row_grads, strict=True):
+            read, grad = read[None, :n], grad[:n]
+            _add_gradient(p, torch.sparse_coo_tensor(read, grad, p.shape, is_coalesced=True, check_invariants=False))
+        return nats.sum().float()
 
-    return loss
+    return backward
+
+
+def _add_gradient(p: Tensor, grad: Tensor) -> None:
+    p.grad = grad if p.grad is None else p.grad + grad

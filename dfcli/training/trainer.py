@@ -25,11 +25,11 @@ from torch import Tensor
 from dfcli import cores
 from dfcli.data.batches import IGNORED, Batch
 from dfcli.errors import CorruptError, DfError
-from dfcli.system.allocator import kept_memory
-from dfcli.system.device import Device
+from dfcli.system.allocator import kept_memory, settled_objects
+from dfcli.system.device import Device, pytorch_threads
 from dfcli.system.events import Note, OnEvent, ignore
 from dfcli.training.events import Sample, Saved, Step
-from dfcli.training.fast import Loss, by_numba, by_torch
+from dfcli.training.fast import Backward, by_numba, by_torch
 from dfcli.training.loss import cross_entropy
 from dfcli.training.optim import Optimizer
 from dfcli.training.schedule import lr_factor
@@ -115,7 +115,7 @@ class Trainer:
         self.on_event, self.stop, self.clock = on_event, stop, clock
         self.optimizer = Optimizer(core, recipe)
         self.forward: Callable[..., Tensor] = core
-        self.fast_loss: Loss | None = None
+        self.fast_backward: Backward | None = None
         self.saved_step: int | None = self.state.step or None
 
     # --- the loop
@@ -128,16 +128,18 @@ class Trainer:
         s = self.state
         if s.done:
             return None
-        self.fast_loss = by_numba(self.core, self.optimizer, self.recipe, self.device, self.on_event)
+        self.fast_backward = by_numba(self.core, self.optimizer, self.recipe, self.device, self.on_event)
         self.began = self.clock() - s.seconds
         self.first_step, self.shown, self.warm, self.guess = s.step, -math.inf, 0.0, 0.0
         self.last_evaluation = self.last_save = s.seconds
         self.core.train()
-        if self.fast_loss is None:
+        if self.fast_backward is None:
             self.forward = by_torch(self.core, self.recipe, self.device, self.try_out, self.on_event)
         self.optimizer.rows.sparse(self.forward is self.core and self.device.kind == "cpu")
         self._start_interval()
-        with kept_memory():
+        # What they leave to PyTorch is too short to be worth waking threads for; but a WaveNet's head is not.
+        threads = 1 if self.fast_backward and isinstance(self.core, cores.GPT) else self.device.threads
+        with kept_memory(), settled_objects(), pytorch_threads(threads):
             while not s.done:
                 reason = self.stop()
                 if reason is not None:
@@ -165,7 +167,8 @@ class Trainer:
         s.done = s.step >= r.steps if r.steps else s.seconds + self._step_seconds() > self._limit()
         s.val_loss = None
         if self.validate and self._evaluation_due():
-            self._evaluate(self.validate)
+            with pytorch_threads(self.device.threads):
+                self._evaluate(self.validate)
         self._report()
         if s.done or self._save_due():
             self._save()
@@ -178,9 +181,7 @@ class Trainer:
         count = sum(int((batch.targets != IGNORED).sum()) for batch in micros)
         total = torch.zeros((), device=self.device.torch_device)
         for batch in micros:
-            loss = self.loss(batch)
-            (loss / max(1, count)).backward()
-            total += loss.detach()
+            total += self.backward(batch, count)
         nats, norm = torch.stack((total, self.optimizer.gradient_norm())).tolist()  # the step's one wait for the device
         return nats, count, norm
 
@@ -194,21 +195,24 @@ class Trainer:
         else:
             torch.default_generator.manual_seed(seed)
 
-    def loss(self, batch: Batch) -> Tensor:
-        """Cross-entropy in nats, summed over the targets that are scored; a scalar."""
+    def backward(self, batch: Batch, count: int) -> Tensor:
+        """Add the gradients of a micro-batch to those there are, of the mean over `count` targets. Returns its
+        cross-entropy in nats, summed over the targets that are scored; a scalar."""
         ids, targets, positions = (
             None if x is None else x.to(self.device.torch_device, non_blocking=True)
             for x in (batch.ids, batch.targets, batch.positions)
         )
         assert ids is not None
         assert targets is not None
-        if self.fast_loss:
-            return self.fast_loss(ids, targets, positions)
+        if self.fast_backward:
+            return self.fast_backward(ids, targets, positions, count)
         last = self.recipe.sampling == "last"
         with self.device.autocast():
             logits = self.forward(ids, positions, last)
             targets = targets[:, -1:] if last else targets
-            return cross_entropy(logits, targets)
+            loss = cross_entropy(logits, targets)
+        (loss / max(1, count)).backward()
+        return loss.detach()
 
     def _not_finite(self, nats: float) -> None:
         s, r = self.state, self.recipe
@@ -231,7 +235,7 @@ class Trainer:
         buffers = {name: buffer.clone() for name, buffer in self.core.named_buffers()}  # BatchNorm's, which it moves
         before, self.forward = self.forward, forward
         try:
-            self.loss(self.batches.at(self.state.step)).backward()
+            self.backward(self.batches.at(self.state.step), 1)
         finally:
             self.forward = before
             self.optimizer.drop_gradients()

@@ -234,9 +234,8 @@ class _Layers(torch.autograd.Function):
         return dx, None, *d_weights, d_skips.sum((0, 1)), None, None, None, None
 
 
-def build(core: nn.Module, pieces: Pieces, on_event: OnEvent) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """The loss of a core that fits (see `fast`), as a function of ids, targets and positions [B, T], by compiled
-    functions. Raises what numba raises where it cannot compile."""
+def build(core: nn.Module, pieces: Pieces, on_event: OnEvent) -> Callable[[Tensor, Tensor, Tensor | None, int], Tensor]:
+    """What `fast.Backward` says, for a core that fits. Raises what numba raises where it cannot compile."""
     assert isinstance(core, WaveNet)
     layers = core.layers
     dilations = np.array(core.config.all_dilations)
@@ -246,7 +245,7 @@ def build(core: nn.Module, pieces: Pieces, on_event: OnEvent) -> Callable[[Tenso
         on_event, *((f, (none, none, taps, normed, *[nothing] * n)) for f, n in ((_forward, 12), (_backward, 15)))
     )
 
-    def loss(ids: Tensor, targets: Tensor, positions: Tensor | None) -> Tensor:
+    def backward(ids: Tensor, targets: Tensor, positions: Tensor | None, count: int) -> Tensor:
         if positions is None:
             positions = torch.arange(ids.shape[1]).expand(ids.shape)
         skips = _Layers.apply(
@@ -263,6 +262,8 @@ def build(core: nn.Module, pieces: Pieces, on_event: OnEvent) -> Callable[[Tenso
             normed,
             pieces,
         )
-        return cross_entropy(core._head(skips), targets)
+        loss = cross_entropy(core._head(skips), targets)
+        (loss / max(1, count)).backward()
+        return loss.detach()
 
-    return loss
+    return backward

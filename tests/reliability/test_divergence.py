@@ -26,8 +26,10 @@ def train(folder: Path, home: Path, broken: set[int], *more: str) -> tuple[int, 
     words = [*material.trainings(folder, STEPS)["gpt, adamw, accumulated"], "--name", "r", *more]
 
     def work() -> int:
-        real = Trainer.loss
-        Trainer.loss = lambda self, batch: real(self, batch) * (float("nan") if self.state.step in broken else 1)
+        real = Trainer.backward
+        Trainer.backward = lambda self, batch, count: (
+            real(self, batch, count) * (float("nan") if self.state.step in broken else 1)
+        )
         return app.run(words)
 
     child = Child(work, folder / "said", home)

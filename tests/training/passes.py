@@ -9,23 +9,30 @@ from torch import Tensor, nn
 
 from dfcli.training.loss import cross_entropy
 
-Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # of ids, targets, positions
+Backward = Callable[[Tensor, Tensor, Tensor | None, int], Tensor]  # see `dfcli.training.fast`
 Pass = tuple[Tensor, dict[str, Tensor]]  # the loss, and the gradients of the parameters that have one
 
 
-def plain(core: nn.Module) -> Loss:
-    """The loss by the core's own `forward`."""
-    return lambda ids, targets, positions: cross_entropy(core(ids, positions), targets)
+def plain(core: nn.Module) -> Backward:
+    """By the core's own `forward`."""
+
+    def backward(ids: Tensor, targets: Tensor, positions: Tensor | None, count: int) -> Tensor:
+        loss = cross_entropy(core(ids, positions), targets)
+        (loss / count).backward()
+        return loss.detach()
+
+    return backward
 
 
-def one(core: nn.Module, loss: Loss, ids: Tensor, targets: Tensor, positions: Tensor | None = None) -> Pass:
-    """A pass by `loss`, whose parameters are those of `core`; the same noise every time."""
+def one(core: nn.Module, backward: Backward, ids: Tensor, targets: Tensor, positions: Tensor | None = None) -> Pass:
+    """A pass by `backward`, whose parameters are those of `core`, twice, as by two micro-batches; the same noise every
+    time."""
     core.zero_grad(set_to_none=True)
     torch.manual_seed(0)
-    total = loss(ids, targets, positions)
-    (total / 3).backward()
+    loss = backward(ids, targets, positions, 3)
+    backward(ids.flip(0), targets, positions, 3)
     grads = {name: p.grad for name, p in core.named_parameters() if p.grad is not None}
-    return total.detach(), {name: grad.to_dense() if grad.is_sparse else grad for name, grad in grads.items()}
+    return loss, {name: grad.to_dense() if grad.is_sparse else grad for name, grad in grads.items()}
 
 
 def starts(B: int, T: int) -> Tensor:
@@ -43,10 +50,10 @@ def assert_alike(found: Pass, expected: Pass, most: float) -> None:
         assert (grad - found[1][name]).norm() <= most * max(1.0, grad.norm().item()), name
 
 
-def assert_same_bits(core: nn.Module, loss: Loss, ids: Tensor, targets: Tensor) -> None:
+def assert_same_bits(core: nn.Module, backward: Backward, ids: Tensor, targets: Tensor) -> None:
     """21 passes over the same ids give the same bits."""
-    first = one(core, loss, ids, targets)
+    first = one(core, backward, ids, targets)
     for _ in range(20):
-        again = one(core, loss, ids, targets)
+        again = one(core, backward, ids, targets)
         assert torch.equal(first[0], again[0])
         assert all(torch.equal(first[1][name], again[1][name]) for name in first[1])

@@ -68,7 +68,7 @@ def test_a_machine_whose_numba_is_broken_trains_anyway(core_name: str, monkeypat
     core = cores.build(core_name, GPT if core_name == "gpt" else {"vocab_size": 11, "levels": 3})
     made = trainer(core, Recipe(steps=2, batch_size=2), Memory(), on_event=events.append)
     assert made.run() is None
-    assert made.forward is core
+    assert made.fast_backward is None
     notes = [event.text for event in events if isinstance(event, Note)]
     assert len(notes) == (core_name == "gpt")  # who would not use it is not told
     assert all(note.startswith("numba does not work here (ModuleNotFoundError") for note in notes)
@@ -109,7 +109,7 @@ def test_compiled_training_stopped_and_resumed_ends_as_one_that_never_stopped(
     whole, parts = Memory(), Memory()
     made = trainer(build(0), recipe, whole)
     assert made.run() is None
-    assert made.fast_loss is not None
+    assert made.fast_backward is not None
     polls = iter(range(100))
     assert trainer(build(0), recipe, parts, stop=lambda: "asked" if next(polls) == 3 else None).run() == "asked"
     model, optimizer, state = parts.saves[3]

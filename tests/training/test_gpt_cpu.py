@@ -53,11 +53,11 @@ def test_loss_and_gradients_are_the_cores(
 
 def test_the_same_bits_every_time_and_nan_is_not_hidden() -> None:
     core, ids = model(), torch.randint(20, (5, 100))
-    loss = build(core, Pieces(2), ignore)
-    passes.assert_same_bits(core, loss, ids, ids)
+    backward = build(core, Pieces(2), ignore)
+    passes.assert_same_bits(core, backward, ids, ids)
     with torch.no_grad():
         core.blocks[0].attention.qkv.weight[40, 0] = torch.nan  # of a key
-    assert passes.one(core, loss, ids, ids)[0].isnan()
+    assert passes.one(core, backward, ids, ids)[0].isnan()
 
 
 def test_training_ends_alike() -> None:
@@ -67,7 +67,7 @@ def test_training_ends_alike() -> None:
         recipe = Recipe(steps=3, batch_size=2, lr=0.02, optimizer="muon", momentum=0.9, compile=compile)
         made = trainer(core, recipe, Memory())
         assert made.run() is None
-        assert (made.fast_loss is None) == (compile == "off")
+        assert (made.fast_backward is None) == (compile == "off")
         weights.append(core.state_dict())
     for name, weight in weights[0].items():
         assert torch.allclose(weight, weights[1][name], atol=1e-3), name

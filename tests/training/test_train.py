@@ -245,9 +245,9 @@ def test_a_damaged_result_or_recipe_is_told(text: str) -> None:
 def test_batches_that_are_not_finite_are_skipped_on_request_and_counted(
     text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loss = Trainer.loss
-    broken = lambda self, batch: loss(self, batch) * (float("nan") if self.state.step in (2, 4) else 1)  # noqa: E731
-    monkeypatch.setattr(Trainer, "loss", broken)
+    loss = Trainer.backward
+    broken = lambda self, batch, count: loss(self, batch, count) * (float("nan") if self.state.step in (2, 4) else 1)  # noqa: E731
+    monkeypatch.setattr(Trainer, "backward", broken)
     skip = {"on_nonfinite": "skip", "skip_limit": "2"}
     for name, at in (("whole", 100), ("parts", 4), ("parts", 100)):
         line: dict[str, Any] = {"steps": 7, "name": name, "overrides": TINY_GPT | EVERY | skip, "resume": True}
@@ -384,27 +384,27 @@ def test_names_count_up(text: str) -> None:
 def test_a_training_that_fails_before_its_first_checkpoint_leaves_no_run(
     text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loss = Trainer.loss
-    monkeypatch.setattr(Trainer, "loss", lambda self, batch: loss(self, batch) * float("nan"))
+    loss = Trainer.backward
+    monkeypatch.setattr(Trainer, "backward", lambda self, batch, count: loss(self, batch, count) * float("nan"))
     with pytest.raises(DfError, match="is not finite"):
         train("gpt", [text], steps=1, name="a", overrides=TINY_GPT)
     assert list_runs() == []
 
 
 def test_a_training_that_diverges_later_keeps_its_last_checkpoint(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    loss = Trainer.loss
-    broken = lambda self, batch: loss(self, batch) * (float("inf") if self.state.step == 6 else 1)  # noqa: E731
-    monkeypatch.setattr(Trainer, "loss", broken)
+    loss = Trainer.backward
+    broken = lambda self, batch, count: loss(self, batch, count) * (float("inf") if self.state.step == 6 else 1)  # noqa: E731
+    monkeypatch.setattr(Trainer, "backward", broken)
     with pytest.raises(DfError, match=r"the loss of step 7 is not finite.*checkpoint of step 6 is kept"):
         train("gpt", [text], steps=9, name="a", overrides=TINY_GPT | EVERY)
     assert Run.open("a").load("last").step == 6
 
 
 def test_memory_that_runs_out_is_told_with_what_to_lower(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def loss(self: Trainer, batch: object) -> None:
+    def loss(self: Trainer, batch: object, count: int) -> None:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried")
 
-    monkeypatch.setattr(Trainer, "loss", loss)
+    monkeypatch.setattr(Trainer, "backward", loss)
     with pytest.raises(DfError, match="not enough memory") as caught:
         train("gpt", [text], steps=1, name="a", overrides=TINY_GPT)
     assert "--batch-size 2 --set accumulate=2" in caught.value.hint
@@ -412,10 +412,10 @@ def test_memory_that_runs_out_is_told_with_what_to_lower(text: str, monkeypatch:
 
 
 def test_other_runtime_errors_stay_what_they_are(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def loss(self: Trainer, batch: object) -> None:
+    def loss(self: Trainer, batch: object, count: int) -> None:
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr(Trainer, "loss", loss)
+    monkeypatch.setattr(Trainer, "backward", loss)
     with pytest.raises(RuntimeError, match="a defect"):
         train("gpt", [text], steps=1, name="a", overrides=TINY_GPT)
 

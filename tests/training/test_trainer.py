@@ -177,8 +177,8 @@ def test_clipping_bounds_the_gradient() -> None:
 
 def broken(one: Trainer, at: set[int], what: float = math.nan) -> Trainer:
     """A trainer whose loss is not finite at some steps."""
-    sound = one.loss
-    one.loss = lambda batch: sound(batch) * (what if one.state.step in at else 1.0)
+    sound = one.backward
+    one.backward = lambda batch, count: sound(batch, count) * (what if one.state.step in at else 1.0)
     return one
 
 

@@ -57,26 +57,26 @@ def test_large_sums_and_what_is_not_a_number() -> None:
     core, ids = model(), torch.randint(20, (1, 40))
     with torch.no_grad():
         core.layers[0].dilated.weight.mul_(300)  # tanh and sigmoid saturate
-    loss = build(core, Pieces(2), ignore)
-    expected, found = passes.one(core, passes.plain(core), ids, ids), passes.one(core, loss, ids, ids)
+    backward = build(core, Pieces(2), ignore)
+    expected, found = passes.one(core, passes.plain(core), ids, ids), passes.one(core, backward, ids, ids)
     passes.assert_alike(found, expected, 1e-4)
     with torch.no_grad():
         core.layers[1].dilated.weight[3, 3] = torch.nan
-    assert passes.one(core, loss, ids, ids)[0].isnan()
+    assert passes.one(core, backward, ids, ids)[0].isnan()
 
 
 def test_the_same_bits_every_time() -> None:
     core, ids = model(norm="rmsnorm"), torch.randint(20, (2, 500))
-    loss = build(core, Pieces(2), ignore)
-    passes.assert_same_bits(core, loss, ids, ids)
+    backward = build(core, Pieces(2), ignore)
+    passes.assert_same_bits(core, backward, ids, ids)
 
 
 def test_more_threads_than_cores_do_not_wait_for_each_other_in_vain() -> None:
     core, ids = model(dilations=(1, 2, 4, 8, 16), cycles=4), torch.randint(20, (1, 2048))
-    loss = build(core, Pieces(12), ignore)
-    passes.one(core, loss, ids, ids)
+    backward = build(core, Pieces(12), ignore)
+    passes.one(core, backward, ids, ids)
     began = time.perf_counter()
-    passes.one(core, loss, ids, ids)
+    passes.one(core, backward, ids, ids)
     assert time.perf_counter() - began < 5
 
 
@@ -90,14 +90,14 @@ def test_nobody_waits_for_a_piece_that_never_comes(monkeypatch: pytest.MonkeyPat
             raise KeyboardInterrupt
         return submit(*arguments)
 
-    loss = build(core, Pieces(2), ignore)
+    backward = build(core, Pieces(2), ignore)
     monkeypatch.setattr(ThreadPoolExecutor, "submit", refuse)
     with pytest.raises(KeyboardInterrupt):
-        loss(ids, ids, None)
+        backward(ids, ids, None, 1)
     monkeypatch.undo()
     expected, found = (
         passes.one(core, passes.plain(core), ids, ids),
-        passes.one(core, loss, ids, ids),
+        passes.one(core, backward, ids, ids),
     )  # its thread is free again
     passes.assert_alike(found, expected, 1e-5)
 
@@ -113,7 +113,7 @@ def test_the_trainer_takes_it_and_does_without_it(monkeypatch: pytest.MonkeyPatc
             core, Recipe(**recipe, compile="off" if compile == "off" else "auto"), Memory(), on_event=events.append
         )
         assert made.run() is None
-        assert (made.fast_loss is None) == (compile != "auto")
+        assert (made.fast_backward is None) == (compile != "auto")
         weights.append(core.state_dict())
         notes += [event.text for event in events if isinstance(event, Note) and "compiling" not in event.text]
     assert len(notes) == 1
