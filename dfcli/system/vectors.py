@@ -94,6 +94,13 @@ def add(out, o, x, i, n):
 
 
 @inner
+def add_times(out, o, factor, x, i, n):
+    """out[o : o + n] += factor * x[i : i + n]"""
+    for k in range(n):
+        out[uintp(o + k)] += factor * x[uintp(i + k)]
+
+
+@inner
 def norm(out, o, x, i, n):
     """RMSNorm without gain, as torch's: out[o : o + n] = scale * x[i : i + n]. Returns the scale, 1 / sqrt(mean square
     + smallest step above 1)."""
@@ -120,6 +127,26 @@ def rotate(x, i, D, cos, sin, angle, direction):
         a, b = x[uintp(i + k)], x[uintp(i + half + k)]
         c, s = cos[uintp(angle + k)], direction * sin[uintp(angle + k)]
         x[uintp(i + k)], x[uintp(i + half + k)] = a * c - b * s, a * s + b * c
+
+
+@intrinsic
+def _prefetch(_context, x, i):
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, value=arguments[0]).data
+        pointer = builder.bitcast(builder.gep(data, [arguments[1]]), ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [pointer.type], kind)
+        builder.call(function, [pointer, I32(0), I32(3), I32(1)])  # to be read, kept in all caches, data
+        return context.get_dummy_value()
+
+    return types.void(x, types.int64), codegen
+
+
+@inner
+def expect(x, i, n):
+    """Have x[i : i + n] fetched while other work goes on, where it lies anywhere in a large table."""
+    for k in range(0, n, COLUMNS):
+        _prefetch(x, i + k)
 
 
 # ---- products of matrices that fit the caches, in which a library's calls would take longer than the work

@@ -32,11 +32,13 @@ from dfcli.system.vectors import (
     ZERO,
     Pieces,
     add,
+    add_times,
     any_order,
     apart,
     copy,
     dot,
     exp,
+    expect,
     fill,
     meet,
     norm,
@@ -88,16 +90,18 @@ def _embed(stream, Cs, first, C, T, V, ids, positions, weights, many, sizes, tab
     N = ids.size
     for t in range(T):
         n = first + t
-        copy(stream, t * Cs, weights, ids[uintp(n)] * C, C)
         back, number = min(t, positions[uintp(n)]), ids[uintp(n)]
         for k in range(many):
             number = number * V + (ids[uintp(n - 1 - k)] if back > k else 0)
-            rows[uintp(k * N + n)] = number % sizes[uintp(k)]
+            row = number % sizes[uintp(k)]
+            rows[uintp(k * N + n)] = row
+            expect(tables[k], row * C, C)
+    for t in range(T):
+        n = first + t
+        copy(stream, t * Cs, weights, ids[uintp(n)] * C, C)
         for k in range(many):
             factor = noise[uintp(k * N + n)] if noise.size else ONE
-            row = rows[uintp(k * N + n)] * C
-            for c in range(C):
-                stream[uintp(t * Cs + c)] += factor * tables[k][uintp(row + c)]
+            add_times(stream, t * Cs, factor, tables[k], rows[uintp(k * N + n)] * C, C)
 
 
 @inner
@@ -115,8 +119,7 @@ def _table_gradients(k, N, C, rows, noise, dx, places, counts, found, grads):
             fill(grads, count * C, C, ZERO)
             count += 1
         factor = noise[uintp(k * N + n)] if noise.size else ONE
-        for c in range(C):
-            grads[uintp((count - 1) * C + c)] += factor * dx[uintp(n * C + c)]
+        add_times(grads, (count - 1) * C, factor, dx, n * C, C)
     counts[uintp(k)] = count - k * N
 
 

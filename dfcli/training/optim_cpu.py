@@ -12,12 +12,13 @@ from torch import Tensor
 
 from dfcli.system.compiled import Compiled, inner
 from dfcli.system.events import OnEvent
-from dfcli.system.vectors import COLUMNS, ONE, ZERO, Pieces, apart, dot, fill, product, transposed
+from dfcli.system.vectors import COLUMNS, ONE, ZERO, Pieces, add_times, apart, dot, expect, fill, product, transposed
 from dfcli.training import optim
 from dfcli.training.gpt_cpu import MOST_TABLES
 
 WIDEST = 128  # PyTorch's products of larger matrices are faster than ours
 STEPS = 5
+AHEAD = 8  # rows of a table: so long before its update one is fetched
 
 _A, _B, _C = (np.float32(factor) for factor in optim.NEWTON_SCHULZ)
 _SMALLEST = np.float32(1e-7)
@@ -87,13 +88,16 @@ def row_rmsprop(piece, pieces, flags, way, many, tables, rows, grads, updates, s
         N = rows[table].size
         C = grads[table].size // max(1, N)
         for i in range(piece * N // pieces, (piece + 1) * N // pieces):
+            later = rows[table][uintp(min(i + AHEAD, N - 1))]
+            expect(tables[table], later * C, C)
+            expect(updates[table], later, 1)
+            expect(squares[table], later, 1)
             row = rows[table][uintp(i)]
             count, square = updates[table][uintp(row)] + ONE, squares[table][uintp(row)]
             square += (dot(grads[table], i * C, grads[table], i * C, C) / np.float32(C) - square) / count
             updates[table][uintp(row)], squares[table][uintp(row)] = count, square
             step = lr / (np.sqrt(square) + eps)
-            for c in range(C):
-                tables[table][uintp(row * C + c)] -= step * grads[table][uintp(i * C + c)]
+            add_times(tables[table], row * C, -step, grads[table], i * C, C)
 
 
 _newton_schulz, _row_rmsprop = (Compiled(f, [__file__, optim.__file__]) for f in (newton_schulz, row_rmsprop))
