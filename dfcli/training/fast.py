@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dfcli import cores
-from dfcli.cores import GPT, GPTConfig, WaveNet, WaveNetConfig
+from dfcli.cores import GPTConfig, WaveNetConfig
 from dfcli.system.device import Device
 from dfcli.system.events import Note, OnEvent, ignore
 from dfcli.system.words import first_line
@@ -34,8 +34,7 @@ def by_numba(
     """On a CPU, loss and gradients by functions that numba compiles, once on a machine, for models of the default
     recipes' kinds, whose `optimizer` then uses such functions too; else None. What fails is told, and training goes on
     without it."""
-    wanted = recipe.compile == "auto" and device.kind == "cpu" and recipe.sampling != "last"
-    module = cpu_module(core) if wanted else None
+    module = cpu_module(core.config, recipe, device)
     if module is None:
         return None
     try:
@@ -69,14 +68,16 @@ def by_torch(
         return core
 
 
-def cpu_module(core: cores.Core) -> str | None:
+def cpu_module(config: cores.CoreConfig, recipe: Recipe, device: Device) -> str | None:
     """The module with compiled functions for such a model, on this kind of processor; None where there is none, or
     where it has not been shown to pay. The module imports numba."""
+    if recipe.compile != "auto" or recipe.sampling == "last" or device.kind != "cpu":
+        return None
     if platform.machine() not in ("x86_64", "AMD64"):
         return None
-    if isinstance(core, GPT) and _gpt_fits(core.config):
+    if isinstance(config, GPTConfig) and _gpt_fits(config):
         return "dfcli.training.gpt_cpu"
-    if isinstance(core, WaveNet) and _wavenet_fits(core.config):
+    if isinstance(config, WaveNetConfig) and _wavenet_fits(config):
         return "dfcli.training.wavenet_cpu"
     return None
 

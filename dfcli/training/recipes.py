@@ -20,7 +20,7 @@ from typing import Any
 from dfcli import cores
 from dfcli.system.device import Device
 from dfcli.system.events import Choice
-from dfcli.training.fast import LONGEST
+from dfcli.training.fast import cpu_module
 from dfcli.training.settings import Recipe
 
 DEFAULT_MINUTES = 5.0
@@ -226,15 +226,17 @@ def memory_bytes(core: str, config: cores.CoreConfig, recipe: Recipe, device: De
     c: Any = config
     tables = c.channels * sum(c.ngram_rows) if core == "gpt" and recipe.optimizer == "muon" else 0  # see optim.Rows
     weights = 4 * ((config.parameters() - tables) * (2 + optimizer) + 2 * tables)
-    window = recipe.window or config.context
-    if core == "gpt":
+    window, rows = recipe.window or config.context, recipe.batch_size
+    if core == "gpt" and cpu_module(config, recipe, device):  # each thread has one row at a time, and weights twice
+        weights += 3 * 4 * device.threads * (config.parameters() - tables)
+        kept = c.layers * (10 * c.channels + c.heads * window)
+        rows = min(rows, device.threads)
+    elif core == "gpt":
         kept = c.layers * c.channels * (18 + 2 * c.qk_norm + 8 * (c.dropout > 0))
-        if device.kind == "cpu" and c.qk_norm and c.context <= LONGEST:
-            kept += c.layers * c.heads * window  # attention's shares, which gpt_cpu keeps
     elif core == "wavenet":
         kept = c.layers * c.residual * (6 + c.kernel + (c.norm != "none")) + c.skip + c.head
     else:
         kept = c.levels * 4 * c.hidden
         window = 1 if recipe.sampling == "last" else window
     wide = 2 if device.precision == "bfloat16" else 4
-    return weights + recipe.batch_size * window * (kept * wide + 3 * 4 * c.vocab_size)
+    return weights + rows * window * (kept * wide + 3 * 4 * c.vocab_size)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dfcli import cores
+from dfcli.system.device import resolve
 from dfcli.system.events import Note
 from dfcli.training import recipes
 from dfcli.training.fast import cpu_module
@@ -26,8 +27,7 @@ WAVENET = {"vocab_size": 11, "dilations": (1, 2), "cycles": 1, "residual": 16, "
 
 
 def module(core: str, values: dict[str, Any], **others: Any) -> str | None:
-    with torch.device("meta"):
-        found = cpu_module(cores.build(core, values | others))
+    found = cpu_module(cores.config(core, values | others), Recipe(), resolve("cpu"))
     return found and found.rpartition(".")[2]
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import platform
 from dataclasses import replace
 
 import pytest
@@ -155,3 +156,17 @@ def test_the_memory_estimate_is_what_autograd_keeps(core: str, values: dict[str,
     expected = activations + logits.nbytes + 2 * 4 * config.parameters() + state
     estimate = memory_bytes(core, config, recipe, machine())
     assert 0.75 < estimate / expected < 1.34
+
+
+def test_compiled_training_keeps_a_row_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    sizes = {"vocab_size": 65, "context": 64, "layers": 2, "heads": 2, "channels": 64}
+    draft = default("gpt", SHAKESPEARE, machine(), 100, 0, sizes)
+    config, recipe = parts(draft)
+
+    def estimate(batch_size: int, compile: str = "auto") -> int:
+        other = replace(recipe, batch_size=batch_size, compile=compile)
+        return memory_bytes("gpt", config, other, machine())
+
+    assert estimate(batch_size=64) == estimate(batch_size=2)
+    assert estimate(batch_size=64, compile="off") > estimate(batch_size=64)
