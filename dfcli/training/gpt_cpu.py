@@ -123,6 +123,70 @@ def _table_gradients(k, N, C, rows, noise, dx, places, counts, found, grads):
     counts[uintp(k)] = count - k * N
 
 
+@inner
+def _attend(y, shares, qkv, keys, first, q0, T, h, heads, D, positions, start):
+    """y of head h and QUERIES queries from q0 on, added; and their shares, which sum to 1 over the keys of their
+    document.
+
+    The sequence's rows of qkv, y and shares begin with row `first`, its ids with `start`; keys [heads D, T]."""
+    C = heads * D
+    Cs, Qs, Ts, Tp = _apart(C), _apart(3 * C), _apart(T), _whole(T)
+    m, factor = min(QUERIES, T - q0), np.float32(1 / np.sqrt(D))
+    many = q0 + m  # keys
+    query, value = (first + q0) * Qs + h * D, first * Qs + 2 * C + h * D
+    begin = ((first + q0) * heads + h) * Tp
+    for t in range(m):
+        fill(shares, begin + t * heads * Tp, Tp, ZERO)
+    product(shares, begin, heads * Tp, qkv, query, Qs, 1, keys, h * D * Ts, Ts, m, _whole(many), D)
+    for t in range(m):
+        s, last = begin + t * heads * Tp, q0 + t
+        earliest = last - min(last, positions[uintp(start + last)])
+        one = ONE / _exp_sum(shares, s + earliest, last + 1 - earliest, factor, ZERO)
+        fill(shares, s, earliest, ZERO)
+        for k in range(earliest, last + 1):
+            shares[uintp(s + k)] *= one
+        fill(shares, s + last + 1, Tp - last - 1, ZERO)
+    product(y, (first + q0) * Cs + h * D, Cs, shares, begin, heads * Tp, 1, qkv, value, Qs, m, D, many)
+
+
+@inner
+def _attend_back(d_qkv, dy, d_shares, shares, qkv, values, first, q0, T, h, heads, D):
+    """The gradient of `_attend`, added to that of its queries, keys and values. values [D, T] of head h; d_shares is
+    for use here."""
+    C = heads * D
+    Cs, Qs, Ts, Tp = _apart(C), _apart(3 * C), _apart(T), _whole(T)
+    m, factor = min(QUERIES, T - q0), np.float32(1 / np.sqrt(D))
+    many = q0 + m  # keys
+    q, k, v = h * D, C + h * D, 2 * C + h * D  # within a row of qkv
+    begin = ((first + q0) * heads + h) * Tp
+    fill(d_shares, 0, m * Ts, ZERO)
+    product(d_shares, 0, Ts, dy, q0 * Cs + q, Cs, 1, values, 0, Ts, m, _whole(many), D)
+    for t in range(m):
+        s = begin + t * heads * Tp
+        mean = dot(d_shares, t * Ts, shares, s, many)
+        for j in range(many):
+            change = d_shares[uintp(t * Ts + j)] - mean
+            d_shares[uintp(t * Ts + j)] = shares[uintp(s + j)] * change * factor
+    product(d_qkv, q0 * Qs + q, Qs, d_shares, 0, Ts, 1, qkv, first * Qs + k, Qs, m, D, many)
+    product(d_qkv, k, Qs, d_shares, 0, 1, Ts, qkv, (first + q0) * Qs + q, Qs, many, D, m)
+    product(d_qkv, v, Qs, shares, begin, 1, heads * Tp, dy, q0 * Cs + q, Cs, many, D, m)
+
+
+@inner
+def _cross_entropy(logits, i, V, target, factor):
+    """The cross-entropy of logits[i : i + V], in nats; they become `factor` times its gradient."""
+    most = logits[uintp(i)]
+    for v in range(V):
+        most = max(most, logits[uintp(i + v)])
+    right = logits[uintp(i + target)] - most
+    whole = _exp_sum(logits, i, V, ONE, most)
+    share = factor / whole
+    for v in range(V):
+        logits[uintp(i + v)] *= share
+    logits[uintp(i + target)] -= factor
+    return np.log(whole) - right
+
+
 def gpt_step(
     piece, pieces, flags, way, ids, targets, positions, T, V, L, heads, cos, sin, weights, many, sizes, tables, noise,
     per_target, nats, grads, dx, rows, places, counts, found, row_grads,
@@ -145,7 +209,6 @@ def gpt_step(
     C = dx.size // N
     D, F, Tp, Vp = C // heads, 4 * C, _whole(T), _whole(V)
     Cs, Qs, Fs, Vs, Ts = _apart(C), _apart(3 * C), _apart(F), _apart(V), _apart(T)
-    factor = np.float32(1 / np.sqrt(D))
     # Where each kind of weight begins, among the weights and, after `mine`, among the gradients.
     W_head, W_qkv = V * C, 2 * V * C
     W_projection = W_qkv + L * 3 * C * C
@@ -213,22 +276,7 @@ def gpt_step(
                 fill(y, row * Cs, n * Cs, ZERO)
                 for h in range(heads):
                     for q0 in range(t0, t0 + n, QUERIES):
-                        m = min(QUERIES, t0 + n - q0)
-                        many_keys, s = q0 + m, ((first + q0) * heads + h) * Tp
-                        for t in range(m):
-                            fill(shares, s + t * heads * Tp, Tp, ZERO)
-                        q = (first + q0) * Qs + h * D
-                        product(shares, s, heads * Tp, qkv, q, Qs, 1, keys, h * D * Ts, Ts, m, _whole(many_keys), D)
-                        for t in range(q0, q0 + m):
-                            s = ((first + t) * heads + h) * Tp
-                            begin = t - min(t, positions[uintp(b * T + t)])
-                            share = ONE / _exp_sum(shares, s + begin, t + 1 - begin, factor, ZERO)
-                            fill(shares, s, begin, ZERO)
-                            for k in range(begin, t + 1):
-                                shares[uintp(s + k)] *= share
-                            fill(shares, s + t + 1, Tp - t - 1, ZERO)
-                        s, v = ((first + q0) * heads + h) * Tp, first * Qs + 2 * C + h * D
-                        product(y, (first + q0) * Cs + h * D, Cs, shares, s, heads * Tp, 1, qkv, v, Qs, m, D, many_keys)
+                        _attend(y, shares, qkv, keys, first, q0, T, h, heads, D, positions, b * T)
                 packed_product(stream, at, Cs, y, row * Cs, Cs, 1, projection, layer * C * C, n, C, C)
                 for t in range(n):
                     scale2[uintp(row + t)] = norm(h2, (row + t) * Cs, stream, at + t * Cs, C)
@@ -252,16 +300,7 @@ def gpt_step(
                 if target < 0:
                     fill(logits, i, V, ZERO)
                     continue
-                most = logits[uintp(i)]
-                for v in range(V):
-                    most = max(most, logits[uintp(i + v)])
-                right = logits[uintp(i + target)] - most
-                whole = _exp_sum(logits, i, V, ONE, most)
-                nats[uintp(piece)] += np.log(whole) - right
-                share = per_target / whole
-                for v in range(V):
-                    logits[uintp(i + v)] *= share
-                logits[uintp(i + target)] -= per_target
+                nats[uintp(piece)] += _cross_entropy(logits, i, V, target, per_target)
             product(grads, mine + W_head, C, logits, 0, 1, Vs, out, at, Cs, V, C, n)
             fill(dh, 0, n * Cs, ZERO)
             packed_product(dh, 0, Cs, logits, 0, Vs, 1, head_back, 0, n, C, V)
@@ -292,23 +331,9 @@ def gpt_step(
                 packed_product(dy, at, Cs, stream, at, Cs, 1, projection_back, layer * C * C, n, C, C)
             fill(d_qkv, 0, T * Qs, ZERO)
             for h in range(heads):
-                q, k, v = h * D, C + h * D, 2 * C + h * D  # within a row of qkv
-                transposed(values, 0, Ts, qkv, first * Qs + v, Qs, T, D)
+                transposed(values, 0, Ts, qkv, first * Qs + 2 * C + h * D, Qs, T, D)
                 for q0 in range(0, T, QUERIES):
-                    m = min(QUERIES, T - q0)
-                    many_keys, s = q0 + m, ((first + q0) * heads + h) * Tp
-                    fill(d_shares, 0, m * Ts, ZERO)
-                    product(d_shares, 0, Ts, dy, q0 * Cs + q, Cs, 1, values, 0, Ts, m, _whole(many_keys), D)
-                    for t in range(m):
-                        row = s + t * heads * Tp
-                        mean = dot(d_shares, t * Ts, shares, row, many_keys)
-                        for j in range(many_keys):
-                            change = d_shares[uintp(t * Ts + j)] - mean
-                            d_shares[uintp(t * Ts + j)] = shares[uintp(row + j)] * change * factor
-                    query, key = (first + q0) * Qs + q, first * Qs + k
-                    product(d_qkv, q0 * Qs + q, Qs, d_shares, 0, Ts, 1, qkv, key, Qs, m, D, many_keys)
-                    product(d_qkv, k, Qs, d_shares, 0, 1, Ts, qkv, query, Qs, many_keys, D, m)
-                    product(d_qkv, v, Qs, shares, s, 1, heads * Tp, dy, q0 * Cs + q, Cs, many_keys, D, m)
+                    _attend_back(d_qkv, dy, d_shares, shares, qkv, values, first, q0, T, h, heads, D)
             for t in range(T):
                 for part in range(2 * heads):
                     i, j = t * Qs + part * D, (first + t) * Qs + part * D
