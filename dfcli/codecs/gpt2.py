@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +82,13 @@ class GPT2(TextCodec):
 
     def _encode_pieces(self, pieces: Iterator[tuple[str, int]]) -> Iterator[np.ndarray]:
         with ThreadPoolExecutor(_cores()) as pool:  # tiktoken releases the interpreter's lock
-            while batch := list(islice(pieces, PIECES_AT_ONCE)):
-                yield np.concatenate(list(pool.map(self._encode_piece, batch)))
+            waiting: deque[Future[np.ndarray]] = deque()  # so that all work while the first is read and written here
+            for piece in pieces:
+                waiting.append(pool.submit(self._encode_piece, piece))
+                if len(waiting) > PIECES_AT_ONCE:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
 
     def _encode_piece(self, piece: tuple[str, int]) -> np.ndarray:
         text, start = piece

@@ -29,11 +29,13 @@ from dfcli.cores.wavenet import WaveNet
 from dfcli.system.compiled import Compiled, inner
 from dfcli.system.events import OnEvent
 from dfcli.system.vectors import (
+    COLUMNS,
     ONE,
     TWO,
     ZERO,
     Pieces,
     add,
+    apart,
     clamp,
     copy,
     exp,
@@ -41,11 +43,14 @@ from dfcli.system.vectors import (
     meet,
     norm,
     norm_back,
+    packed_product,
     product,
 )
 from dfcli.training.loss import cross_entropy
 
 BLOCK = 64  # positions
+
+_apart = inner(apart)
 
 
 @inner
@@ -76,25 +81,45 @@ def _norm(h, o, scales, s, x, i, R, normed):
         copy(h, o, x, i, R)
 
 
+@inner
+def _gate(gates, sigmoids, i, sums, a, R):
+    """gates[i : i + R] = tanh of the R sums that begin at a, times the sigmoid of the R after them, which is kept."""
+    for k in range(R):
+        e = exp(-TWO * clamp(sums[uintp(a + k)], np.float32(10)))
+        sigmoid = ONE / (ONE + exp(-clamp(sums[uintp(a + R + k)], np.float32(40))))
+        gates[uintp(i + k)] = (ONE - e) / (ONE + e) * sigmoid
+        sigmoids[uintp(i + k)] = sigmoid
+
+
+@inner
+def _gate_back(d_sums, a, dz, d, gates, sigmoids, i, R):
+    """The gradient of `_gate`: of the 2 R sums that begin at a."""
+    for k in range(R):
+        change, sigmoid, gate = dz[uintp(d + k)], sigmoids[uintp(i + k)], gates[uintp(i + k)]
+        tanh = gate / sigmoid
+        d_sums[uintp(a + k)] = change * sigmoid * (ONE - tanh * tanh)
+        d_sums[uintp(a + R + k)] = change * gate * (ONE - sigmoid)
+
+
 def wavenet_forward(
     piece, pieces, flags, way, positions, dilations, taps, normed, dilated, gate_bias, residual, residual_bias, skip,
     skip_bias, x, h, scales, gates, sigmoids, skips,
 ):  # fmt: skip
     """One piece of the forward pass, all arrays flat. L layers, R residual and S skip channels, K taps.
 
-    positions int64 [N]; dilations [L]; weights as [inputs, outputs]: dilated [L, K R, 2 R], residual [L - 1, R, R],
-    skip [L R, S]. In: x [N, R], overwritten. Out: h [L, N, R], scales [L, N], gates and sigmoids [L, N, R],
-    skips [N, S].
+    positions int64 [N]; dilations [L]; weights [inputs, outputs], as `_packed` gives them: dilated [L, K, R, 2 R],
+    residual [L - 1, R, R], skip [L, R, S]. In: x [N, R], overwritten. Out: h [L, N, R], scales [L, N], gates and
+    sigmoids [L, N, R], skips [N, S], whose rows begin `apart`.
     """
     N, L = positions.size, dilations.size
     if N == 0:
         return
     R, S = x.size // N, skip_bias.size
-    begin, end = _own(piece, pieces, N)
+    Ss, (begin, end) = _apart(S), _own(piece, pieces, N)
     sums, past = np.empty(BLOCK * 2 * R, np.float32), np.empty(BLOCK * R, np.float32)
     for t in range(begin, end):
         _norm(h, t * R, scales, t, x, t * R, R, normed)
-        copy(skips, t * S, skip_bias, 0, S)
+        copy(skips, t * Ss, skip_bias, 0, S)
     for layer in range(L):
         if not meet(flags, piece, pieces, layer + 1, way):
             return
@@ -106,22 +131,17 @@ def wavenet_forward(
             for tap in range(taps):
                 back, w = (taps - 1 - tap) * dilations[layer], (layer * taps + tap) * R * 2 * R
                 if back == 0:
-                    product(sums, 0, 2 * R, h, first + t * R, R, 1, dilated, w, 2 * R, n, 2 * R, R)
+                    packed_product(sums, 0, 2 * R, h, first + t * R, R, 1, dilated, w, n, 2 * R, R)
                 else:
                     _shifted(past, h, first, t, -back, positions, n, R)
-                    product(sums, 0, 2 * R, past, 0, R, 1, dilated, w, 2 * R, n, 2 * R, R)
+                    packed_product(sums, 0, 2 * R, past, 0, R, 1, dilated, w, n, 2 * R, R)
             for r in range(n):
-                a, s = r * 2 * R, first + (t + r) * R
-                for k in range(R):
-                    e = exp(-TWO * clamp(sums[uintp(a + k)], np.float32(10)))
-                    sigmoid = ONE / (ONE + exp(-clamp(sums[uintp(a + R + k)], np.float32(40))))
-                    gates[uintp(s + k)] = (ONE - e) / (ONE + e) * sigmoid
-                    sigmoids[uintp(s + k)] = sigmoid
-            product(skips, t * S, S, gates, first + t * R, R, 1, skip, layer * R * S, S, n, S, R)
+                _gate(gates, sigmoids, first + (t + r) * R, sums, r * 2 * R, R)
+            packed_product(skips, t * Ss, Ss, gates, first + t * R, R, 1, skip, layer * R * S, n, S, R)
             if layer + 1 < L:
                 for r in range(n):
                     add(x, (t + r) * R, residual_bias, layer * R, R)
-                product(x, t * R, R, gates, first + t * R, R, 1, residual, layer * R * R, R, n, R, R)
+                packed_product(x, t * R, R, gates, first + t * R, R, 1, residual, layer * R * R, n, R, R)
                 for r in range(t, t + n):
                     _norm(h, first + (N + r) * R, scales, (layer + 1) * N + r, x, r * R, R, normed)
 
@@ -132,39 +152,35 @@ def wavenet_backward(
 ):  # fmt: skip
     """One piece of the backward pass, all arrays flat, from the gradient with respect to the skips.
 
-    Weights lie as PyTorch's, [outputs, inputs]: dilated [L, 2 R, K R], residual [L - 1, R, R], skip [S, L R].
-    In: d_skips [N, S]. Added to, zeros at first: dx [N, R] and, for each piece, the weights' gradients. Scratch:
-    d_sums [2, N, 2 R], of which one half may still be read by others when the next layer fills the other.
+    Weights [outputs, inputs], as `_packed` gives them: dilated [L, K, 2 R, R], residual [L - 1, R, R], skip [L, S, R].
+    In: d_skips [N, S], whose rows begin `apart`. Added to, zeros at first: dx [N, R] and, for each piece, the weights'
+    gradients, as PyTorch's weights lie: d_dilated [L, 2 R, K R], d_gate_bias [L, 2 R], d_residual [L - 1, R, R],
+    d_residual_bias [L - 1, R], d_skip [S, L R]. Scratch: d_sums [2, N, 2 R], of which one half may still be read by
+    others when the next layer fills the other.
     """
     N, L = positions.size, dilations.size
     if N == 0:
         return
-    R, S = dx.size // N, d_skips.size // N
+    R, S, Ss = dx.size // N, skip.size // (L * (dx.size // N)), d_skips.size // N
     begin, end = _own(piece, pieces, N)
     dz, dh, past = np.empty(BLOCK * R, np.float32), np.empty(BLOCK * R, np.float32), np.empty(BLOCK * R, np.float32)
     future = np.empty(BLOCK * 2 * R, np.float32)
     for layer in range(L - 1, -1, -1):
         first, sums = layer * N * R, layer % 2 * N * 2 * R
-        weights, own = layer * 2 * R * taps * R, piece * L + layer
-        own_residual = piece * (L - 1) + layer
+        own, own_residual = piece * L + layer, piece * (L - 1) + layer
         for t in range(begin, end, BLOCK):
             n = min(BLOCK, end - t)
             z = first + t * R
             fill(dz, 0, n * R, ZERO)
-            product(dz, 0, R, d_skips, t * S, S, 1, skip, layer * R, L * R, n, R, S)
-            product(d_skip, (piece * S * L + layer) * R, L * R, d_skips, t * S, 1, S, gates, z, R, S, R, n)
+            packed_product(dz, 0, R, d_skips, t * Ss, Ss, 1, skip, layer * S * R, n, R, S)
+            product(d_skip, (piece * S * L + layer) * R, L * R, d_skips, t * Ss, 1, Ss, gates, z, R, S, R, n)
             if layer + 1 < L:
-                product(dz, 0, R, dx, t * R, R, 1, residual, layer * R * R, R, n, R, R)
+                packed_product(dz, 0, R, dx, t * R, R, 1, residual, layer * R * R, n, R, R)
                 product(d_residual, own_residual * R * R, R, dx, t * R, 1, R, gates, z, R, R, R, n)
                 for r in range(t, t + n):
                     add(d_residual_bias, own_residual * R, dx, r * R, R)
             for r in range(n):
-                s, a = first + (t + r) * R, sums + (t + r) * 2 * R
-                for k in range(R):
-                    d, sigmoid, gate = dz[uintp(r * R + k)], sigmoids[uintp(s + k)], gates[uintp(s + k)]
-                    tanh = gate / sigmoid
-                    d_sums[uintp(a + k)] = d * sigmoid * (ONE - tanh * tanh)
-                    d_sums[uintp(a + R + k)] = d * gate * (ONE - sigmoid)
+                _gate_back(d_sums, sums + (t + r) * 2 * R, dz, r * R, gates, sigmoids, first + (t + r) * R, R)
             for r in range(t, t + n):
                 add(d_gate_bias, own * 2 * R, d_sums, sums + r * 2 * R, 2 * R)
             for tap in range(taps):
@@ -180,12 +196,12 @@ def wavenet_backward(
             n = min(BLOCK, end - t)
             fill(dh, 0, n * R, ZERO)
             for tap in range(taps):
-                back, w = (taps - 1 - tap) * dilations[layer], weights + tap * R
+                back, w = (taps - 1 - tap) * dilations[layer], (layer * taps + tap) * 2 * R * R
                 if back == 0:
-                    product(dh, 0, R, d_sums, sums + t * 2 * R, 2 * R, 1, dilated, w, taps * R, n, R, 2 * R)
+                    packed_product(dh, 0, R, d_sums, sums + t * 2 * R, 2 * R, 1, dilated, w, n, R, 2 * R)
                 else:
                     _shifted(future, d_sums, sums, t, back, positions, n, 2 * R)
-                    product(dh, 0, R, future, 0, 2 * R, 1, dilated, w, taps * R, n, R, 2 * R)
+                    packed_product(dh, 0, R, future, 0, 2 * R, 1, dilated, w, n, R, 2 * R)
             for r in range(n):
                 if normed:
                     s, scale = first + (t + r) * R, scales[uintp(layer * N + t + r)]
@@ -197,6 +213,11 @@ def wavenet_backward(
 _forward, _backward = (Compiled(function, [__file__]) for function in (wavenet_forward, wavenet_backward))
 
 
+def _packed(matrices: Tensor) -> Tensor:
+    """Matrices [..., K, N] as `vectors.pack` puts each."""
+    return matrices.unflatten(-1, (-1, COLUMNS)).transpose(-3, -2).contiguous()
+
+
 class _Layers(torch.autograd.Function):
     """All layers, to the sum of their skips. x [B, T, R] -> [B, T, S]"""
 
@@ -206,32 +227,36 @@ class _Layers(torch.autograd.Function):
         residual_bias: Tensor, skip: Tensor, skip_bias: Tensor, dilations: NDArray[np.int64], taps: int, normed: bool,
         pieces: Pieces,
     ) -> Tensor:  # fmt: skip
-        (B, T, R), L = x.shape, len(dilations)
+        (B, T, R), L, S = x.shape, len(dilations), len(skip)
         h, scales, gates, sigmoids = (torch.empty(L, B * T, width) for width in (R, 1, R, R))
-        skips = torch.empty(B, T, len(skip))
+        skips = torch.empty(B, T, apart(S))
+        inputs_first = dilated.unflatten(2, (taps, R)).permute(0, 2, 3, 1)
         pieces.run(
-            _forward, positions, dilations, taps, normed, dilated.mT.contiguous(), gate_bias, residual.mT.contiguous(),
-            residual_bias, skip.mT.contiguous(), skip_bias, x.clone(), h, scales, gates, sigmoids, skips,
+            _forward, positions, dilations, taps, normed, _packed(inputs_first), gate_bias, _packed(residual.mT),
+            residual_bias, _packed(skip.T.unflatten(0, (L, R))), skip_bias, x.clone(), h, scales, gates, sigmoids,
+            skips,
         )  # fmt: skip
         ctx.save_for_backward(positions, dilated, residual, skip, h, scales, gates, sigmoids)
         ctx.others = dilations, taps, normed, pieces
-        return skips
+        return skips[..., :S]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         positions, dilated, residual, skip, h, scales, gates, sigmoids = ctx.saved_tensors
         dilations, taps, normed, pieces = ctx.others
         (B, T), (_, N, R) = positions.shape, h.shape
-        d_skips = gradients[0].contiguous()
+        d_skips = torch.empty(B, T, apart(len(skip)))
+        d_skips[..., : len(skip)] = gradients[0]
+        outputs_first = dilated.unflatten(2, (taps, R)).transpose(1, 2)
         dx, d_sums = torch.zeros(B, T, R), torch.empty(2, N, 2 * R)
         shapes = dilated.shape, dilated.shape[:2], residual.shape, residual.shape[:2], skip.shape
         sums = [torch.zeros(pieces.count, *shape) for shape in shapes]
         pieces.run(
-            _backward, positions, dilations, taps, normed, dilated, residual, skip, h, scales, gates, sigmoids,
-            d_skips, dx, d_sums, *sums,
+            _backward, positions, dilations, taps, normed, _packed(outputs_first), _packed(residual),
+            _packed(skip.unflatten(1, (-1, R)).transpose(0, 1)), h, scales, gates, sigmoids, d_skips, dx, d_sums, *sums,
         )  # fmt: skip
         d_weights = (each.sum(0) for each in sums)
-        return dx, None, *d_weights, d_skips.sum((0, 1)), None, None, None, None
+        return dx, None, *d_weights, gradients[0].sum((0, 1)), None, None, None, None
 
 
 def build(core: nn.Module, pieces: Pieces, on_event: OnEvent) -> Callable[[Tensor, Tensor, Tensor | None, int], Tensor]:
