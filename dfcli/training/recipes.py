@@ -30,8 +30,7 @@ WAVENET_SIZES = ((2, 32, 128), (2, 64, 256), (3, 64, 256), (3, 128, 512))  # cyc
 TOKENS_PER_PARAMETER = {"gpt": 4.0, "wavenet": 12.0}  # a model that sees fewer is too large for its budget
 PARAMETERS_PER_TOKEN = 10.0  # a model with more than that for each token of the corpus only learns it by heart
 NGRAM_TOKENS = (20_000, 100_000, 500_000, 500_000, 500_000)  # from so many ids on, 2-grams, 3-grams, ... pay
-EFFICIENCY = 0.4  # the share of a device's peak rate that a small model's training reaches at best
-USUAL_EFFICIENCY = 0.35  # and what is usual
+EFFICIENCY = 0.45  # the share of a device's peak rate that a small model's training usually reaches
 
 
 @dataclass(frozen=True)
@@ -104,9 +103,9 @@ def _gpt(corpus: Corpus, device: Device, steps: int, minutes: float, pinned: dic
     if corpus.lines and corpus.longest <= config["context"]:
         recipe["sampling"] = "documents"
         draft.choose("sampling", "documents", "every line fits a sequence")
-    # On a CPU many small steps beat few large ones, until Muon's products, which grow faster with the channels than
-    # a step's, take too much of it.
-    tokens = 16_384 if device.kind == "cuda" else max(1024, 8 * config["channels"])
+    # On a CPU many small steps beat few large ones at first; later larger ones learn as much from an id, and take less
+    # time for it: Muon's products, which grow faster with the channels than a step's, do not depend on its ids.
+    tokens = 16_384 if device.kind == "cuda" else max(2048 if long else 1024, 8 * config["channels"])
     length = max(1, corpus.tokens // corpus.documents) if recipe.get("sampling") == "documents" else config["context"]
     recipe["batch_size"] = max(1, tokens // length)
     mean = f", at {length:,} ids a line" if recipe.get("sampling") == "documents" else ""
@@ -184,13 +183,13 @@ def _dropout(draft: Draft, corpus: Corpus, device: Device, steps: int, minutes: 
         tokens = steps * recipe["batch_size"] * recipe.get("accumulate", 1) * length
     else:
         rate = device.peak_flops() or 0.0
-        tokens = rate * USUAL_EFFICIENCY * 60 * minutes / (3 * cores.config("gpt", draft.config).flops_per_token())
+        tokens = rate * EFFICIENCY * 60 * minutes / (3 * cores.config("gpt", draft.config).flops_per_token())
     epochs = tokens / max(1, corpus.tokens)
     # A model that is small beside its corpus cannot learn it by heart, however often it reads it.
     small = cores.config("gpt", draft.config | {"ngrams": 1}).parameters() < 2 * corpus.tokens
     shares = {"dropout": 0.0 if epochs < (20 if small else 6) else 0.1 if epochs < 40 else 0.2}
     if draft.config["ngrams"] > 1:  # tables can, soon
-        by_epochs = ((4, 0.7), (2, 0.6), (1.2, 0.4), (0.7, 0.2), (0, 0.0))
+        by_epochs = ((4, 0.7), (2.2, 0.6), (1.5, 0.4), (0.7, 0.2), (0, 0.0))
         shares["ngram_dropout"] = next(share for least, share in by_epochs if epochs >= least)
     times = "less than once" if epochs < 1 else "about once" if epochs < 1.5 else f"about {epochs:,.0f} times"
     for name, share in shares.items():
