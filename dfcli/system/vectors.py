@@ -34,6 +34,7 @@ any_order = njit(
     **OPTIONS | {"fastmath": {"contract", "nsz", "reassoc"}}, no_cpython_wrapper=True, no_cfunc_wrapper=True
 )
 
+_LEAST = np.float32(-87)  # what exp takes
 ZERO, ONE, TWO = np.float32(0), np.float32(1), np.float32(2)
 _HALF = np.float32(0.5)
 _LOG2_E = np.float32(1.4426950408889634)
@@ -55,6 +56,43 @@ def exp(x):
     p = ((((_P0 * r + _P1) * r + _P2) * r + _P3) * r + _P4) * r + _P5
     power = np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
     return (p * r * r + r + ONE) * power
+
+
+@inner
+def largest(x, i, n):
+    """The largest of x[i : i + n], n >= 1, by four chains, as a comparison waits for the one before."""
+    a = b = c = d = x[uintp(i)]
+    for k in range(0, n - 3, 4):
+        a, b = max(a, x[uintp(i + k)]), max(b, x[uintp(i + k + 1)])
+        c, d = max(c, x[uintp(i + k + 2)]), max(d, x[uintp(i + k + 3)])
+    for k in range(n // 4 * 4, n):
+        a = max(a, x[uintp(i + k)])
+    return max(max(a, b), max(c, d))
+
+
+@any_order
+def exp_sum(x, i, n, factor, most):
+    """x[i : i + n] = exp(factor * (x - most)), for what is at most `most`; and its sum."""
+    total = ZERO
+    for k in range(n):
+        value = factor * (x[uintp(i + k)] - most)
+        e = exp(_LEAST if value < _LEAST else value)
+        x[uintp(i + k)] = e
+        total += e
+    return total
+
+
+@inner
+def cross_entropy(logits, i, V, target, factor):
+    """The cross-entropy of logits[i : i + V], in nats; they become `factor` times its gradient."""
+    most = largest(logits, i, V)
+    right = logits[uintp(i + target)] - most
+    total = exp_sum(logits, i, V, ONE, most)
+    share = factor / total
+    for v in range(V):
+        logits[uintp(i + v)] *= share
+    logits[uintp(i + target)] -= factor
+    return np.log(total) - right
 
 
 @inner
@@ -256,11 +294,11 @@ def packed_product(out, o, o_row, a, i, a_row, a_k, b, j, M, N, K):
 
 @inner
 def pack(out, o, x, i, x_row, x_column, K, N):
-    """The matrix x[i + k x_row + n x_column] of K rows and N columns, a multiple of COLUMNS, for `packed_product`: some
-    COLUMNS of its columns after the others, so that what is read at once lies together."""
+    """The matrix x[i + k x_row + n x_column] of K rows and N columns for `packed_product`: COLUMNS of its columns after
+    the others, so that what is read at once lies together. Of an `out` for `whole` columns the rest stays."""
     for n in range(0, N, COLUMNS):
         for k in range(K):
-            for c in range(COLUMNS):
+            for c in range(min(COLUMNS, N - n)):
                 out[uintp(o + n * K + k * COLUMNS + c)] = x[uintp(i + k * x_row + (n + c) * x_column)]
 
 
@@ -270,6 +308,11 @@ def transposed(out, o, o_row, x, i, x_row, rows, columns):
     for r in range(rows):
         for c in range(columns):
             out[uintp(o + c * o_row + r)] = x[uintp(i + r * x_row + c)]
+
+
+def whole(n):
+    """n rounded up to whole columns of a product."""
+    return (n + COLUMNS - 1) // COLUMNS * COLUMNS
 
 
 def apart(width):

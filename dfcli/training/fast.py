@@ -89,4 +89,5 @@ def _gpt_fits(c: GPTConfig) -> bool:
 
 
 def _wavenet_fits(c: WaveNetConfig) -> bool:
-    return c.bias and c.layers > 1 and c.residual % COLUMNS == c.skip % COLUMNS == 0 and c.residual <= WIDEST
+    plain = c.bias and c.layers > 1 and not (c.embedding or c.decoder)
+    return plain and not any(width % COLUMNS for width in (c.residual, c.skip, c.head)) and c.residual <= WIDEST

@@ -26,18 +26,17 @@ from dfcli.cores.gpt import GPT, NGrams
 from dfcli.system.compiled import Compiled, inner
 from dfcli.system.events import OnEvent
 from dfcli.system.vectors import (
-    COLUMNS,
     ONE,
     TWO,
     ZERO,
     Pieces,
     add,
     add_times,
-    any_order,
     apart,
     copy,
+    cross_entropy,
     dot,
-    exp,
+    exp_sum,
     expect,
     fill,
     meet,
@@ -48,32 +47,15 @@ from dfcli.system.vectors import (
     product,
     rotate,
     transposed,
+    whole,
 )
+from dfcli.training.loss import add_gradient
 
 MOST_TABLES = 7  # a GPT has no more: for 2 to 8 ids
 BLOCK = 64  # positions of the products with weights
 QUERIES = 16  # positions of attention: of a block of queries all keys up to its last are multiplied
-_LEAST = np.float32(-87)  # what exp takes
 
-_apart = inner(apart)
-
-
-@any_order
-def _exp_sum(x, i, n, factor, most):
-    """x[i : i + n] = exp(factor * (x - most)), for what is at most `most`; and its sum."""
-    total = ZERO
-    for k in range(n):
-        value = factor * (x[uintp(i + k)] - most)
-        e = exp(_LEAST if value < _LEAST else value)
-        x[uintp(i + k)] = e
-        total += e
-    return total
-
-
-@inner
-def _whole(n):
-    """n rounded up to whole columns of a product."""
-    return (n + COLUMNS - 1) // COLUMNS * COLUMNS
+_apart, _whole = inner(apart), inner(whole)
 
 
 @inner
@@ -141,7 +123,7 @@ def _attend(y, shares, qkv, keys, first, q0, T, h, heads, D, positions, start):
     for t in range(m):
         s, last = begin + t * heads * Tp, q0 + t
         earliest = last - min(last, positions[uintp(start + last)])
-        one = ONE / _exp_sum(shares, s + earliest, last + 1 - earliest, factor, ZERO)
+        one = ONE / exp_sum(shares, s + earliest, last + 1 - earliest, factor, ZERO)
         fill(shares, s, earliest, ZERO)
         for k in range(earliest, last + 1):
             shares[uintp(s + k)] *= one
@@ -170,21 +152,6 @@ def _attend_back(d_qkv, dy, d_shares, shares, qkv, values, first, q0, T, h, head
     product(d_qkv, q0 * Qs + q, Qs, d_shares, 0, Ts, 1, qkv, first * Qs + k, Qs, m, D, many)
     product(d_qkv, k, Qs, d_shares, 0, 1, Ts, qkv, (first + q0) * Qs + q, Qs, many, D, m)
     product(d_qkv, v, Qs, shares, begin, 1, heads * Tp, dy, q0 * Cs + q, Cs, many, D, m)
-
-
-@inner
-def _cross_entropy(logits, i, V, target, factor):
-    """The cross-entropy of logits[i : i + V], in nats; they become `factor` times its gradient."""
-    most = logits[uintp(i)]
-    for v in range(V):
-        most = max(most, logits[uintp(i + v)])
-    right = logits[uintp(i + target)] - most
-    whole = _exp_sum(logits, i, V, ONE, most)
-    share = factor / whole
-    for v in range(V):
-        logits[uintp(i + v)] *= share
-    logits[uintp(i + target)] -= factor
-    return np.log(whole) - right
 
 
 def gpt_step(
@@ -224,10 +191,7 @@ def gpt_step(
     projection, projection_back = np.empty(L * C * C, np.float32), np.empty(L * C * C, np.float32)
     expansion, expansion_back = np.empty(L * C * F, np.float32), np.empty(L * C * F, np.float32)
     contraction, contraction_back = np.empty(L * C * F, np.float32), np.empty(L * C * F, np.float32)
-    for n in range(0, V, COLUMNS):
-        for v in range(n, min(V, n + COLUMNS)):
-            for c in range(C):
-                head[uintp(n * C + c * COLUMNS + v - n)] = weights[uintp(W_head + v * C + c)]
+    pack(head, 0, weights, W_head, 1, C, C, V)
     pack(head_back, 0, weights, W_head, C, 1, V, C)
     for layer in range(L):
         _both(qkv_weight, qkv_back, weights, W_qkv, layer, 3 * C, C)
@@ -300,7 +264,7 @@ def gpt_step(
                 if target < 0:
                     fill(logits, i, V, ZERO)
                     continue
-                nats[uintp(piece)] += _cross_entropy(logits, i, V, target, per_target)
+                nats[uintp(piece)] += cross_entropy(logits, i, V, target, per_target)
             product(grads, mine + W_head, C, logits, 0, 1, Vs, out, at, Cs, V, C, n)
             fill(dh, 0, n * Cs, ZERO)
             packed_product(dh, 0, Cs, logits, 0, Vs, 1, head_back, 0, n, C, V)
@@ -408,14 +372,10 @@ def build(core: nn.Module, pieces: Pieces, on_event: OnEvent) -> Callable[[Tenso
             np.float32(1 / max(1, count)), nats, grads, dx, rows, sorted_rows, counts, found, row_grads,
         )  # fmt: skip
         for p, grad in zip(dense, grads[0].split(places), strict=True):
-            _add_gradient(p, grad.view(p.shape))
+            add_gradient(p, grad.view(p.shape))
         for p, n, read, grad in zip(tables, counts.tolist(), found, row_grads, strict=True):
             read, grad = read[None, :n], grad[:n]
-            _add_gradient(p, torch.sparse_coo_tensor(read, grad, p.shape, is_coalesced=True, check_invariants=False))
+            add_gradient(p, torch.sparse_coo_tensor(read, grad, p.shape, is_coalesced=True, check_invariants=False))
         return nats.sum().float()
 
     return backward
-
-
-def _add_gradient(p: Tensor, grad: Tensor) -> None:
-    p.grad = grad if p.grad is None else p.grad + grad

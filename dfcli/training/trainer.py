@@ -137,8 +137,8 @@ class Trainer:
             self.forward = by_torch(self.core, self.recipe, self.device, self.try_out, self.on_event)
         self.optimizer.rows.sparse(self.forward is self.core and self.device.kind == "cpu")
         self._start_interval()
-        # What they leave to PyTorch is too short to be worth waking threads for; but a WaveNet's head is not.
-        threads = 1 if self.fast_backward and isinstance(self.core, cores.GPT) else self.device.threads
+        # What compiled functions leave to PyTorch is too short to be worth waking threads for.
+        threads = 1 if self.fast_backward else self.device.threads
         with kept_memory(), settled_objects(), pytorch_threads(threads):
             while not s.done:
                 reason = self.stop()

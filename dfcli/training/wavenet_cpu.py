@@ -1,9 +1,9 @@
-"""WaveNet's layers in training on a CPU: their forward and backward pass as compiled functions (numba).
+"""The default recipe's WaveNet in training on a CPU: loss and gradients by compiled functions (numba).
 
 With 32 channels the products of a layer take less time than what surrounds them: a dozen PyTorch operations that each
 send megabytes through memory. Here a layer takes `BLOCK` positions at a time, which stay in the nearest cache from its
-input to its output, its part of the skips included. The head stays PyTorch's. The core's own `forward` is the
-reference: logits and gradients agree to 1e-5 (tests).
+input to its output, its part of the skips included, and so does the head, forwards and backwards. The loss of the
+core's own `forward` is the reference: loss and gradients agree to 1e-5 (tests).
 
 Positions are flat: N = B T of them, rows behind each other, since a position knows how far it is from its document's
 start and nothing looks beyond that. Each thread has a piece of them and passes through all layers; threads meet between
@@ -17,12 +17,11 @@ and sigmoid(b); tanh(a) is their quotient.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy import uintp
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dfcli.cores.wavenet import WaveNet
@@ -38,6 +37,7 @@ from dfcli.system.vectors import (
     apart,
     clamp,
     copy,
+    cross_entropy,
     exp,
     fill,
     meet,
@@ -45,12 +45,13 @@ from dfcli.system.vectors import (
     norm_back,
     packed_product,
     product,
+    whole,
 )
-from dfcli.training.loss import cross_entropy
+from dfcli.training.loss import add_gradient
 
 BLOCK = 64  # positions
 
-_apart = inner(apart)
+_apart, _whole = inner(apart), inner(whole)
 
 
 @inner
@@ -99,6 +100,21 @@ def _gate_back(d_sums, a, dz, d, gates, sigmoids, i, R):
         tanh = gate / sigmoid
         d_sums[uintp(a + k)] = change * sigmoid * (ONE - tanh * tanh)
         d_sums[uintp(a + R + k)] = change * gate * (ONE - sigmoid)
+
+
+@inner
+def _relu(out, o, x, i, n):
+    """out[o : o + n] = what is positive of x[i : i + n], else zero; not a number stays so."""
+    for k in range(n):
+        value = x[uintp(i + k)]
+        out[uintp(o + k)] = ZERO if value < ZERO else value
+
+
+@inner
+def _relu_back(dx, d, y, i, n):
+    """dx[d : d + n] is zero where y[i : i + n], what the ReLU gave, is."""
+    for k in range(n):
+        dx[uintp(d + k)] = ZERO if y[uintp(i + k)] == ZERO else dx[uintp(d + k)]
 
 
 def wavenet_forward(
@@ -210,85 +226,122 @@ def wavenet_backward(
                     add(dx, (t + r) * R, dh, r * R, R)
 
 
-_forward, _backward = (Compiled(function, [__file__]) for function in (wavenet_forward, wavenet_backward))
+def wavenet_head(
+    piece, pieces, flags, way, targets, skips, head1, bias1, head2, bias2, head1_back, head2_back, per_target, nats,
+    d_head1, d_bias1, d_head2, d_bias2, d_skip_bias,
+):  # fmt: skip
+    """One piece of the loss, all arrays flat: S skip channels -> ReLU -> H -> ReLU -> V logits.
+
+    targets int64 [N] (negative: not scored); weights as `_packed` gives them: [inputs, outputs] head1 [S, H] and head2
+    [H, V], in whole columns; [outputs, inputs] head1_back and head2_back. skips [N, S], whose rows begin `apart`,
+    become their gradient. Out: nats float64 [pieces], the cross-entropy summed over the targets of each piece. Added
+    to, zeros at first, for each piece: the gradients of `per_target` times it, as PyTorch's weights lie.
+    """
+    N = targets.size
+    if N == 0:
+        return
+    S, H, V = d_skip_bias.size // pieces, bias1.size, bias2.size
+    Ss, Hs, Vs, Vp = _apart(S), _apart(H), _apart(V), _whole(V)
+    begin, end = _own(piece, pieces, N)
+    inputs, hidden, d_hidden = (np.empty(BLOCK * Ss, np.float32), np.empty(BLOCK * Hs, np.float32),
+                                np.empty(BLOCK * Hs, np.float32))  # fmt: skip
+    logits = np.zeros(BLOCK * Vs, np.float32)
+    total = 0.0
+    for t in range(begin, end, BLOCK):
+        n = min(BLOCK, end - t)
+        _relu(inputs, 0, skips, t * Ss, n * Ss)
+        for r in range(n):
+            copy(hidden, r * Hs, bias1, 0, H)
+            copy(logits, r * Vs, bias2, 0, V)
+        packed_product(hidden, 0, Hs, inputs, 0, Ss, 1, head1, 0, n, H, S)
+        _relu(hidden, 0, hidden, 0, n * Hs)
+        packed_product(logits, 0, Vs, hidden, 0, Hs, 1, head2, 0, n, Vp, H)
+        for r in range(n):
+            target = targets[uintp(t + r)]
+            if target < 0:
+                fill(logits, r * Vs, V, ZERO)
+            else:
+                total += cross_entropy(logits, r * Vs, V, target, per_target)
+            add(d_bias2, piece * V, logits, r * Vs, V)
+        product(d_head2, piece * V * H, H, logits, 0, 1, Vs, hidden, 0, Hs, V, H, n)
+        fill(d_hidden, 0, n * Hs, ZERO)
+        packed_product(d_hidden, 0, Hs, logits, 0, Vs, 1, head2_back, 0, n, H, V)
+        _relu_back(d_hidden, 0, hidden, 0, n * Hs)
+        product(d_head1, piece * H * S, S, d_hidden, 0, 1, Hs, inputs, 0, Ss, H, S, n)
+        fill(skips, t * Ss, n * Ss, ZERO)
+        packed_product(skips, t * Ss, Ss, d_hidden, 0, Hs, 1, head1_back, 0, n, S, H)
+        _relu_back(skips, t * Ss, inputs, 0, n * Ss)
+        for r in range(n):
+            add(d_bias1, piece * H, d_hidden, r * Hs, H)
+            add(d_skip_bias, piece * S, skips, (t + r) * Ss, S)
+    nats[uintp(piece)] = total
+
+
+_forward, _head, _backward = (Compiled(f, [__file__]) for f in (wavenet_forward, wavenet_head, wavenet_backward))
 
 
 def _packed(matrices: Tensor) -> Tensor:
-    """Matrices [..., K, N] as `vectors.pack` puts each."""
+    """Matrices [..., K, N] as `vectors.pack` puts each, filled up with zeros to whole columns."""
+    matrices = F.pad(matrices, (0, whole(matrices.shape[-1]) - matrices.shape[-1]))
     return matrices.unflatten(-1, (-1, COLUMNS)).transpose(-3, -2).contiguous()
-
-
-class _Layers(torch.autograd.Function):
-    """All layers, to the sum of their skips. x [B, T, R] -> [B, T, S]"""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, positions: Tensor, dilated: Tensor, gate_bias: Tensor, residual: Tensor,
-        residual_bias: Tensor, skip: Tensor, skip_bias: Tensor, dilations: NDArray[np.int64], taps: int, normed: bool,
-        pieces: Pieces,
-    ) -> Tensor:  # fmt: skip
-        (B, T, R), L, S = x.shape, len(dilations), len(skip)
-        h, scales, gates, sigmoids = (torch.empty(L, B * T, width) for width in (R, 1, R, R))
-        skips = torch.empty(B, T, apart(S))
-        inputs_first = dilated.unflatten(2, (taps, R)).permute(0, 2, 3, 1)
-        pieces.run(
-            _forward, positions, dilations, taps, normed, _packed(inputs_first), gate_bias, _packed(residual.mT),
-            residual_bias, _packed(skip.T.unflatten(0, (L, R))), skip_bias, x.clone(), h, scales, gates, sigmoids,
-            skips,
-        )  # fmt: skip
-        ctx.save_for_backward(positions, dilated, residual, skip, h, scales, gates, sigmoids)
-        ctx.others = dilations, taps, normed, pieces
-        return skips[..., :S]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        positions, dilated, residual, skip, h, scales, gates, sigmoids = ctx.saved_tensors
-        dilations, taps, normed, pieces = ctx.others
-        (B, T), (_, N, R) = positions.shape, h.shape
-        d_skips = torch.empty(B, T, apart(len(skip)))
-        d_skips[..., : len(skip)] = gradients[0]
-        outputs_first = dilated.unflatten(2, (taps, R)).transpose(1, 2)
-        dx, d_sums = torch.zeros(B, T, R), torch.empty(2, N, 2 * R)
-        shapes = dilated.shape, dilated.shape[:2], residual.shape, residual.shape[:2], skip.shape
-        sums = [torch.zeros(pieces.count, *shape) for shape in shapes]
-        pieces.run(
-            _backward, positions, dilations, taps, normed, _packed(outputs_first), _packed(residual),
-            _packed(skip.unflatten(1, (-1, R)).transpose(0, 1)), h, scales, gates, sigmoids, d_skips, dx, d_sums, *sums,
-        )  # fmt: skip
-        d_weights = (each.sum(0) for each in sums)
-        return dx, None, *d_weights, gradients[0].sum((0, 1)), None, None, None, None
 
 
 def build(core: nn.Module, pieces: Pieces, on_event: OnEvent) -> Callable[[Tensor, Tensor, Tensor | None, int], Tensor]:
     """What `fast.Backward` says, for a core that fits. Raises what numba raises where it cannot compile."""
     assert isinstance(core, WaveNet)
-    layers = core.layers
-    dilations = np.array(core.config.all_dilations)
+    c, layers = core.config, core.layers
+    dilations, L, K, R, S = np.array(c.all_dilations), len(layers), c.kernel, c.residual, c.skip
+    normed = c.norm == "rmsnorm"
     nothing, none = np.zeros(0, np.float32), np.zeros(0, np.int64)
-    taps, normed = core.config.kernel, core.config.norm == "rmsnorm"
     pieces.load(
-        on_event, *((f, (none, none, taps, normed, *[nothing] * n)) for f, n in ((_forward, 12), (_backward, 15)))
+        on_event,
+        (_forward, (none, none, K, normed, *[nothing] * 12)),
+        (_head, (none, *[nothing] * 7, ZERO, np.zeros(0), *[nothing] * 5)),
+        (_backward, (none, none, K, normed, *[nothing] * 15)),
     )
+    stacked = [
+        [layer.dilated.weight for layer in layers],
+        [layer.dilated.bias for layer in layers],
+        [layer.residual.weight for layer in layers[:-1]],
+        [layer.residual.bias for layer in layers[:-1]],
+    ]
+    others = [core.skip.weight, core.skip.bias, core.head1.weight, core.head1.bias, core.head2.weight, core.head2.bias]
 
+    @torch.no_grad()
     def backward(ids: Tensor, targets: Tensor, positions: Tensor | None, count: int) -> Tensor:
-        if positions is None:
-            positions = torch.arange(ids.shape[1]).expand(ids.shape)
-        skips = _Layers.apply(
-            core.entry(core.table(ids)),
-            positions.contiguous(),
-            torch.stack([layer.dilated.weight for layer in layers]),
-            torch.stack([layer.dilated.bias for layer in layers]),
-            torch.stack([layer.residual.weight for layer in layers[:-1]]),
-            torch.stack([layer.residual.bias for layer in layers[:-1]]),
-            core.skip.weight,
-            core.skip.bias,
-            dilations,
-            taps,
-            normed,
-            pieces,
+        B, T = ids.shape
+        N = B * T
+        positions = (torch.arange(T).expand(B, T) if positions is None else positions).contiguous()
+        dilated, gate_bias, residual, residual_bias = weights = [torch.stack(each) for each in stacked]
+        skip, skip_bias, head1, bias1, head2, bias2 = others
+        d_dilated, d_gate_bias, d_residual, d_residual_bias, d_skip, d_skip_bias, *d_head = (
+            torch.zeros(pieces.count, *weight.shape) for weight in (*weights, *others)
         )
-        loss = cross_entropy(core._head(skips), targets)
-        (loss / max(1, count)).backward()
-        return loss.detach()
+        h, scales, gates, sigmoids = (torch.empty(L, N, width) for width in (R, 1, R, R))
+        skips, nats = torch.empty(N, apart(S)), torch.empty(pieces.count, dtype=torch.float64)
+        by_tap, by_layer = dilated.unflatten(2, (K, R)), skip.unflatten(1, (L, R))
+        pieces.run(
+            _forward, positions, dilations, K, normed, _packed(by_tap.permute(0, 2, 3, 1)), gate_bias,
+            _packed(residual.mT), residual_bias, _packed(by_layer.permute(1, 2, 0)), skip_bias, core.table(ids), h,
+            scales, gates, sigmoids, skips,
+        )  # fmt: skip
+        pieces.run(
+            _head, targets.contiguous(), skips, _packed(head1.T), bias1, _packed(head2.T), bias2, _packed(head1),
+            _packed(head2), np.float32(1 / max(1, count)), nats, *d_head, d_skip_bias,
+        )  # fmt: skip
+        dx, d_sums = torch.zeros(N, R), torch.empty(2, N, 2 * R)
+        pieces.run(
+            _backward, positions, dilations, K, normed, _packed(by_tap.transpose(1, 2)), _packed(residual),
+            _packed(by_layer.transpose(0, 1)), h, scales, gates, sigmoids, skips, dx, d_sums,
+            d_dilated, d_gate_bias, d_residual, d_residual_bias, d_skip,
+        )  # fmt: skip
+        for ps, grads in zip(stacked, (d_dilated, d_gate_bias, d_residual, d_residual_bias), strict=True):
+            for p, grad in zip(ps, grads.sum(0), strict=True):
+                add_gradient(p, grad)
+        for p, grads in zip(others, (d_skip, d_skip_bias, *d_head), strict=True):
+            add_gradient(p, grads.sum(0))
+        table = core.table.weight
+        add_gradient(table, torch.zeros_like(table).index_add_(0, ids.flatten(), dx))
+        return nats.sum().float()
 
     return backward

@@ -23,7 +23,7 @@ GPT = {
     "vocab_size": 11, "context": 16, "layers": 1, "heads": 2, "channels": 32, "position": "rotary", "norm": "rmsnorm",
     "activation": "relu2", "bias": False, "qkv_bias": False, "qk_norm": True, "tied_head": False,
 }  # fmt: skip
-WAVENET = {"vocab_size": 11, "dilations": (1, 2), "cycles": 1, "residual": 16, "skip": 16, "head": 4}
+WAVENET = {"vocab_size": 11, "dilations": (1, 2), "cycles": 1, "residual": 16, "skip": 16, "head": 16}
 
 
 def module(core: str, values: dict[str, Any], **others: Any) -> str | None:
@@ -45,7 +45,16 @@ def test_whom_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     ):  # fmt: skip
         assert module("gpt", GPT, **other) is None, other
     assert module("wavenet", WAVENET) == "wavenet_cpu"
-    for other in ({"residual": 20}, {"residual": 256}, {"skip": 24}, {"bias": False}, {"dilations": (3,)}):
+    for other in (
+        {"residual": 20},
+        {"residual": 256},
+        {"skip": 24},
+        {"head": 24},
+        {"bias": False},
+        {"embedding": 8},
+        {"decoder": 8},
+        {"dilations": (3,)},
+    ):
         assert module("wavenet", WAVENET, **other) is None, other
     assert module("charwavenet", {"vocab_size": 11}) is None
     monkeypatch.setattr(platform, "machine", lambda: "arm64")

@@ -22,14 +22,14 @@ from tests.training.test_trainer import Memory, trainer
 
 pytestmark = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="for x86-64 processors")
 
-SMALL = {"vocab_size": 20, "dilations": (1, 2, 4), "cycles": 2, "residual": 16, "skip": 32, "head": 8}
+SMALL = {"vocab_size": 20, "dilations": (1, 2, 4), "cycles": 2, "residual": 16, "skip": 32, "head": 16}
 CASES: list[tuple[dict[str, Any], int, int, int]] = [  # config, sequences, positions, threads
     ({"norm": "rmsnorm"}, 1, 300, 2),
     ({}, 2, 65, 1),
     ({"norm": "rmsnorm", "kernel": 3, "residual": 48}, 3, 41, 2),
     ({"kernel": 1}, 2, 10, 2),
     ({"norm": "rmsnorm", "dilations": (1, 100, 7), "cycles": 1}, 2, 64, 3),
-    ({"embedding": 5, "decoder": 7}, 1, 70, 2),
+    ({"vocab_size": 300, "head": 48, "skip": 16}, 1, 70, 2),
     ({"norm": "rmsnorm"}, 1, 1, 4),
 ]
 
