@@ -39,6 +39,7 @@ def kept_memory() -> Iterator[None]:
 def settled_objects() -> Iterator[None]:
     """Inside the block the search for garbage leaves out the objects that are there now. PyTorch and numba bring so
     many that looking at all of them, again and again, took a twentieth of a small GPT's training."""
+    gc.collect()  # what is garbage now would stay
     gc.freeze()
     try:
         yield

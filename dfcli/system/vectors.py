@@ -393,14 +393,14 @@ class Pieces:
     def __init__(self, threads: int) -> None:
         self.count, self._pool, self._way = threads, ThreadPoolExecutor(threads), _way()
 
-    def run(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Tensors among the arguments, or in tuples there, must be contiguous; they are passed as flat arrays."""
+    def run(self, function: Callable[..., None], *arguments: Any, count: int | None = None) -> None:
+        """In `count` pieces, or as many as there are threads. Tensors among the arguments, or in tuples there, must be
+        contiguous; they are passed as flat arrays."""
+        count = count or self.count
         flat = [_flat(a) for a in arguments]
-        flags = np.zeros((self.count + 1) * _APART, np.int64)
+        flags = np.zeros((count + 1) * _APART, np.int64)
         try:
-            running = [
-                self._pool.submit(function, piece, self.count, flags, self._way, *flat) for piece in range(self.count)
-            ]
+            running = [self._pool.submit(function, piece, count, flags, self._way, *flat) for piece in range(count)]
             for each in wait(running, return_when=FIRST_EXCEPTION).done:
                 each.result()
         except BaseException:  # a piece that failed or never began, or a signal: nobody is to wait for it

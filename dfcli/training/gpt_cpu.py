@@ -9,8 +9,9 @@ so that the same number of threads gives the same bits.
 Attention is that of the queries and keys that RMSNorm made, whose scores are at most sqrt(D): exp of them needs no
 maximum taken off. Its gradient passes the rotation, which keeps lengths and angles, before that of the norm.
 
-Arrays are flat. Rows of products' matrices begin `apart` from each other, but those of weights and gradients outside:
-Cs, Qs, Fs, Vs, Ts floats for C channels, 3 C of queries, keys and values, F = 4 C in the MLP, V ids, T positions.
+Arrays are flat. C channels, 3 C of queries, keys and values, F = 4 C in the MLP, V ids, T positions. In the arrays that
+belong to a sequence, and in transposed ones, rows begin `apart`: Cs, Qs, Fs, Vs, Ts floats after each other. Weights,
+gradients, attention's shares, and what is given and returned, have no such gaps.
 """
 
 from __future__ import annotations
@@ -166,9 +167,9 @@ def gpt_step(
     arrays, of `sizes` int64 [K] rows; noise [K, N]: what dropout multiplies n-grams by, or nothing.
 
     Out: nats float64 [pieces], the cross-entropy summed over the targets of each piece; the gradients of
-    `per_target` times it: grads [pieces, weights], the first row; of each table how many rows were read (counts int64
-    [K]), which (found int64 [K, N]), and theirs (row_grads [K, N, C]). dx [N, C], and rows and places int64 [K, N], are
-    for use here.
+    `per_target` times it: grads [pieces, weights], the first row (the others are for use here); of each table how many
+    rows were read (counts int64 [K]), which (found int64 [K, N]), and theirs (row_grads [K, N, C]). dx [N, C], and rows
+    and places int64 [K, N], are for use here.
     """
     N, B = ids.size, ids.size // T
     if N == 0:
@@ -340,7 +341,8 @@ def build(core: nn.Module, pieces: Pieces, on_event: OnEvent) -> Callable[[Tenso
     """What `fast.Backward` says, for a core that fits. Raises what numba raises where it cannot compile."""
     assert isinstance(core, GPT)
     c, blocks, C = core.config, core.blocks, core.config.channels
-    tables = [table.weight for table in core.ngrams.tables] if c.ngrams > 1 else []
+    embeddings = list(core.ngrams.tables) if c.ngrams > 1 else []
+    tables = [table.weight for table in embeddings]
     dense = [
         core.tokens.weight,
         core.head.weight,
@@ -362,20 +364,27 @@ def build(core: nn.Module, pieces: Pieces, on_event: OnEvent) -> Callable[[Tenso
         (B, T), N = ids.shape, ids.numel()
         positions = torch.arange(T).expand(B, T) if positions is None else positions
         noise = _noise(core.ngrams, ids) if tables else torch.empty(0)
-        nats, grads = torch.empty(pieces.count, dtype=torch.float64), torch.empty(pieces.count, sum(places))
+        several = min(pieces.count, B)
+        nats, grads = torch.empty(several, dtype=torch.float64), torch.empty(several, sum(places))
         dx, row_grads, counts = torch.empty(N, C), torch.empty(many, N, C), torch.empty(many, dtype=torch.int64)
         rows, sorted_rows, found = torch.empty(3, many, N, dtype=torch.int64)
         pieces.run(
             _step, ids.contiguous(), targets.contiguous(), positions.contiguous(), T, c.vocab_size, c.layers, c.heads,
             core.cos[:T], core.sin[:T], torch.cat([p.view(-1) for p in dense]), many, sizes,
             (*tables, *[torch.empty(0)] * (MOST_TABLES - many)), noise,
-            np.float32(1 / max(1, count)), nats, grads, dx, rows, sorted_rows, counts, found, row_grads,
+            np.float32(1 / max(1, count)), nats, grads, dx, rows, sorted_rows, counts, found, row_grads, count=several,
         )  # fmt: skip
         for p, grad in zip(dense, grads[0].split(places), strict=True):
             add_gradient(p, grad.view(p.shape))
-        for p, n, read, grad in zip(tables, counts.tolist(), found, row_grads, strict=True):
-            read, grad = read[None, :n], grad[:n]
-            add_gradient(p, torch.sparse_coo_tensor(read, grad, p.shape, is_coalesced=True, check_invariants=False))
+        for table, n, read, grad in zip(
+            core.ngrams.tables if tables else (), counts.tolist(), found, row_grads, strict=True
+        ):
+            p, read, grad = table.weight, read[:n], grad[:n]
+            if table.sparse:
+                grad = torch.sparse_coo_tensor(read[None], grad, p.shape, is_coalesced=True, check_invariants=False)
+            else:
+                grad = torch.zeros_like(p).index_copy_(0, read, grad)
+            add_gradient(p, grad)
         return nats.sum().float()
 
     return backward

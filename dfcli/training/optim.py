@@ -10,6 +10,7 @@ costs hundreds of times more) and in bfloat16 on a GPU, and matrices of one shap
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from torch.optim.sgd import sgd
 from dfcli.errors import CorruptError
 from dfcli.training.settings import Recipe
 
+_torch: Any = torch  # its operations on lists of tensors have no types
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # the quintic of Jordan's post: steep at 0, and it need not converge to 1
 
 
@@ -70,20 +72,21 @@ class Muon:
 
     @torch.no_grad()
     def step(self, lr_factor: float) -> None:
-        lr, ps, updates = self.lr * lr_factor, [], []
-        for name, p in self.parameters.items():
-            if p.grad is None:  # nothing of the loss depends on it
-                continue
-            buffer = self.buffers.setdefault(name, torch.zeros_like(p))
-            buffer.lerp_(p.grad, 1 - self.momentum)
-            ps.append(p)
-            updates.append(p.grad.lerp(buffer, self.momentum).flatten(1))
-        for p, update in zip(ps, self.orthogonalise_all(updates), strict=True):
-            if self.weight_decay:
-                p.mul_(1 - lr * self.weight_decay)
-            # A step of one size in every output whatever the shape (Jordan's scale for tall matrices).
-            outputs, inputs = update.shape
-            p.add_(update.reshape(p.shape), alpha=-lr * max(1, outputs / inputs) ** 0.5)
+        lr = self.lr * lr_factor
+        given = {name: p for name, p in self.parameters.items() if p.grad is not None}  # the loss depends on them
+        if not given:
+            return
+        ps, grads = list(given.values()), [p.grad for p in given.values()]
+        buffers = [self.buffers.setdefault(name, torch.zeros_like(p)) for name, p in given.items()]
+        _torch._foreach_lerp_(buffers, grads, 1 - self.momentum)
+        updates = _torch._foreach_lerp(grads, buffers, self.momentum)
+        updates = self.orthogonalise_all([update.flatten(1) for update in updates])
+        # A step of one size in every output whatever the shape (Jordan's scale for tall matrices).
+        sizes = [-lr * max(1, outputs / inputs) ** 0.5 for outputs, inputs in (update.shape for update in updates)]
+        if self.weight_decay:
+            _torch._foreach_mul_(ps, 1 - lr * self.weight_decay)
+        steps = _torch._foreach_mul([update.reshape(p.shape) for update, p in zip(updates, ps, strict=True)], sizes)
+        _torch._foreach_add_(ps, steps)
 
 
 class Elementwise:

@@ -226,8 +226,11 @@ def memory_bytes(core: str, config: cores.CoreConfig, recipe: Recipe, device: De
     tables = c.channels * sum(c.ngram_rows) if core == "gpt" and recipe.optimizer == "muon" else 0  # see optim.Rows
     weights = 4 * ((config.parameters() - tables) * (2 + optimizer) + 2 * tables)
     window, rows = recipe.window or config.context, recipe.batch_size
-    if core == "gpt" and cpu_module(config, recipe, device):  # each thread has one row at a time, and weights twice
+    if core == "gpt" and cpu_module(config, recipe, device):
+        # Each thread: its gradients, the weights packed for both ways, what it keeps of one row. The n-grams' gradients
+        # and places are the whole batch's.
         weights += 3 * 4 * device.threads * (config.parameters() - tables)
+        weights += rows * window * c.ngrams * (4 * c.channels + 24)
         kept = c.layers * (10 * c.channels + c.heads * window)
         rows = min(rows, device.threads)
     elif core == "gpt":

@@ -130,3 +130,18 @@ def test_compiled_training_stopped_and_resumed_ends_as_one_that_never_stopped(
     for part, other in zip(parts.saves[7][:2], whole.saves[7][:2], strict=True):
         assert part.keys() == other.keys()
         assert all(torch.equal(part[name], other[name]) for name in other)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw", "sgd"])
+def test_every_optimizer_takes_the_gradients_of_compiled_functions(optimizer: str) -> None:
+    weights = []
+    for compile in ("auto", "off"):
+        torch.manual_seed(0)
+        core = cores.build("gpt", GPT | {"ngrams": 3, "init": "torch"})
+        recipe = Recipe(steps=3, batch_size=3, accumulate=2, optimizer=optimizer, lr=0.01, clip=1.0, compile=compile)
+        made = trainer(core, recipe, Memory())
+        assert made.run() is None
+        assert (made.fast_backward is None) == (compile == "off")
+        weights.append(core.state_dict())
+    for name, weight in weights[0].items():
+        assert torch.allclose(weight, weights[1][name], atol=1e-3), name

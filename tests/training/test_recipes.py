@@ -98,7 +98,7 @@ def test_a_corpus_read_many_times_gets_dropout() -> None:
 
 def test_tables_get_dropout_sooner_and_more_with_time() -> None:
     shares = []
-    for steps in (100, 1000, 3000, 8000):
+    for steps in (100, 1000, 1700, 3000):
         config = parts(default("gpt", SHAKESPEARE, machine(), steps, 0.0, {}))[0]
         assert config.dropout == 0  # pyright: ignore
         shares.append(config.ngram_dropout)  # pyright: ignore
@@ -120,7 +120,7 @@ def test_reasons_are_sentences_of_their_data() -> None:
     steps = SHAKESPEARE.tokens // 1024
     assert reason(SHAKESPEARE, "dropout", steps // 2) == "the budget reads the corpus less than once"
     assert reason(SHAKESPEARE, "dropout", steps + 10) == "the budget reads the corpus about once"
-    assert reason(SHAKESPEARE, "dropout", 3 * steps) == "the budget reads the corpus about 3 times"
+    assert reason(SHAKESPEARE, "dropout", 2 * steps) == "the budget reads the corpus about 2 times"
     speech = default("wavenet", SPEECH, machine(), 100, 0.0, {"window": 512})
     assert "512 samples a step on a CPU" in [choice.reason for choice in speech.choices]
 
@@ -158,15 +158,15 @@ def test_the_memory_estimate_is_what_autograd_keeps(core: str, values: dict[str,
     assert 0.75 < estimate / expected < 1.34
 
 
-def test_compiled_training_keeps_a_row_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_training_keeps_a_row_a_thread_and_the_tables_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
-    sizes = {"vocab_size": 65, "context": 64, "layers": 2, "heads": 2, "channels": 64}
-    draft = default("gpt", SHAKESPEARE, machine(), 100, 0, sizes)
-    config, recipe = parts(draft)
+    sizes = {"vocab_size": 65, "context": 64, "layers": 2, "heads": 2, "channels": 64, "ngrams": 3}
+    config, recipe = parts(default("gpt", SHAKESPEARE, machine(), 100, 0, sizes))
 
     def estimate(batch_size: int, compile: str = "auto") -> int:
         other = replace(recipe, batch_size=batch_size, compile=compile)
         return memory_bytes("gpt", config, other, machine())
 
-    assert estimate(batch_size=64) == estimate(batch_size=2)
+    of_tables = 62 * 64 * 4 * 64 * 3  # 62 rows more: a gradient of 64 channels for each of 2 tables, and of their sum
+    assert of_tables < estimate(batch_size=64) - estimate(batch_size=2) < 1.2 * of_tables
     assert estimate(batch_size=64, compile="off") > estimate(batch_size=64)
