@@ -63,9 +63,9 @@ class GPT2(TextCodec):
         self.vocab_size = len(pieces) + 1
         self._pieces = [*pieces, b""]
         self.byte_lengths = np.array([len(p) for p in self._pieces], np.int64)
-        self.character_lengths = np.array(
-            [starts_character(np.frombuffer(p, np.uint8)).sum() for p in self._pieces], np.int64
-        )
+        ends = np.cumsum(self.byte_lengths)
+        characters = np.cumsum(starts_character(np.frombuffer(b"".join(pieces), np.uint8)))
+        self.character_lengths = np.diff(characters[ends - 1], prepend=0)
         self._newline = pieces.index(b"\n")
         self._merger = tiktoken.Encoding(
             "gpt2",
@@ -179,9 +179,9 @@ def _vocabulary(encoder_json: bytes, vocab_bpe: bytes) -> list[bytes]:
     The published files write bytes as printable characters. Pairs merge in the order of their lines, and ids
     follow that order: 256 single bytes, then one id per merge, then the end of text.
     """
-    byte_of = _printable_bytes()
+    printable = str.maketrans(_printable_bytes())
     encoder = json.loads(encoder_json)
-    ids = {bytes(byte_of[c] for c in piece): i for piece, i in encoder.items() if piece != END_OF_TEXT}
+    ids = {piece.translate(printable).encode("latin-1"): i for piece, i in encoder.items() if piece != END_OF_TEXT}
     pieces = sorted(ids, key=ids.__getitem__)
     if sorted(encoder.values()) != list(range(len(encoder))) or encoder[END_OF_TEXT] != len(pieces):
         raise ValueError("the ids are not 0, 1, 2, ... with the end of text last")
@@ -189,14 +189,14 @@ def _vocabulary(encoder_json: bytes, vocab_bpe: bytes) -> list[bytes]:
         raise ValueError("the first 256 ids are not the bytes")
     lines = vocab_bpe.decode("utf-8").splitlines()
     merges = [line.split() for line in lines if line and not line.startswith("#version")]
-    if [bytes(byte_of[c] for c in "".join(pair)) for pair in merges] != pieces[256:]:
+    if ["".join(pair).translate(printable).encode("latin-1") for pair in merges] != pieces[256:]:
         raise ValueError("the merges are not those of the ids")
     return pieces
 
 
-def _printable_bytes() -> dict[str, int]:
-    """The byte each character of the published files stands for: visible Latin-1 characters are themselves,
-    the other bytes in rising order are U+0100, U+0101, ..."""
+def _printable_bytes() -> dict[str, str]:
+    """The byte each character of the published files stands for, as a character of Latin-1: visible ones are
+    themselves, the other bytes in rising order are U+0100, U+0101, ..."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = sorted(set(range(256)) - set(visible))
-    return {chr(b): b for b in visible} | {chr(0x100 + i): b for i, b in enumerate(hidden)}
+    return {chr(b): chr(b) for b in visible} | {chr(0x100 + i): chr(b) for i, b in enumerate(hidden)}

@@ -142,14 +142,20 @@ def nano_loop(dataset: Dataset) -> tuple[cores.GPT, Callable[[int], None]]:
 # What a run reached --------------------------------------------------------------------------------------------------
 
 
-def trained(result: dict[str, Any], product: float) -> dict[str, Any]:
-    """Speed and shares of a run that `df train --json` gave `result` for; `product` is the machine's FLOP/s."""
+def trained(*words: str) -> tuple[str, dict[str, Any]]:
+    """A run of `df train` with these words: its name, and its speed and shares of the machine's rate for products, the
+    mean of what was measured just before and just after it: a shared machine's rate moves within minutes."""
     import torch
 
     from dfcli import cores
     from dfcli.runs.run import Run
     from dfcli.training.optim import matrices
+    from tests.replications.replicate import df
 
+    products = [product_rate()]
+    result = df("train", *words, "--device", "cpu", "--seed", "0")
+    products.append(product_rate())
+    product = sum(products) / 2
     run = Run.open(result["run"])
     core = run.info["core"]
     flops = 3 * cores.config(core["name"], core["config"]).flops_per_token()
@@ -162,7 +168,7 @@ def trained(result: dict[str, Any], product: float) -> dict[str, Any]:
             training += (row["tokens"] - before) / row["tokens_per_second"]
         before = row["tokens"]
     seconds = result["train_seconds"]
-    return {
+    return result["run"], {
         "minutes": run.info["recipe"]["minutes"],
         "train_seconds": seconds,
         "steps": result["steps"],
@@ -171,6 +177,7 @@ def trained(result: dict[str, Any], product: float) -> dict[str, Any]:
         "parameters": result["parameters"],
         "core": core["config"],
         "tokens_per_second": result["tokens_seen"] / training,
+        "product_flops_per_second": products,
         "training_flops_per_second": flops * result["tokens_seen"] / training,
         "share_of_product_rate": flops * result["tokens_seen"] / training / product,
         "share_of_product_rate_with_muon": (flops * result["tokens_seen"] + muon * result["steps"])

@@ -38,11 +38,11 @@ def anchor(data: str, steps: int, full: bool) -> dict[str, Any]:
         return {"seconds": seconds, "val_loss": sweep(core, dataset, "val", device).mean}
 
 
-def recipe(data: str, minutes: float, product: float) -> dict[str, Any]:
+def recipe(data: str, minutes: float) -> dict[str, Any]:
     """The default recipe through the public command."""
-    result = df("train", "gpt", "--data", data, "--minutes", f"{minutes:.5f}", "--device", "cpu", "--seed", "0")
-    scored = df("eval", "--run", result["run"], "--device", "cpu")
-    return {"val_loss": scored["loss"], "context": scored["context"], **common.trained(result, product)}
+    run, figures = common.trained("gpt", "--data", data, "--minutes", f"{minutes:.5f}")
+    scored = df("eval", "--run", run, "--device", "cpu")
+    return {"val_loss": scored["loss"], "context": scored["context"], **figures}
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -55,13 +55,11 @@ def main(words: Sequence[str] | None = None) -> None:
     given = parser.parse_args(words)
     resolve("cpu")
     with common.home():
-        product = common.product_rate()
         plain = anchor(given.data, given.anchor_steps, given.full)
         budgets = [share * plain["seconds"] / 60 for share in given.shares] + given.minutes
         runs = []
         for minutes in budgets:
-            product = max(product, common.product_rate())
-            run = recipe(given.data, minutes, product)
+            run = recipe(given.data, minutes)
             run["share_of_anchor_time"] = run["train_seconds"] / plain["seconds"]
             if "val_loss" in plain:
                 run["loss_below_anchor"] = plain["val_loss"] - run["val_loss"]
@@ -70,7 +68,6 @@ def main(words: Sequence[str] | None = None) -> None:
     common.report(
         {
             "benchmark": "train_gpt",
-            "product_flops_per_second": product,
             "anchor": plain | {"seconds_at_the_end": again},
             "recipes": runs,
         }
