@@ -105,7 +105,7 @@ def _gpt(corpus: Corpus, device: Device, steps: int, minutes: float, pinned: dic
         draft.choose("sampling", "documents", "every line fits a sequence")
     # On a CPU many small steps beat few large ones at first; later larger ones learn as much from an id, and take less
     # time for it: Muon's products, which grow faster with the channels than a step's, do not depend on its ids.
-    tokens = 16_384 if device.kind == "cuda" else max(2048 if long else 1024, 8 * config["channels"])
+    tokens = 16_384 if device.kind == "cuda" else max(3072 if long else 1024, 8 * config["channels"])
     length = max(1, corpus.tokens // corpus.documents) if recipe.get("sampling") == "documents" else config["context"]
     recipe["batch_size"] = max(1, tokens // length)
     mean = f", at {length:,} ids a line" if recipe.get("sampling") == "documents" else ""
