@@ -107,6 +107,8 @@ class TrainView:
 
     def _take(self, step: Step) -> None:
         self.step = step
+        if self.peak:  # measured while the machine was busy, if a step is faster
+            self.peak = max(self.peak, step.flops_per_second)
         self.progress = None
         self.losses.add(step.train_loss)
         if step.val_loss is not None:

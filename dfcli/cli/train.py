@@ -113,6 +113,8 @@ def _show(kind: str, data: list[str], json: bool, quiet: bool, options: dict[str
     if json:
         output.write_json(made.to_json())
         return
+    _, memory = made.device.memory_bytes()
+    of = f", more than the {size(memory)} there are" if made.memory > memory else ""
     output.pairs(
         [
             ("core", f"{made.core}  {_values(made.config)}"),
@@ -121,7 +123,7 @@ def _show(kind: str, data: list[str], json: bool, quiet: bool, options: dict[str
             ("parameters", count(made.parameters)),
             ("context", counted(made.config.context, "id")),
             ("FLOPs per token", f"{count(made.flops_per_token)} forward"),
-            ("memory", f"about {size(made.memory)}"),
+            ("memory", f"about {size(made.memory)}{of}"),
             ("seed", made.seed),
             *([("source", made.source), ("published", made.published)] if made.source else []),
             *([("published on", "{}: {}".format(*about_corpus(made.corpus)))] if made.corpus else []),

@@ -200,6 +200,15 @@ def test_more_than_a_day_is_said_once(capsys: pytest.CaptureFixture[str]):
     assert "days" not in capsys.readouterr().err
 
 
+def test_a_step_faster_than_the_measured_peak_corrects_it(capsys: pytest.CaptureFixture[str]):
+    with TrainView(Stop()) as view:
+        view.peak = 50e9  # measured while something else ran
+        for done, rate in ((1, 61e9), (2, 30.5e9)):
+            view(Step(done, 2, done / 2, done, float(done), 4.0, 1e-3, 10.0, rate, 3.0, None, 0))
+            assert f"share_of_peak={1 / done:.3f}" in view.line(view.step)
+    assert "share_of_peak=1.0" in capsys.readouterr().err
+
+
 def test_quiet_says_nothing():
     done = piped("quiet")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -151,6 +151,10 @@ def test_show_trains_nothing(here, talk, home):
         assert part in shown.out
     result = json.loads(here(*LINE, "--steps", 10, "--show", "--json").out)
     assert {"preset", "steps", "parameters"} <= set(result)
+    assert "more than the" not in shown.out
+    shown = here("train", "gpt", "--data", "talk.txt", "--steps", 2, "--batch-size", 999_999, "--show")
+    assert "of memory" not in shown.err
+    assert "more than the" in shown.out
     assert not (home / "runs").exists()
 
 
