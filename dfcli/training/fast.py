@@ -14,6 +14,7 @@ from dfcli.cores import GPTConfig, WaveNetConfig
 from dfcli.system.device import Device
 from dfcli.system.events import Note, OnEvent, ignore
 from dfcli.system.words import first_line
+from dfcli.training.loss import Backward
 from dfcli.training.optim import Optimizer
 from dfcli.training.settings import Recipe
 
@@ -21,11 +22,7 @@ WIDEST = 128  # channels: PyTorch's products of wider ones are faster than ours
 COLUMNS = 16  # widths are multiples of it: vectors.COLUMNS, which numba is imported with
 LONGEST = 512  # ids of a GPT's context: attention's shares are kept, T x T for each head
 
-
 Forward = Callable[..., Tensor]
-# Of ids, targets and positions [B, T], and how many targets the mean is over: adds the mean's gradients to those of the
-# parameters, and gives the sum, see `loss.cross_entropy`.
-Backward = Callable[[Tensor, Tensor, Tensor | None, int], Tensor]
 
 
 def by_numba(

@@ -16,8 +16,6 @@ gradients, attention's shares, and what is given and returned, have no such gaps
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from numpy import uintp
@@ -50,7 +48,7 @@ from dfcli.system.vectors import (
     transposed,
     whole,
 )
-from dfcli.training.loss import add_gradient
+from dfcli.training.loss import Backward, add_gradient
 
 MOST_TABLES = 7  # a GPT has no more: for 2 to 8 ids
 BLOCK = 64  # positions of the products with weights
@@ -337,8 +335,8 @@ def _noise(ngrams: NGrams, ids: Tensor) -> Tensor:
     return torch.stack([ngrams.dropout(torch.ones(*ids.shape, 1)) for _ in ngrams.tables])
 
 
-def build(core: nn.Module, pieces: Pieces, on_event: OnEvent) -> Callable[[Tensor, Tensor, Tensor | None, int], Tensor]:
-    """What `fast.Backward` says, for a core that fits. Raises what numba raises where it cannot compile."""
+def build(core: nn.Module, pieces: Pieces, on_event: OnEvent) -> Backward:
+    """The pass of a core that fits. Raises what numba raises where it cannot compile."""
     assert isinstance(core, GPT)
     c, blocks, C = core.config, core.blocks, core.config.channels
     embeddings = list(core.ngrams.tables) if c.ngrams > 1 else []
@@ -376,9 +374,7 @@ def build(core: nn.Module, pieces: Pieces, on_event: OnEvent) -> Callable[[Tenso
         )  # fmt: skip
         for p, grad in zip(dense, grads[0].split(places), strict=True):
             add_gradient(p, grad.view(p.shape))
-        for table, n, read, grad in zip(
-            core.ngrams.tables if tables else (), counts.tolist(), found, row_grads, strict=True
-        ):
+        for table, n, read, grad in zip(embeddings, counts.tolist(), found, row_grads, strict=True):
             p, read, grad = table.weight, read[:n], grad[:n]
             if table.sparse:
                 grad = torch.sparse_coo_tensor(read[None], grad, p.shape, is_coalesced=True, check_invariants=False)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from dfcli.data.batches import IGNORED
+
+# A pass forwards and backwards: of ids, targets and positions [B, T], and how many targets the mean is over. Adds the
+# mean's gradients to those of the parameters, and gives the sum, see `cross_entropy`.
+Backward = Callable[[Tensor, Tensor, Tensor | None, int], Tensor]
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

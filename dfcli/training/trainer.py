@@ -29,8 +29,8 @@ from dfcli.system.allocator import kept_memory, settled_objects
 from dfcli.system.device import Device, pytorch_threads
 from dfcli.system.events import Note, OnEvent, ignore
 from dfcli.training.events import Sample, Saved, Step
-from dfcli.training.fast import Backward, by_numba, by_torch
-from dfcli.training.loss import cross_entropy
+from dfcli.training.fast import by_numba, by_torch
+from dfcli.training.loss import Backward, cross_entropy
 from dfcli.training.optim import Optimizer
 from dfcli.training.schedule import lr_factor
 from dfcli.training.settings import Recipe

@@ -16,8 +16,6 @@ and sigmoid(b); tanh(a) is their quotient.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -47,7 +45,7 @@ from dfcli.system.vectors import (
     product,
     whole,
 )
-from dfcli.training.loss import add_gradient
+from dfcli.training.loss import Backward, add_gradient
 
 BLOCK = 64  # positions
 
@@ -286,8 +284,8 @@ def _packed(matrices: Tensor) -> Tensor:
     return matrices.unflatten(-1, (-1, COLUMNS)).transpose(-3, -2).contiguous()
 
 
-def build(core: nn.Module, pieces: Pieces, on_event: OnEvent) -> Callable[[Tensor, Tensor, Tensor | None, int], Tensor]:
-    """What `fast.Backward` says, for a core that fits. Raises what numba raises where it cannot compile."""
+def build(core: nn.Module, pieces: Pieces, on_event: OnEvent) -> Backward:
+    """The pass of a core that fits. Raises what numba raises where it cannot compile."""
     assert isinstance(core, WaveNet)
     c, layers = core.config, core.layers
     dilations, L, K, R, S = np.array(c.all_dilations), len(layers), c.kernel, c.residual, c.skip

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
-from dfcli.training.loss import cross_entropy
+from dfcli.training.loss import Backward, cross_entropy
 
-Backward = Callable[[Tensor, Tensor, Tensor | None, int], Tensor]  # see `dfcli.training.fast`
 Pass = tuple[Tensor, dict[str, Tensor]]  # the loss, and the gradients of the parameters that have one
 
 

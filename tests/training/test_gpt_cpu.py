@@ -13,9 +13,7 @@ from dfcli.data.batches import IGNORED
 from dfcli.system.events import ignore
 from dfcli.system.vectors import Pieces
 from dfcli.training.gpt_cpu import build
-from dfcli.training.settings import Recipe
 from tests.training import passes
-from tests.training.test_trainer import Memory, trainer
 
 pytestmark = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="for x86-64 processors")
 
@@ -58,16 +56,3 @@ def test_the_same_bits_every_time_and_nan_is_not_hidden() -> None:
     with torch.no_grad():
         core.blocks[0].attention.qkv.weight[40, 0] = torch.nan  # of a key
     assert passes.one(core, backward, ids, ids)[0].isnan()
-
-
-def test_training_ends_alike() -> None:
-    weights = []
-    for compile in ("auto", "off"):
-        core = model(vocab_size=11, ngrams=3)
-        recipe = Recipe(steps=3, batch_size=2, lr=0.02, optimizer="muon", momentum=0.9, compile=compile)
-        made = trainer(core, recipe, Memory())
-        assert made.run() is None
-        assert (made.fast_backward is None) == (compile == "off")
-        weights.append(core.state_dict())
-    for name, weight in weights[0].items():
-        assert torch.allclose(weight, weights[1][name], atol=1e-3), name

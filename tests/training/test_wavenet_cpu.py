@@ -12,13 +12,10 @@ import torch
 
 from dfcli.cores import WaveNet, WaveNetConfig
 from dfcli.data.batches import IGNORED
-from dfcli.system.events import Note, ignore
+from dfcli.system.events import ignore
 from dfcli.system.vectors import Pieces
-from dfcli.training import wavenet_cpu
-from dfcli.training.settings import Recipe
 from dfcli.training.wavenet_cpu import build
 from tests.training import passes
-from tests.training.test_trainer import Memory, trainer
 
 pytestmark = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="for x86-64 processors")
 
@@ -100,24 +97,3 @@ def test_nobody_waits_for_a_piece_that_never_comes(monkeypatch: pytest.MonkeyPat
         passes.one(core, backward, ids, ids),
     )  # its thread is free again
     passes.assert_alike(found, expected, 1e-5)
-
-
-def test_the_trainer_takes_it_and_does_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    weights, notes = [], []
-    recipe = {"steps": 3, "batch_size": 2, "window": 32, "lr": 0.1, "optimizer": "sgd"}
-    for compile in ("auto", "off", "broken"):
-        if compile == "broken":
-            monkeypatch.setattr(wavenet_cpu, "build", lambda *_: 1 / 0)
-        core, events = model(vocab_size=11), []
-        made = trainer(
-            core, Recipe(**recipe, compile="off" if compile == "off" else "auto"), Memory(), on_event=events.append
-        )
-        assert made.run() is None
-        assert (made.fast_backward is None) == (compile != "auto")
-        weights.append(core.state_dict())
-        notes += [event.text for event in events if isinstance(event, Note) and "compiling" not in event.text]
-    assert len(notes) == 1
-    assert "numba does not work here (ZeroDivisionError" in notes[0]
-    for name, weight in weights[1].items():
-        assert torch.allclose(weights[0][name], weight, atol=1e-5)
-        assert torch.equal(weights[2][name], weight)
