@@ -17,6 +17,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,21 +143,55 @@ def nano_loop(dataset: Dataset) -> tuple[cores.GPT, Callable[[int], None]]:
 # What a run reached --------------------------------------------------------------------------------------------------
 
 
-def trained(*words: str) -> tuple[str, dict[str, Any]]:
-    """A run of `df train` with these words: its name, and its speed and shares of the machine's rate for products, the
-    mean of what was measured just before and just after it: a shared machine's rate moves within minutes."""
+class Turns:
+    """A clock for a training that stands still while, every few seconds, a product is taken: so both have the same part
+    of a machine whose rate moves. `stop` is the training's, and never stops it."""
+
+    PAUSE = 2.0  # seconds of training between two products
+    SIZE = 2048
+
+    def __init__(self, threads: int) -> None:
+        self.threads, self.seconds = threads, []  # of each product
+        self.paused, self.last = 0.0, -math.inf
+
+    def clock(self) -> float:
+        return time.perf_counter() - self.paused
+
+    def stop(self) -> None:
+        from dfcli.system.device import pytorch_threads
+
+        if self.clock() - self.last >= self.PAUSE:
+            began = time.perf_counter()
+            with pytorch_threads(self.threads):
+                self.seconds.append(2 * self.SIZE**3 / product_rate(self.SIZE, rounds=1))
+            self.paused += time.perf_counter() - began
+            self.last = self.clock()
+
+    def rate(self, best: bool = False) -> float:
+        """FLOP/s of all products together, or of the best one."""
+        return 2 * self.SIZE**3 / (min(self.seconds) if best else sum(self.seconds) / len(self.seconds))
+
+
+def trained(kind: str, data: str, minutes: float) -> tuple[str, dict[str, Any]]:
+    """A training in a process of its own, as `df train KIND --data DATA --minutes M` does it: the run's name, and its
+    speed and shares of the machine's rate for products, which are taken in turns with its steps."""
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as `df train` does
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(_train, kind, data, minutes).result()
+
+
+def _train(kind: str, data: str, minutes: float) -> tuple[str, dict[str, Any]]:
     import torch
 
     from dfcli import cores
     from dfcli.runs.run import Run
+    from dfcli.system.device import resolve
     from dfcli.training.optim import matrices
-    from tests.replications.replicate import df
+    from dfcli.training.train import train
 
-    products = [product_rate()]
-    result = df("train", *words, "--device", "cpu", "--seed", "0")
-    products.append(product_rate())
-    product = sum(products) / 2
-    run = Run.open(result["run"])
+    turns = Turns(resolve("cpu").threads)
+    result = train(kind, [data], minutes=minutes, device="cpu", seed=0, stop=turns.stop, clock=turns.clock)
+    product, run = turns.rate(), Run.open(result.run)
     core = run.info["core"]
     flops = 3 * cores.config(core["name"], core["config"]).flops_per_token()
     with torch.device("meta"):
@@ -167,23 +202,23 @@ def trained(*words: str) -> tuple[str, dict[str, Any]]:
         if row["tokens"] > before:
             training += (row["tokens"] - before) / row["tokens_per_second"]
         before = row["tokens"]
-    seconds = result["train_seconds"]
-    return result["run"], {
-        "minutes": run.info["recipe"]["minutes"],
+    done, seconds = flops * result.tokens_seen, result.train_seconds
+    return result.run, {
+        "minutes": minutes,
         "train_seconds": seconds,
-        "steps": result["steps"],
-        "best_step": result["best_step"],
-        "tokens_seen": result["tokens_seen"],
-        "parameters": result["parameters"],
+        "steps": result.steps,
+        "best_step": result.best_step,
+        "tokens_seen": result.tokens_seen,
+        "parameters": result.parameters,
         "core": core["config"],
-        "tokens_per_second": result["tokens_seen"] / training,
-        "product_flops_per_second": products,
-        "training_flops_per_second": flops * result["tokens_seen"] / training,
-        "share_of_product_rate": flops * result["tokens_seen"] / training / product,
-        "share_of_product_rate_with_muon": (flops * result["tokens_seen"] + muon * result["steps"])
-        / training
-        / product,
-        "share_of_product_rate_with_validation": flops * result["tokens_seen"] / seconds / product,
+        "tokens_per_second": result.tokens_seen / training,
+        "products": len(turns.seconds),
+        "product_flops_per_second": product,
+        "best_product_flops_per_second": turns.rate(best=True),
+        "training_flops_per_second": done / training,
+        "share_of_product_rate": done / training / product,
+        "share_of_product_rate_with_muon": (done + muon * result.steps) / training / product,
+        "share_of_product_rate_with_validation": done / seconds / product,
         "share_of_time_for_validation_and_checkpoints": 1 - training / seconds,
     }
 

@@ -39,8 +39,8 @@ def anchor(data: str, steps: int, full: bool) -> dict[str, Any]:
 
 
 def recipe(data: str, minutes: float) -> dict[str, Any]:
-    """The default recipe through the public command."""
-    run, figures = common.trained("gpt", "--data", data, "--minutes", f"{minutes:.5f}")
+    """The default recipe, trained as `df train` does."""
+    run, figures = common.trained("gpt", data, minutes)
     scored = df("eval", "--run", run, "--device", "cpu")
     return {"val_loss": scored["loss"], "context": scored["context"], **figures}
 

@@ -97,8 +97,8 @@ def anchor(dataset: Dataset, minutes: float) -> dict[str, Any]:
 
 
 def recipe(dataset: Dataset, minutes: float) -> dict[str, Any]:
-    """The default recipe through the public command."""
-    run, figures = common.trained("wavenet", "--data", dataset.name, "--minutes", f"{minutes:.5f}")
+    """The default recipe, trained as `df train` does."""
+    run, figures = common.trained("wavenet", dataset.name, minutes)
     scored = df("eval", "--run", run, "--device", "cpu")
     figures["samples_per_second"] = figures.pop("tokens_per_second")
     return {
