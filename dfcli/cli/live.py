@@ -98,6 +98,7 @@ class TrainView:
         self._sampler = Sampler(plan.device).start()
         if not self.animated:
             self._line_due = time.monotonic()
+            output.say(f"training {self.title}")
             return
         from rich.live import Live
 

@@ -278,7 +278,7 @@ class Listener:
         from rich.text import Text
 
         grid = Table.grid(padding=(0, 2))
-        grid.add_column(width=12, no_wrap=True)
+        grid.add_column(width=13, no_wrap=True)
         grid.add_column(min_width=16)
         grid.add_column(style="dim")
         grid.add_row(Text(one_line(event.what), style="bold"), one_line(event.value), one_line(event.reason))

@@ -26,7 +26,7 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="A run's name, or the 
 
 @app.command("list", cls=Command)
 def list_() -> None:
-    """List all runs: kind, data, steps, validation loss, age and size.
+    """List all runs: kind, data, state, steps, validation loss, age and size.
 
     Examples:
       df runs list
@@ -44,6 +44,7 @@ def list_() -> None:
             run.name,
             run.kind,
             run.info.get("dataset", {}).get("name", ""),
+            state(run),
             count(run.steps()[-1]) if run.steps() else "-",
             losses[run.name],
             age(seconds_since(run)),
@@ -52,7 +53,7 @@ def list_() -> None:
         for run in sorted(runs, key=lambda run: (str(run.info.get("created")), run.name))
     ]
     right = ("STEPS", "VAL LOSS", "AGE", "SIZE")
-    output.table(("NAME", "KIND", "DATA", "STEPS", "VAL LOSS", "AGE", "SIZE"), rows, right)
+    output.table(("NAME", "KIND", "DATA", "STATE", "STEPS", "VAL LOSS", "AGE", "SIZE"), rows, right)
     if any(shown.startswith("~") for shown in losses.values()):
         output.say("~ over a part of the validation split, as measured during training", style="dim")
 
@@ -82,6 +83,7 @@ def show(name: Name) -> None:
         ("recipe", named(run.info.get("recipe", {}))),
         ("seed", run.info.get("seed", "")),
         ("created", f"{str(run.info.get('created'))[:19].replace('T', ' ')} UTC  ({age(seconds_since(run))} ago)"),
+        ("state", state(run)),
         ("checkpoints", ", ".join(count(step) for step in steps) or "none yet"),
         ("size", size(run.size_bytes())),
     ]
@@ -130,6 +132,16 @@ def remove(name: Annotated[str, typer.Argument(metavar="NAME", help="The run's n
         raise typer.Exit(1)
     runs.remove(name)
     output.say(f"removed the run `{name}`")
+
+
+def state(run: Run) -> str:
+    """Whether a run is finished, in training, or stopped before its budget was used."""
+    from dfcli.runs.lock import holder
+    from dfcli.runs.run import RESULT
+
+    if (run.path / RESULT).exists():
+        return "finished"
+    return "training" if holder(run.path) else "stopped"
 
 
 def val_loss(run: Run) -> str:

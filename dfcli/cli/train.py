@@ -184,7 +184,8 @@ def _tell(result: TrainResult, kind: str, view: TrainView) -> None:
     if result.val_loss is not None:
         bits = result.val_loss / math.log(2)
         at = "" if result.best_step is None else f" (step {count(result.best_step)})"
-        output.say(f"validation loss {result.val_loss:.4f} nats a token, {bits:.3f} bits{at}")
+        over = "over the whole split" if result.stopped is None else "as measured during training"
+        output.say(f"validation loss {result.val_loss:.4f} nats a token, {bits:.3f} bits, {over}{at}")
     output.say(f"kept in {output.one_line(result.path)}", fold=False)
     if result.stopped is None:
         run = shlex.quote(result.run)

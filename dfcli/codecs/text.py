@@ -67,10 +67,10 @@ class Chars(TextCodec):
     def _unknown(self, text: str, start: int) -> DfError:
         known = set(self.alphabet)
         place, character = next((i, c) for i, c in enumerate(text) if c not in known)
-        shown = ascii(self.alphabet)[1:-1]
+        shown = repr(self.alphabet)[1:-1]
         shown = shown if len(shown) <= 200 else shown[:200] + "..."
         return DfError(
-            f"the alphabet lacks {character!a} (U+{ord(character):04X}), at position {start + place}",
+            f"the alphabet lacks {character!r} (U+{ord(character):04X}), at position {start + place}",
             f"it has {self.vocab_size} character{'s' * (self.vocab_size != 1)}: {shown}",
         )
 

@@ -283,7 +283,7 @@ def _unknown_character(source: Source, codec: Chars, error: DfError) -> DfError:
         if found is not None:
             character = chunk[found]
             return DfError(
-                f"{source.name} holds {character!a} (U+{ord(character):04X}) at byte {place:,} (line {line:,}), "
+                f"{source.name} holds {character!r} (U+{ord(character):04X}) at byte {place:,} (line {line:,}), "
                 "which the alphabet lacks",
                 error.hint,
             )

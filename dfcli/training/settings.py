@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import Any, get_args, get_type_hints
 
 from dfcli import cores
@@ -106,8 +107,11 @@ def override(core: str, overrides: dict[str, str]) -> tuple[dict[str, Any], dict
                     raise UsageError(f"`--set {key}={text}`: {error}") from None
                 break
         else:
-            known = [", ".join(sorted(table.keys() - {"vocab_size"})) for table in tables]
-            raise UsageError(f"`--set` knows no `{key}`", f"of the {core} core: {known[0]}; of the recipe: {known[1]}")
+            names = [sorted(table.keys() - {"vocab_size"}) for table in tables]
+            close = get_close_matches(key, names[0] + names[1], n=1)
+            hint = f"did you mean `{close[0]}`? " if close else ""
+            hint += f"of the {core} core: {', '.join(names[0])}; of the recipe: {', '.join(names[1])}"
+            raise UsageError(f"`--set` knows no `{key}`", hint)
     return values
 
 

@@ -18,11 +18,11 @@ def test_none_yet(here):
 def test_list(here, trained):
     shown = here("runs", "list")
     header, *rows = shown.out.splitlines()
-    assert header.split() == ["NAME", "KIND", "DATA", "STEPS", "VAL", "LOSS", "AGE", "SIZE"]
+    assert header.split() == ["NAME", "KIND", "DATA", "STATE", "STEPS", "VAL", "LOSS", "AGE", "SIZE"]
     assert [row.split()[:2] for row in rows] == [["talk", "gpt"], ["tune", "wavenet"], ["call", "wavenet"]]
     run = dfcli.Run.open("talk")
     best = run.state(run.resolve("best"))["val_loss"]
-    assert rows[0].split()[3:5] == ["12", f"{best:.4f}"]
+    assert rows[0].split()[3:6] == ["finished", "12", f"{best:.4f}"]
 
 
 def test_the_loss_is_that_of_the_whole_split_or_marked(here, trained):
@@ -44,16 +44,21 @@ def test_the_loss_is_that_of_the_whole_split_or_marked(here, trained):
     assert part != f"~{whole}"
 
     def shown() -> tuple[str, str]:
-        listed = next(row.split()[4] for row in here("runs", "list").out.splitlines() if row.startswith("part"))
+        listed = next(row.split()[5] for row in here("runs", "list").out.splitlines() if row.startswith("part"))
         return listed, here("runs", "show", "part").out
 
     listed, told = shown()
     assert (listed, f"step 3, val loss {whole}\n" in told) == (whole, True)
     assert ", each over at most 32 tokens\n" in told
+    assert "finished" in told
     (trained / "home" / "runs" / "part" / "result.json").unlink()  # as of one that is not finished
     listed, told = shown()
     assert (listed, f"val loss {part} (over a part of the validation split)\n" in told) == (part, True)
-    assert "~ over a part of the validation split" in here("runs", "list").err
+    listed = here("runs", "list")
+    assert "~ over a part of the validation split" in listed.err
+    assert "stopped" in next(row for row in listed.out.splitlines() if row.startswith("part"))
+    with dfcli.Run.open("part").lock():
+        assert "training" in here("runs", "show", "part").out
 
 
 def test_a_damaged_run_is_said_and_the_others_are_listed(here, trained):

@@ -62,7 +62,10 @@ def test_what_a_log_shows(here, talk):
     assert "device " in shown.err  # a choice, with its reason
     assert "step=6/6 " in shown.err
     loss = json.loads(here(*LINE, "--steps", 6, "--name", "a", "--resume", "--json").out)["val_loss"]
-    assert f"validation loss {loss:.4f} nats a token, {loss / math.log(2):.3f} bits (step " in shown.err
+    assert (
+        f"validation loss {loss:.4f} nats a token, {loss / math.log(2):.3f} bits, over the whole split (step "
+        in shown.err
+    )
     assert f"kept in {dfcli.Run.open('a').path}" in shown.err
     assert "next: df sample gpt --run a\n      df eval --run a" in shown.err
 

@@ -366,7 +366,7 @@ def test_an_unknown_character_is_named_with_its_place(tmp_path: Path) -> None:
             prepare([str(tmp_path / "b.txt")], codec=codec, lines=lines, whole=True)
         before = text[: text.index("€")]
         assert error.value.message == (
-            f"{tmp_path / 'b.txt'} holds '\\u20ac' (U+20AC) at byte {len(before.encode())} "
+            f"{tmp_path / 'b.txt'} holds '€' (U+20AC) at byte {len(before.encode())} "
             f"(line {1 + before.count(chr(10))}), which the alphabet lacks"
         )
     (tmp_path / "c.txt").write_text("good")

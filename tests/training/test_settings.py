@@ -26,6 +26,9 @@ def test_an_unknown_key_lists_those_there_are() -> None:
     assert "dilations" in caught.value.hint
     assert "checkpoint_every" in caught.value.hint
     assert "vocab_size" not in caught.value.hint
+    with pytest.raises(UsageError) as caught:
+        override("gpt", {"layrs": "3"})
+    assert caught.value.hint.startswith("did you mean `layers`?")
 
 
 def test_the_vocabulary_is_not_a_choice() -> None:
