@@ -129,7 +129,7 @@ def _given(dataset: Dataset) -> int:
 
 @app.command(cls=Command)
 def show(name: Annotated[str, typer.Argument(metavar="NAME", help="A dataset's name or folder.")]) -> None:
-    """Show a dataset: its codec, splits and sources.
+    """Show a dataset: its codec, its splits and what was left out.
 
     Examples:
       df data show names

@@ -98,7 +98,7 @@ class TrainView:
         self._sampler = Sampler(plan.device).start()
         if not self.animated:
             self._line_due = time.monotonic()
-            output.say(f"training {self.title}")
+            output.say(f"training {self.title}" + (f", from step {count(event.step)} on" if event.step else ""))
             return
         from rich.live import Live
 

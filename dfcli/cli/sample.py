@@ -194,6 +194,9 @@ def _write_sound(
         raise UsageError("`-o -` and `--json` exclude each other", "both would write to stdout")
     if out == "-" and sys.stdout.isatty():
         raise UsageError("a terminal cannot play a wav", "pipe it to a player, or give a file: `-o out.wav`")
+    prime = options["prime"]
+    if prime is not None and Path(out).exists() and prime.exists() and Path(out).samefile(prime):
+        raise UsageError(f"`-o {out}` is the recording to go on from, which it would overwrite", "choose another name")
     with output.loading():
         from dfcli.generation.sample import AudioProgress, sample_audio
 

@@ -169,9 +169,12 @@ def _train(
             raise
     if json:
         output.write_json(dataclasses.asdict(result))
-    if not quiet:
+    if result.stopped and not result.steps:
+        if not quiet:
+            output.say("stopped before the first step: nothing to save")
+    elif not quiet:
         _tell(result, kind, view)
-    if result.stopped and plan is not None:
+    if result.stopped and result.steps and plan is not None:
         _tell_resume(line, plan)
     if stop.exit_code:
         raise typer.Exit(stop.exit_code)

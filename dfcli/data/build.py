@@ -167,7 +167,8 @@ class Build(ABC):
         self, groups: list[list[D]], size: Callable[[D], int], writers: list[Writers], what: str
     ) -> tuple[list[tuple[D, list[tuple[Writers, int]]]], str]:
         """Which part of each document goes where, in order, and the rule as a sentence. Documents are dealt out whole,
-        but an only one is cut by position."""
+        but cut by position where there is only one, or where so few of unequal size would not give the shares that were
+        asked for."""
         main = groups[TRAIN]
         if len(main) == 1 and not self._options.whole and (self._val or self._test):
             sizes, rule = rules.by_position(size(main[0]), self._val, self._test)
@@ -176,8 +177,22 @@ class Build(ABC):
             labels, rule = self._deal(len(main), what)
             chosen = labels(0, len(main)).tolist()
             plan = [(document, [(writers[k], size(document))]) for document, k in zip(main, chosen, strict=True)]
+            if not self._fair([size(document) for document in main], chosen):
+                cut = [rules.by_position(size(document), self._val, self._test) for document in main]
+                plan = [(d, list(zip(writers, sizes, strict=True))) for d, (sizes, _) in zip(main, cut, strict=True)]
+                rule = f"each of {counted(len(main), what)} {cut[0][1]}"
         plan += [(document, [(writers[k], size(document))]) for k in (VAL, TEST) for document in groups[k]]
         return plan, rule
+
+    def _fair(self, sizes: list[int], labels: list[int]) -> bool:
+        """Whether documents that a shuffle dealt out give each split between a third and three times its share."""
+        if self._options.whole or self._options.split_rule != "auto":
+            return True
+        for label, share in ((VAL, self._val), (TEST, self._test)):
+            found = sum(size for size, k in zip(sizes, labels, strict=True) if k == label)
+            if not share * sum(sizes) / 3 <= found <= 3 * share * sum(sizes):
+                return False
+        return True
 
     def _complete(self, rule: str, what: str) -> str:
         """The rule with what has sources of its own, told."""

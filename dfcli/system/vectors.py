@@ -20,7 +20,7 @@ from numpy import uintp
 from torch import Tensor
 
 from dfcli.system.compiled import OPTIONS, Compiled, inner, njit
-from dfcli.system.events import OnEvent, ignore
+from dfcli.system.events import OnEvent
 
 WIDTH = 8  # floats of one vector: one AVX2 register, or two of NEON
 COLUMNS = 2 * WIDTH  # that a product computes at once
@@ -409,6 +409,12 @@ class Pieces:
 
     def load(self, on_event: OnEvent, *functions: tuple[Compiled, tuple[Any, ...]]) -> None:
         """Compile functions or load them: `Compiled.load`, each with arguments that make it do nothing."""
+        told: list[object] = []
+
+        def once(event: object) -> None:  # that it takes some seconds
+            if not told:
+                told.append(event)
+                on_event(event)
+
         for function, arguments in functions:
-            function.load(on_event, 0, 1, np.zeros(2 * _APART, np.int64), self._way, *arguments)
-            on_event = ignore  # that it takes some seconds is told once
+            function.load(once, 0, 1, np.zeros(2 * _APART, np.int64), self._way, *arguments)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import platform
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -31,8 +32,15 @@ def by_numba(
     """On a CPU, loss and gradients by functions that numba compiles, once on a machine, for models of the default
     recipes' kinds, whose `optimizer` then uses such functions too; else None. What fails is told, and training goes on
     without it."""
-    module = cpu_module(core.config, recipe, device)
+    config = core.config
+    module = cpu_module(config, recipe, device)
     if module is None:
+        if (
+            isinstance(config, GPTConfig)
+            and config.dropout
+            and cpu_module(replace(config, dropout=0.0), recipe, device)
+        ):
+            on_event(Note("a step with dropout takes two to three times as long here as with `--set dropout=0`"))
         return None
     try:
         from dfcli.system.vectors import Pieces

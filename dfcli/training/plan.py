@@ -27,6 +27,8 @@ from dfcli.training.presets import preset
 from dfcli.training.request import Request, corpus_file
 from dfcli.training.settings import Recipe, change, override
 
+SHARE = 0.8  # of the memory that is free: what a training is planned to take
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -112,7 +114,7 @@ def make(request: Request, *, show: bool = False, on_event: OnEvent = ignore) ->
         entry = {"config": parent.info["core"]["config"], "recipe": {}, "data": _protocol_of(parent)}
     base = entry.get("config", {}) | config_values
     # Bad values are refused before the data is looked at; what is not known yet stands in for itself.
-    _config(core, {"vocab_size": entry.get("vocab_size", 256)} | base)
+    _config(core, {"vocab_size": entry.get("vocab_size", 256)} | recipes.completed(core, base, base))
     base_recipe = change(change(Recipe(), entry.get("recipe", {})), recipe_values)
 
     choices = [Choice("device", device.name, device.reason)]
@@ -142,13 +144,18 @@ def make(request: Request, *, show: bool = False, on_event: OnEvent = ignore) ->
         assert dataset is not None
         pinned = base | recipe_values
         budget = change(Recipe(), recipe_values)
-        draft = recipes.default(
-            core, _corpus(dataset), device, budget.steps, budget.minutes, pinned, fixed=parent is not None
-        )
+        try:
+            draft = recipes.default(
+                core, _corpus(dataset), device, budget.steps, budget.minutes, pinned, fixed=parent is not None
+            )
+        except ValueError as error:  # what is given does not go together
+            raise UsageError(str(error)) from None
         values, recipe = draft.config | base | {"vocab_size": vocab_size}, change(Recipe(), draft.recipe)
         choices += draft.choices
     config = _config(core, values)
     recipe = _windowed(core, config, recipe)
+    if not request.preset and not {"batch_size", "accumulate"} & recipe_values.keys():
+        recipe = _fitted(core, config, recipe, device, choices)
     seed = request.seed if request.seed is not None else entry.get("seed", 0)
     if dataset is not None and "train" not in dataset.splits:
         raise UsageError(f"dataset {dataset.name} has no training split")
@@ -182,16 +189,36 @@ def check_fits(plan: Plan) -> None:
 
 def fitting(plan: Plan) -> str:
     """What to lower so that training fits into the memory that is free now."""
-    free, _ = plan.device.memory_bytes()
-    rows = plan.recipe.batch_size
-    while rows > 1:
-        rows //= 2
-        recipe = change(plan.recipe, {"batch_size": rows})
+    recipe = plan.recipe
+    while recipe.batch_size > 1:
+        recipe = _halved(recipe)
         memory = recipes.memory_bytes(plan.core, plan.config, recipe, plan.device)
-        if memory < 0.8 * free:
-            more = plan.recipe.batch_size // rows * plan.recipe.accumulate
-            return f"`--batch-size {rows} --set accumulate={more}` learns the same in about {_size(memory)}"
-    return "choose a smaller model: lower `--set layers=...` or `--set channels=...`, or `--set context=...`"
+        if memory < SHARE * plan.device.memory_bytes()[0]:
+            rows, parts = recipe.batch_size, recipe.accumulate
+            about = "" if rows * parts == plan.recipe.batch_size * plan.recipe.accumulate else "about "
+            return f"`--batch-size {rows} --set accumulate={parts}` learns {about}the same in about {_size(memory)}"
+    return {
+        "gpt": "choose a smaller model: lower `--set layers=...` or `--set channels=...`, or `--set context=...`",
+        "wavenet": "lower `--set window=...`, or choose a smaller model: `--set residual=...`, `--set skip=...`",
+        "charwavenet": "choose a smaller model: lower `--set hidden=...`",
+    }[plan.core]
+
+
+def _fitted(core: str, config: cores.CoreConfig, recipe: Recipe, device: Device, choices: list[Choice]) -> Recipe:
+    """The recipe with its batch in 2, 4, ... parts, if the memory that is free now asks for it."""
+    whole, free = recipe, device.memory_bytes()[0]
+    while recipe.batch_size > 1 and recipes.memory_bytes(core, config, recipe, device) > SHARE * free:
+        recipe = _halved(recipe)
+    if recipes.memory_bytes(core, config, recipe, device) > SHARE * free:
+        return whole  # no batch is small enough
+    if recipe is not whole:
+        reason = f"parts of a step, {recipe.batch_size} sequences each, as {_size(free)} of memory are free"
+        choices.append(Choice("accumulate", str(recipe.accumulate), reason))
+    return recipe
+
+
+def _halved(recipe: Recipe) -> Recipe:
+    return change(recipe, {"batch_size": -(-recipe.batch_size // 2), "accumulate": 2 * recipe.accumulate})
 
 
 def _size(count: int) -> str:

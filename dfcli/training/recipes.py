@@ -27,6 +27,11 @@ DEFAULT_MINUTES = 5.0
 
 GPT_SIZES = ((2, 2, 64), (3, 3, 96), (4, 4, 128), (6, 6, 192), (6, 8, 256), (6, 6, 384), (8, 8, 512), (12, 12, 768))
 WAVENET_SIZES = ((2, 32, 128), (2, 64, 256), (3, 64, 256), (3, 128, 512))  # cycles, residual, skip
+DIMENSIONS = ("layers", "heads", "channels", "cycles", "dilations", "residual", "skip", "head")  # what a size says
+LR = {
+    "gpt": {"muon": 0.02, "adamw": 0.01, "sgd": 0.1},
+    "wavenet": {"muon": 0.06, "adamw": 0.004, "sgd": 0.1},
+}
 TOKENS_PER_PARAMETER = {"gpt": 4.0, "wavenet": 12.0}  # a model that sees fewer is too large for its budget
 PARAMETERS_PER_TOKEN = 10.0  # a model with more than that for each token of the corpus only learns it by heart
 NGRAM_TOKENS = (20_000, 100_000, 500_000, 500_000, 500_000)  # from so many ids on, 2-grams, 3-grams, ... pay
@@ -85,10 +90,11 @@ def _gpt(corpus: Corpus, device: Device, steps: int, minutes: float, pinned: dic
         "ngrams": 1 + sum(corpus.tokens >= least for least in NGRAM_TOKENS),
     }  # fmt: skip
     recipe: dict[str, Any] = {
-        "optimizer": "muon", "lr": 0.02, "adam_lr": 0.01, "momentum": 0.95, "betas": (0.9, 0.95), "eps": 1e-10,
+        "optimizer": "muon", "adam_lr": 0.01, "momentum": 0.95, "betas": (0.9, 0.95), "eps": 1e-10,
         "schedule": "linear", "warmup": 10, "decay_start": 0.3, "final_lr": 0.0,
         "eval_tokens": 1_000_000 if device.kind == "cuda" else 32_768,
     }  # fmt: skip
+    recipe["lr"] = LR["gpt"][pinned.get("optimizer", "muon")]
     draft = Draft("gpt", config, recipe)
     if not fixed:
         if "context" not in pinned:
@@ -106,8 +112,10 @@ def _gpt(corpus: Corpus, device: Device, steps: int, minutes: float, pinned: dic
     # On a CPU many small steps beat few large ones at first; later larger ones learn as much from an id, and take less
     # time for it: Muon's products, which grow faster with the channels than a step's, do not depend on its ids.
     tokens = 16_384 if device.kind == "cuda" else max(3072 if long else 1024, 8 * config["channels"])
-    length = max(1, corpus.tokens // corpus.documents) if recipe.get("sampling") == "documents" else config["context"]
-    recipe["batch_size"] = max(1, tokens // length)
+    length = pinned.get("window") or config["context"]
+    if (recipe | pinned).get("sampling") == "documents":
+        length = max(1, corpus.tokens // corpus.documents)
+    recipe["batch_size"] = max(1, tokens // (length * pinned.get("accumulate", 1)))
     mean = f", at {length:,} ids a line" if recipe.get("sampling") == "documents" else ""
     draft.choose("batch_size", str(recipe["batch_size"]), f"about {tokens:,} ids a step on {_article(device)}{mean}")
     _dropout(draft, corpus, device, steps, minutes, pinned)
@@ -120,11 +128,12 @@ def _wavenet(corpus: Corpus, device: Device, steps: int, minutes: float, pinned:
     }  # fmt: skip
     cuda = device.kind == "cuda"
     recipe: dict[str, Any] = {
-        "optimizer": "muon", "lr": 0.06, "adam_lr": 0.01, "momentum": 0.8, "betas": (0.9, 0.95), "eps": 1e-10,
+        "optimizer": "muon", "adam_lr": 0.01, "momentum": 0.8, "betas": (0.9, 0.95), "eps": 1e-10,
         "schedule": "linear", "warmup": 20, "decay_start": 0.3, "final_lr": 0.0, "clip": 1.0,
         "window": 8192 if cuda else 4096, "batch_size": 8 if cuda else 1,
         "eval_tokens": 1_000_000 if cuda else 65_536,
     }  # fmt: skip
+    recipe["lr"] = LR["wavenet"][pinned.get("optimizer", "muon")]
     draft = Draft("wavenet", config, recipe)
     if not fixed:
         sizes = [
@@ -133,7 +142,7 @@ def _wavenet(corpus: Corpus, device: Device, steps: int, minutes: float, pinned:
         ]
         _size(draft, sizes, 2 if cuda else 0, corpus, device, steps, minutes, pinned)
     config |= {name: value for name, value in pinned.items() if name not in Recipe.__dataclass_fields__}
-    many = (recipe | pinned)["window"] * recipe["batch_size"]
+    many = (recipe | pinned)["window"] * recipe["batch_size"] * pinned.get("accumulate", 1)
     draft.choose("batch_size", str(recipe["batch_size"]), f"{many:,} samples a step on {_article(device)}")
     return draft
 
@@ -148,37 +157,54 @@ def _size(
     minutes: float,
     pinned: dict[str, Any],
 ) -> None:
-    """Take the largest of `sizes` that the budget and the corpus feed; with a number of steps, at most the `usual`."""
-    if any(name in pinned for name in ("layers", "heads", "channels", "cycles", "dilations", "residual", "skip")):
-        draft.config |= sizes[usual]
-        return
+    """Take the largest of `sizes` that the budget and the corpus feed; with a number of steps, at most the `usual`.
+    What is `pinned` replaces what they say."""
+    given = {name: value for name, value in pinned.items() if name in DIMENSIONS}
+    sizes = [completed(draft.core, size | given, given) for size in sizes]
     dense = {"ngrams": 1} if draft.core == "gpt" else {}  # a table costs next to nothing, whatever its size
     counts = [cores.config(draft.core, size | dense).parameters() for size in sizes]
     most = PARAMETERS_PER_TOKEN * corpus.tokens
-    fed = [i for i, count in enumerate(counts) if count <= most] or [0]
+    fed = max((i for i, count in enumerate(counts) if count <= most), default=0)
     rate = None if steps else device.peak_flops()
     if rate is None:
-        chosen = min(usual, fed[-1])
+        chosen = min(usual, fed)
         reason = "usual on " + _article(device) if chosen == usual else "small, as the corpus is"
     else:
         wanted = TOKENS_PER_PARAMETER[draft.core]
         flops = 60 * minutes * rate * EFFICIENCY
         costs = [3 * cores.config(draft.core, size).flops_per_token() for size in sizes]
-        chosen = max((i for i in fed if flops / costs[i] >= wanted * counts[i]), default=0)
-        reason = f"the largest that sees about {wanted:.0f} tokens per parameter in {minutes:g} minutes here"
-        if chosen == 0:
-            reason = f"the smallest, for {minutes:g} minutes here"
-        elif chosen == fed[-1] < len(sizes) - 1:
+        affordable = max((i for i, cost in enumerate(costs) if flops / cost >= wanted * counts[i]), default=0)
+        chosen = min(affordable, fed)
+        reason = f"the largest that sees about {wanted:.0f} tokens per parameter in {_minutes(minutes)} here"
+        if chosen < affordable:
             reason = "as large as the corpus feeds"
+        elif chosen == 0:
+            reason = f"the smallest, for {_minutes(minutes)} here"
     draft.config |= sizes[chosen]
+    if all(size == sizes[0] for size in sizes):  # nothing was left to choose
+        return
     apart = " beside the tables" if draft.config.get("ngrams", 1) > 1 else ""
     draft.choose("size", f"{counts[chosen] / 1e6:.2g}M parameters{apart}", reason)
+
+
+def completed(core: str, config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The config with heads that fit channels which are `given`, or the other way round: heads of about 32 channels, or
+    whole 16 channels for each head."""
+    if core != "gpt" or ("heads" in given) == ("channels" in given):
+        return config
+    if "heads" in given:
+        step = 16 * max(1, given["heads"])
+        return {"position": "rotary"} | config | {"channels": max(1, round(config.get("channels", step) / step)) * step}
+    channels = given["channels"]
+    most = min(1000, channels // 2)  # what GPTConfig allows
+    fitting = [heads for heads in range(1, most + 1) if channels % (2 * heads) == 0] or [1]
+    return {"position": "rotary"} | config | {"heads": min(fitting, key=lambda heads: abs(channels / heads - 32))}
 
 
 def _dropout(draft: Draft, corpus: Corpus, device: Device, steps: int, minutes: float, pinned: dict[str, Any]) -> None:
     """Dropout where the corpus is read so often that the model would learn it by heart."""
     recipe = draft.recipe | pinned
-    length = draft.config["context"]
+    length = pinned.get("window") or draft.config["context"]
     if steps:
         tokens = steps * recipe["batch_size"] * recipe.get("accumulate", 1) * length
     else:
@@ -187,7 +213,8 @@ def _dropout(draft: Draft, corpus: Corpus, device: Device, steps: int, minutes: 
     epochs = tokens / max(1, corpus.tokens)
     # A model that is small beside its corpus cannot learn it by heart, however often it reads it.
     small = cores.config("gpt", draft.config | {"ngrams": 1}).parameters() < 2 * corpus.tokens
-    shares = {"dropout": 0.0 if epochs < (20 if small else 6) else 0.1 if epochs < 40 else 0.2}
+    read = epochs / 3 if device.kind == "cpu" else epochs  # with dropout: it is not compiled there (training/fast.py)
+    shares = {"dropout": 0.0 if read < (20 if small else 6) else 0.1 if read < 40 else 0.2}
     if draft.config["ngrams"] > 1:  # tables can, soon
         by_epochs = ((4, 0.7), (2.2, 0.6), (1.5, 0.4), (0.7, 0.2), (0, 0.0))
         shares["ngram_dropout"] = next(share for least, share in by_epochs if epochs >= least)
@@ -212,6 +239,10 @@ def _cadence(draft: Draft, device: Device, steps: int) -> None:
             "checkpoint_every": max(1, steps // 10),
         }
         draft.recipe = chosen | draft.recipe
+
+
+def _minutes(minutes: float) -> str:
+    return f"{minutes:g} minute{'s' * (minutes != 1)}"
 
 
 def _article(device: Device) -> str:

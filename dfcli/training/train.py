@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -133,10 +134,9 @@ def train(
         try:
             with run.lock():
                 return session.run(run, made, dataset, None)
-        except BaseException:
+        finally:
             if not run.steps():  # nothing was reached that could be gone on with
                 runs.remove(run.name)
-            raise
 
 
 @dataclass(frozen=True)
@@ -185,6 +185,10 @@ class Session:
         if reached.best_step is not None and reached.best_step < reached.step and stopped is None:
             of = f"step {reached.best_step} of {reached.step}"
             self.on_event(Note(f"the validation loss was lowest at {of}: sample and eval use that checkpoint"))
+        uniform = math.log(dataset.codec.vocab_size)
+        if stopped is None and val_loss is not None and val_loss > 1.02 * uniform:
+            text = f"the validation loss is above {uniform:.3f}, that of a uniform guess"
+            self.on_event(Note(f"{text}: nothing was learned that holds for other data; a lower `--lr` may help"))
         result = TrainResult(
             run=run.name, path=str(run.path), preset=plan.preset, steps=reached.step, tokens_seen=reached.tokens,
             train_seconds=reached.seconds, tokens_per_second=reached.tokens / max(1e-9, reached.seconds),
@@ -242,7 +246,9 @@ def _resume(run: Run, request: Request, session: Session) -> TrainResult:
             return _finished(run, session.on_event)
         _warn(made, session.on_event)
         state = None
-        if run.steps():
+        if not run.steps():
+            session.on_event(Note(f"run `{run.name}` has no checkpoint yet: it starts over"))
+        else:
             # Loading shows which checkpoint is sound; with the optimiser, since both are needed.
             last = run.load("last", optimizer=True, fallback=True, on_event=session.on_event)
             state = State.from_json(last.state)

@@ -37,7 +37,8 @@ from dfcli.training.settings import Recipe
 
 DISPLAY_SECONDS = 0.5  # between two Step events
 LOG_SECONDS = 2.0  # between two lines of metrics.jsonl where the budget is a time
-SAVE_SECONDS = 60.0  # between two checkpoints where the budget is a time: what a crash may cost
+SAVE_SECONDS = 60.0  # between two checkpoints at most: what a crash may cost
+SAVE_SHARE = 1 / 50  # of the time, for those
 EVALUATION_SHARE = 1 / 30  # of the time, where the budget is a time
 EVALUATIONS = 10  # in a budget of time, if that share allows
 
@@ -143,7 +144,7 @@ class Trainer:
             while not s.done:
                 reason = self.stop()
                 if reason is not None:
-                    if self.saved_step != s.step:
+                    if s.step and self.saved_step != s.step:
                         self._save()
                     return reason
                 self._step()
@@ -304,9 +305,9 @@ class Trainer:
         s, r = self.state, self.recipe
         if s.val_loss is not None and s.best_step == s.step:
             return True
-        if r.checkpoint_every:
-            return s.step % r.checkpoint_every == 0
-        return s.seconds - self.last_save >= SAVE_SECONDS
+        if r.checkpoint_every and s.step % r.checkpoint_every == 0:
+            return True
+        return s.seconds - self.last_save >= max(SAVE_SECONDS, s.save_seconds / SAVE_SHARE)
 
     def _save(self) -> None:
         s, before = self.state, self.clock()

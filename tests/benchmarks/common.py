@@ -181,12 +181,9 @@ def trained(kind: str, data: str, minutes: float) -> tuple[str, dict[str, Any]]:
 
 
 def _train(kind: str, data: str, minutes: float) -> tuple[str, dict[str, Any]]:
-    import torch
-
     from dfcli import cores
     from dfcli.runs.run import Run
     from dfcli.system.device import resolve
-    from dfcli.training.optim import matrices
     from dfcli.training.train import train
 
     turns = Turns(resolve("cpu").threads)
@@ -194,8 +191,6 @@ def _train(kind: str, data: str, minutes: float) -> tuple[str, dict[str, Any]]:
     product, run = turns.rate(), Run.open(result.run)
     core = run.info["core"]
     flops = 3 * cores.config(core["name"], core["config"]).flops_per_token()
-    with torch.device("meta"):
-        muon = sum(map(muon_flops, matrices(cores.build(core["name"], core["config"])).values()))
     # Each line has the rate of training alone since the line before it: what is left of the time is the rest.
     training = before = 0
     for row in run.metrics():
@@ -217,17 +212,9 @@ def _train(kind: str, data: str, minutes: float) -> tuple[str, dict[str, Any]]:
         "best_product_flops_per_second": turns.rate(best=True),
         "training_flops_per_second": done / training,
         "share_of_product_rate": done / training / product,
-        "share_of_product_rate_with_muon": (done + muon * result.steps) / training / product,
         "share_of_product_rate_with_validation": done / seconds / product,
         "share_of_time_for_validation_and_checkpoints": 1 - training / seconds,
     }
-
-
-def muon_flops(matrix: Any) -> int:
-    """FLOPs of the products in Muon's update of a matrix on a CPU, as `optim.orthogonalise` takes them."""
-    m, n = sorted((matrix.shape[0], matrix[0].numel()))
-    products = 5 * (2 * m * m * n + m**3) if n < 2 * m else 2 * m * m * n + 17 * m**3
-    return 2 * products
 
 
 # Memory --------------------------------------------------------------------------------------------------------------

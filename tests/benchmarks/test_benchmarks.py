@@ -40,7 +40,7 @@ def printed(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
     """`printed(main, words)`: the JSON it prints, with where and when."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     rate = common.product_rate
-    monkeypatch.setattr(common, "product_rate", lambda: rate(size=256, rounds=1))
+    monkeypatch.setattr(common, "product_rate", lambda *_, **__: rate(size=256, rounds=1))
 
     def call(main: Callable[[list[str]], None], *words: object) -> dict[str, Any]:
         main([str(word) for word in words])

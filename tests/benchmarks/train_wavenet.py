@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import re
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -74,9 +73,10 @@ def anchor(dataset: Dataset, minutes: float) -> dict[str, Any]:
     core = PlainWaveNet(config)
     batches = Batches(dataset.splits["train"], batch_size=1, window=WINDOW, seed=0, boundary=dataset.boundary)
     optimizer = torch.optim.AdamW(core.parameters(), lr=LR)
-    product = common.product_rate()
-    steps, began, seconds = 0, time.perf_counter(), 0.0
+    turns = common.Turns(device.threads)
+    steps, began, seconds = 0, turns.clock(), 0.0
     while seconds < 60 * minutes:
+        turns.stop()
         optimizer.param_groups[0]["lr"] = LR * min(1.0, 2 * (1 - seconds / (60 * minutes)))
         batch = batches.at(steps)
         F.cross_entropy(core(batch.ids).flatten(0, 1), batch.targets.flatten()).backward()
@@ -84,14 +84,14 @@ def anchor(dataset: Dataset, minutes: float) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         steps += 1
-        seconds = time.perf_counter() - began
-    rate, product = steps * WINDOW / seconds, (product + common.product_rate()) / 2
+        seconds = turns.clock() - began
+    rate = steps * WINDOW / seconds
     return {
         "minutes": minutes,
         "bits_per_sample": sweep(core, dataset, "val", device).mean / math.log(2),
         "steps": steps,
         "samples_per_second": rate,
-        "share_of_product_rate": 3 * config.flops_per_token() * rate / product,
+        "share_of_product_rate": 3 * config.flops_per_token() * rate / turns.rate(),
         "parameters": sum(p.numel() for p in core.parameters()),
     }
 

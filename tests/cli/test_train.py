@@ -144,7 +144,7 @@ def test_what_does_not_fit_is_said_once(here, talk):
     shown = here("train", "gpt", "--data", "talk.txt", "--steps", 2, "--batch-size", 999_999)
     assert shown.code == 1
     assert shown.err.count("of memory") == 1
-    assert shown.err.count("learns the same") == 1
+    assert shown.err.count("learns about the same") == 1
 
 
 def test_show_trains_nothing(here, talk, home):

@@ -662,12 +662,21 @@ def test_a_damaged_dataset_is_made_again(tmp_path: Path) -> None:
 # Faults --------------------------------------------------------------------------------------------------------------
 
 
+def test_few_texts_of_unequal_size_are_each_cut_by_position(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a" * 1000)
+    (tmp_path / "b.txt").write_text("b" * 100)
+    with prepare([str(tmp_path / "a.txt"), str(tmp_path / "b.txt")], name="both") as dataset:
+        assert decoded(dataset, "train") == ["a" * 900, "b" * 90]
+        assert decoded(dataset, "val") == ["a" * 100, "b" * 10]
+        assert dataset.info["split_rule"].startswith("each of 2 texts by position: the first 90%")
+
+
 def small_sources(folder: Path, kind: str) -> str:
     if kind == "audio":
-        for k in range(3):
+        for k in range(4):
             wav(folder / "s" / f"{k}.wav", tone(50 + k))
     else:
-        corpus(folder / "s", 3)
+        corpus(folder / "s", 4)
     return str(folder / "s")
 
 
@@ -686,7 +695,7 @@ def test_any_write_may_fail(tmp_path: Path, kind: str, error: int) -> None:
             assert os.strerror(error) in failure.message
             assert [entry for entry in tree(datasets_folder()) if not entry.startswith(".tmp-")] == []
         with prepare([sources], name="x") as dataset:
-            assert sum(split.documents for split in dataset.splits.values()) == 3
+            assert sum(split.documents for split in dataset.splits.values()) == 4
         assert all(entry.split(os.sep)[0] == "x" for entry in tree(datasets_folder()))
         remove_dataset("x")
         assert tree(datasets_folder()) == []

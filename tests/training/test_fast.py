@@ -161,3 +161,15 @@ def test_compiled_training_ends_as_training_without_it(
     for name, weight in weights[1].items():
         assert torch.allclose(weights[0][name], weight, atol=1e-3), name
         assert torch.allclose(weights[2][name], weight, atol=1e-3), name  # its tables' gradients lie another way
+
+
+def test_dropout_is_told_to_be_slow() -> None:
+    events: list[object] = []
+    for dropout in (0.0, 0.1):
+        recipe = Recipe(steps=1, batch_size=2, lr=0.01, optimizer="muon")
+        assert (
+            trainer(cores.build("gpt", GPT | {"dropout": dropout}), recipe, Memory(), on_event=events.append).run()
+            is None
+        )
+        notes = [event.text for event in events if isinstance(event, Note) and "dropout" in event.text]
+        assert len(notes) == (dropout > 0)

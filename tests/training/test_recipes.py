@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import platform
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -84,6 +85,29 @@ def test_what_is_given_is_not_chosen() -> None:
     assert not {"size", "batch_size", "dropout"} & {choice.what for choice in draft.choices}
 
 
+def test_a_part_of_the_size_that_is_given_leaves_the_rest_to_the_budget() -> None:
+    def chosen(minutes: float, **pinned: int) -> tuple[int, int, int]:
+        draft = default("gpt", SHAKESPEARE, machine(), 0, minutes, pinned)
+        assert "size" in {choice.what for choice in draft.choices}
+        config: Any = parts(draft)[0]
+        return config.layers, config.heads, config.channels
+
+    assert chosen(0.25) == (2, 2, 64)
+    assert chosen(0.25, heads=4) == (2, 4, 64)
+    assert chosen(0.25, heads=5) == (2, 5, 80)
+    assert chosen(0.25, layers=3) == (3, 2, 64)
+    assert chosen(0.25, channels=100) == (2, 5, 100)
+    speech: Any = parts(default("wavenet", SPEECH, machine(), 0, 5.0, {"skip": 64}))[0]
+    assert (speech.cycles, speech.residual, speech.skip) == (2, 32, 64)
+
+
+def test_a_step_has_as_many_ids_whatever_its_windows_and_parts() -> None:
+    for pinned in ({}, {"window": 16}, {"accumulate": 4}, {"context": 32}):
+        _, recipe = parts(default("gpt", SHAKESPEARE, machine(), 100, 0.0, pinned))
+        draft = default("gpt", SHAKESPEARE, machine(), 100, 0.0, pinned)
+        assert recipe.batch_size * recipe.accumulate * (recipe.window or draft.config["context"]) == 1024
+
+
 def test_lines_that_fit_are_read_whole() -> None:
     config, recipe = parts(default("gpt", NAMES, machine(), 100, 0.0, {}))
     assert config.context == 16
@@ -121,6 +145,8 @@ def test_reasons_are_sentences_of_their_data() -> None:
     assert reason(SHAKESPEARE, "dropout", steps // 2) == "the budget reads the corpus less than once"
     assert reason(SHAKESPEARE, "dropout", steps + 10) == "the budget reads the corpus about once"
     assert reason(SHAKESPEARE, "dropout", 2 * steps) == "the budget reads the corpus about 2 times"
+    choices = default("gpt", replace(SHAKESPEARE, tokens=300), machine(), 0, 60.0, {}).choices
+    assert "as large as the corpus feeds" in [choice.reason for choice in choices]
     speech = default("wavenet", SPEECH, machine(), 100, 0.0, {"window": 512})
     assert "512 samples a step on a CPU" in [choice.reason for choice in speech.choices]
 

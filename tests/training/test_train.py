@@ -6,6 +6,7 @@ import json
 import os
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -408,6 +409,35 @@ def test_memory_that_runs_out_is_told_with_what_to_lower(text: str, monkeypatch:
     with pytest.raises(DfError, match="not enough memory") as caught:
         train("gpt", [text], steps=1, name="a", overrides=TINY_GPT)
     assert "--batch-size 2 --set accumulate=2" in caught.value.hint
+    assert list_runs() == []
+
+
+def test_a_default_batch_that_does_not_fit_is_taken_in_parts(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {"steps": 10, "overrides": {"compile": "off", "ngrams": "1", "context": "16"}}
+    whole = plan("gpt", [text], **asked)
+    for share, parts in ((2.0, 1), (0.9, 2)):
+        free = int(share * whole.memory)
+        monkeypatch.setattr(Device, "memory_bytes", lambda self, free=free: (free, 2**40))
+        made = plan("gpt", [text], **asked)
+        assert (made.recipe.accumulate, made.recipe.batch_size) == (parts, whole.recipe.batch_size // parts)
+        assert ("accumulate" in {choice.what for choice in made.choices}) == (parts > 1)
+    given = plan("gpt", [text], **asked, batch_size=whole.recipe.batch_size)
+    assert given.recipe.accumulate == 1
+
+
+def test_what_to_lower_is_of_the_core(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Device, "memory_bytes", lambda self: (2**10, 2**10))
+    for kind, preset, data, word in (
+        ("gpt", None, [text], "channels"), ("wavenet", None, [], "window"), ("wavenet", "makemore", [text], "hidden"),
+    ):  # fmt: skip
+        made = plan(kind, data, preset=preset, steps=1)
+        made = replace(made, recipe=replace(made.recipe, batch_size=1))
+        assert f"`--set {word}=" in plans.fitting(made)
+
+
+def test_a_stop_before_the_first_step_leaves_nothing(text: str) -> None:
+    result = train("gpt", [text], steps=3, name="a", overrides=TINY_GPT, stop=lambda: "interrupted")
+    assert (result.stopped, result.steps) == ("interrupted", 0)
     assert list_runs() == []
 
 
