@@ -139,6 +139,16 @@ def test_several_clips_and_a_prime(here, tmp_path, trained):
         assert soundfile.info(tmp_path / "more.wav").frames == frames
 
 
+def test_a_prime_is_not_overwritten(here, tmp_path, trained):
+    (tmp_path / "clip.wav").write_bytes((trained / "tones" / "tone-0.wav").read_bytes())
+    before = (tmp_path / "clip.wav").read_bytes()
+    words = ["--seconds", 0.1, "--prime", "clip.wav", "-o", tmp_path / "." / "clip.wav"]
+    shown = here("sample", "wavenet", "--run", "tune", *words)
+    assert shown.code == 2
+    assert "overwrite" in shown.err
+    assert (tmp_path / "clip.wav").read_bytes() == before
+
+
 def test_sound_needs_a_length_and_a_place(here):
     for words in ([], ["--seconds", "1"], ["-o", "x.wav"]):
         shown = here("sample", "wavenet", "--run", "tune", *words)
