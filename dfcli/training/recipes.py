@@ -7,17 +7,19 @@ the size of the model follows from the device's rate.
 GPT: tables for the last 2 to 6 ids together, RMSNorm, rotary positions, QK-norm, squared ReLU, no biases, untied
 head, projections that start at zero; Muon for the matrices, RMSprop by row for the tables, AdamW for the rest; a short
 rise, then a linear fall to zero over the last 70 % (scaled down from KellerJordan/modded-nanogpt, track 3).
-WaveNet: two cycles of dilations 1 to 512, RMSNorm before each layer, residual projections and last layer that
-start at zero, embeddings that are alike for neighbouring levels, Muon for the matrices.
+WaveNet: cycles of doubling dilations, RMSNorm before each layer, residual projections and last layer that start at
+zero, embeddings that are alike for neighbouring levels, Muon for the matrices, many short windows a step.
 What was tried, and what it gave: tests/benchmarks/experiments.md.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from dfcli import cores
+from dfcli.cores.wavenet import DOUBLING
 from dfcli.system.device import Device
 from dfcli.system.events import Choice
 from dfcli.training.fast import cpu_module
@@ -26,11 +28,13 @@ from dfcli.training.settings import Recipe
 DEFAULT_MINUTES = 5.0
 
 GPT_SIZES = ((2, 2, 64), (3, 3, 96), (4, 4, 128), (6, 6, 192), (6, 8, 256), (6, 6, 384), (8, 8, 512), (12, 12, 768))
-WAVENET_SIZES = ((2, 32, 128), (2, 64, 256), (3, 64, 256), (3, 128, 512))  # cycles, residual, skip
+# Cycles, doubling dilations in each, residual channels; twice as many for skips, four times for the head. A small
+# model learns nothing from further back than 8 dilations reach.
+WAVENET_SIZES = ((2, 8, 32), (2, 10, 64), (3, 10, 64), (3, 10, 128))
 DIMENSIONS = ("layers", "heads", "channels", "cycles", "dilations", "residual", "skip", "head")  # what a size says
 LR = {
     "gpt": {"muon": 0.02, "adamw": 0.01, "sgd": 0.1},
-    "wavenet": {"muon": 0.06, "adamw": 0.004, "sgd": 0.1},
+    "wavenet": {"muon": 0.045, "adamw": 0.004, "sgd": 0.1},
 }
 TOKENS_PER_PARAMETER = {"gpt": 4.0, "wavenet": 12.0}  # a model that sees fewer is too large for its budget
 PARAMETERS_PER_TOKEN = 10.0  # a model with more than that for each token of the corpus only learns it by heart
@@ -130,20 +134,23 @@ def _wavenet(corpus: Corpus, device: Device, steps: int, minutes: float, pinned:
     recipe: dict[str, Any] = {
         "optimizer": "muon", "adam_lr": 0.01, "momentum": 0.8, "betas": (0.9, 0.95), "eps": 1e-10,
         "schedule": "linear", "warmup": 20, "decay_start": 0.3, "final_lr": 0.0, "clip": 1.0,
-        "window": 8192 if cuda else 4096, "batch_size": 8 if cuda else 1,
         "eval_tokens": 1_000_000 if cuda else 65_536,
     }  # fmt: skip
     recipe["lr"] = LR["wavenet"][pinned.get("optimizer", "muon")]
     draft = Draft("wavenet", config, recipe)
     if not fixed:
         sizes = [
-            config | {"cycles": cycles, "residual": residual, "skip": skip, "head": skip}
-            for cycles, residual, skip in WAVENET_SIZES
+            config | {"cycles": cycles, "dilations": DOUBLING[:n], "residual": R, "skip": 2 * R, "head": 4 * R}
+            for cycles, n, R in WAVENET_SIZES
         ]
         _size(draft, sizes, 2 if cuda else 0, corpus, device, steps, minutes, pinned)
     config |= {name: value for name, value in pinned.items() if name not in Recipe.__dataclass_fields__}
-    many = (recipe | pinned)["window"] * recipe["batch_size"] * pinned.get("accumulate", 1)
-    draft.choose("batch_size", str(recipe["batch_size"]), f"{many:,} samples a step on {_article(device)}")
+    # As many samples of many recordings teach more than those of one, though each begins without a past.
+    samples, hears = 65_536 if cuda else 4096, cores.config("wavenet", config).context
+    recipe["window"] = pinned.get("window") or min(samples, max(256, 2 ** round(math.log2(hears / 2))))
+    draft.choose("window", f"{recipe['window']:,}", f"about half of the {hears:,} samples that the model hears")
+    recipe["batch_size"] = max(1, samples // (recipe["window"] * pinned.get("accumulate", 1)))
+    draft.choose("batch_size", str(recipe["batch_size"]), f"about {samples:,} samples a step on {_article(device)}")
     return draft
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from dfcli.cores import WaveNet, WaveNetConfig
+from dfcli.cores.wavenet import DOUBLING
 from dfcli.generation import wavenet_cpu
 from dfcli.generation.plain import Plain
 from dfcli.generation.sampling import Dice, Filters
@@ -24,7 +25,7 @@ from tests.benchmarks import common
 from tests.generation.engine import cpu, start
 
 PAPER = WaveNetConfig()
-SMALL = WaveNetConfig(cycles=2, residual=32, skip=128, head=128)
+SMALL = WaveNetConfig(dilations=DOUBLING[:8], cycles=2, residual=32, skip=64, head=128)  # the default recipe's
 FILTERS = {
     "none": Filters(),
     "top-k 50": Filters(1, 50),

@@ -147,8 +147,24 @@ def test_reasons_are_sentences_of_their_data() -> None:
     assert reason(SHAKESPEARE, "dropout", 2 * steps) == "the budget reads the corpus about 2 times"
     choices = default("gpt", replace(SHAKESPEARE, tokens=300), machine(), 0, 60.0, {}).choices
     assert "as large as the corpus feeds" in [choice.reason for choice in choices]
-    speech = default("wavenet", SPEECH, machine(), 100, 0.0, {"window": 512})
-    assert "512 samples a step on a CPU" in [choice.reason for choice in speech.choices]
+    speech = {choice.what: choice.reason for choice in default("wavenet", SPEECH, machine(), 100, 0.0, {}).choices}
+    assert speech["window"] == "about half of the 511 samples that the model hears"
+    assert speech["batch_size"] == "about 4,096 samples a step on a CPU"
+
+
+def test_windows_are_short_and_many():
+    def rows(**pinned: Any) -> tuple[int, int]:
+        recipe = default("wavenet", SPEECH, machine(), 100, 0.0, pinned).recipe
+        return recipe["window"], recipe["batch_size"]
+
+    assert rows() == (256, 16)
+    assert rows(dilations=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512)) == (1024, 4)
+    assert rows(dilations=(1,), cycles=1, kernel=1) == (256, 16)
+    assert rows(dilations=(4000,)) == (4096, 1)
+    assert rows(window=512) == (512, 8)
+    assert rows(window=512, accumulate=2) == (512, 4)
+    assert rows(window=8192) == (8192, 1)
+    assert rows(batch_size=3) == (256, 3)
 
 
 @pytest.mark.parametrize(
