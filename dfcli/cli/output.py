@@ -286,7 +286,11 @@ class Listener:
 
     def progress(self, event: Progress) -> None:
         """Show how far a piece of work has come, at what rate, and how long it will take."""
-        seconds = time.monotonic() - self._started.setdefault(event.what, time.monotonic())
+        now = time.monotonic()
+        if event.what not in self._started:
+            self._started[event.what] = now
+            self._line_due = max(self._line_due, now + LINE_SECONDS)  # what is soon done needs no line
+        seconds = now - self._started[event.what]
         rate = event.done / seconds if seconds > 0.5 else 0.0
         figure = size if event.unit == "bytes" else count
         unit = "" if event.unit == "bytes" else f" {event.unit}"

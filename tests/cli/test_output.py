@@ -111,12 +111,12 @@ def test_course_keeps_the_shape_of_a_long_run_in_little_memory():
 
 def test_progress_in_a_log_is_a_line_now_and_then(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     with output.Listener() as listener:
-        listener(Progress("reading", 1, 10, "files"))
+        listener(Progress("reading\x1b", 1_000_000, 10_000_000, "bytes"))
         assert capsys.readouterr().err == ""  # not yet
         later = time.monotonic() + output.LINE_SECONDS + 1
         monkeypatch.setattr(output.time, "monotonic", lambda: later)
         listener(Progress("reading\x1b", 5_000_000, 10_000_000, "bytes"))
-        listener(Progress("reading", 6, 10, "files"))  # the next is not due
+        listener(Progress("reading\x1b", 6_000_000, 10_000_000, "bytes"))  # the next is not due
         listener(Note("a note\x1b"))
         listener(Choice("codec", "chars", "the default"))
     lines = capsys.readouterr().err.splitlines()
@@ -124,6 +124,18 @@ def test_progress_in_a_log_is_a_line_now_and_then(capsys: pytest.CaptureFixture[
     assert lines[1] == "a note\\x1b"
     assert lines[2].split() == ["codec", "chars", "the", "default"]
     assert len(lines) == 3
+
+
+def test_short_work_has_no_line_in_a_log(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    now = 1000.0
+    monkeypatch.setattr(output.time, "monotonic", lambda: now)
+    with output.Listener() as listener:
+        for _ in range(5):  # half a minute apart, two seconds each
+            for done in (0, 500, 1000):
+                listener(Progress("evaluation", done, 1000, "tokens"))
+                now += 1
+            now += 30
+    assert capsys.readouterr().err == ""
 
 
 def test_the_rate_of_each_piece_of_work_is_its_own(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
