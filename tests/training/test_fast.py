@@ -64,8 +64,8 @@ def test_whom_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_they_fit_what_the_recipes_choose_for_a_laptop() -> None:
     for layers, heads, channels in recipes.GPT_SIZES[:3]:
         assert module("gpt", GPT, layers=layers, heads=heads, channels=channels) == "gpt_cpu"
-    for _, residual, skip in recipes.WAVENET_SIZES:
-        assert module("wavenet", WAVENET, residual=residual, skip=skip) == "wavenet_cpu"
+    for _, _, R in recipes.WAVENET_SIZES:
+        assert module("wavenet", WAVENET, residual=R, skip=2 * R, head=4 * R) == "wavenet_cpu"
 
 
 @pytest.mark.parametrize("core_name", ["gpt", "charwavenet"])
