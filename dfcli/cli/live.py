@@ -33,7 +33,6 @@ class TrainView:
         self.quiet = quiet
         self.listener = output.Listener(quiet)
         self.animated = not quiet and output.animated()
-        self.makes_sound = False
         self.title = ""
         self.peak: float | None = None
         self.step: Step | None = None
@@ -48,7 +47,6 @@ class TrainView:
         self.progress: Progress | None = None
         self._sampler: Sampler | None = None
         self._live: Live | None = None
-        self._line_due = 0.0
         self._days_told = False
 
     def __enter__(self) -> TrainView:
@@ -91,13 +89,12 @@ class TrainView:
         self.best = event.best
         self.best_step = event.step
         self.title = title(plan)
-        self.makes_sound = plan.codec_name == "mulaw"
         if self.quiet:
             return
         self.peak = plan.device.peak_flops()
         self._sampler = Sampler(plan.device).start()
         if not self.animated:
-            self._line_due = time.monotonic()
+            self.listener.line_due = time.monotonic()
             output.say(f"training {self.title}" + (f", from step {count(event.step)} on" if event.step else ""))
             return
         from rich.live import Live
@@ -119,8 +116,8 @@ class TrainView:
                 self.best, self.best_step = step.val_loss, step.step
         self._tell_days(step)
         now = time.monotonic()
-        if self._live is None and not self.quiet and (step.val_loss is not None or now >= self._line_due):
-            self._line_due = now + output.LINE_SECONDS
+        if self._live is None and not self.quiet and (step.val_loss is not None or now >= self.listener.line_due):
+            self.listener.line_due = now + output.LINE_SECONDS
             output.say(self.line(step))
 
     def _tell_days(self, step: Step) -> None:

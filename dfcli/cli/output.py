@@ -246,7 +246,7 @@ class Listener:
         self._bar: Bar | None = None
         self._tasks: dict[str, TaskID] = {}
         self._started: dict[str, float] = {}
-        self._line_due = time.monotonic() + LINE_SECONDS
+        self.line_due = time.monotonic() + LINE_SECONDS  # without a terminal
 
     def __enter__(self) -> Listener:
         return self
@@ -286,11 +286,7 @@ class Listener:
 
     def progress(self, event: Progress) -> None:
         """Show how far a piece of work has come, at what rate, and how long it will take."""
-        now = time.monotonic()
-        if event.what not in self._started:
-            self._started[event.what] = now
-            self._line_due = max(self._line_due, now + LINE_SECONDS)  # what is soon done needs no line
-        seconds = now - self._started[event.what]
+        seconds = time.monotonic() - self._started.setdefault(event.what, time.monotonic())
         rate = event.done / seconds if seconds > 0.5 else 0.0
         figure = size if event.unit == "bytes" else count
         unit = "" if event.unit == "bytes" else f" {event.unit}"
@@ -309,8 +305,8 @@ class Listener:
             return
         if not animated():
             now = time.monotonic()
-            if now >= self._line_due and done != total:
-                self._line_due = now + LINE_SECONDS
+            if now >= self.line_due and done != total:
+                self.line_due = now + LINE_SECONDS
                 say(f"{what}: {figures}")
             return
         what = one_line(what)

@@ -19,7 +19,6 @@ from dfcli.errors import UsageError
 from dfcli.system.words import counted
 
 if TYPE_CHECKING:
-    from dfcli.cli.live import TrainView
     from dfcli.training.plan import Plan
     from dfcli.training.train import TrainResult
 
@@ -173,15 +172,17 @@ def _train(
         if not quiet:
             output.say("stopped before the first step: nothing to save")
     elif not quiet:
-        _tell(result, kind, view)
+        _tell(result, kind)
     if result.stopped and result.steps and plan is not None:
         _tell_resume(line, plan)
     if stop.exit_code:
         raise typer.Exit(stop.exit_code)
 
 
-def _tell(result: TrainResult, kind: str, view: TrainView) -> None:
+def _tell(result: TrainResult, kind: str) -> None:
     """Where the run is, its figures, and what to type next."""
+    from dfcli.runs import Run
+
     reached = f"{counted(result.steps, 'step')}, {short(result.tokens_seen)} tokens in {duration(result.train_seconds)}"
     output.say(f"{result.run}: {reached} ({short(result.tokens_per_second)} tokens/s)", style="bold")
     if result.val_loss is not None:
@@ -193,7 +194,7 @@ def _tell(result: TrainResult, kind: str, view: TrainView) -> None:
     if result.stopped is None:
         run = shlex.quote(result.run)
         sample = f"{kind} --run {run}"
-        if view.makes_sound:
+        if Run.open(result.run).codec.name == "mulaw":
             sample = f"wavenet --run {run} --seconds 4 -o out.wav"
         split = " --split train" if result.val_loss is None else ""  # there is nothing else to score
         output.say(f"next: df sample {sample}\n      df eval --run {run}{split}", style="cyan", fold=False)

@@ -222,7 +222,7 @@ def _halved(recipe: Recipe) -> Recipe:
 
 
 def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB"
+    return f"{count / 1e9:.1f} GB"
 
 
 def _config(core: str, values: dict[str, Any]) -> cores.CoreConfig:
@@ -293,7 +293,9 @@ def _corpus(dataset: Dataset) -> recipes.Corpus:
     train = dataset.splits.get("train")
     if train is None:
         raise UsageError(f"dataset {dataset.name} has no training split")
-    return recipes.Corpus(train.tokens_count, train.documents, train.longest, dataset.codec.vocab_size, dataset.lines)
+    codec = dataset.codec
+    unit = "sample" if codec.name == "mulaw" else "id"
+    return recipes.Corpus(train.tokens_count, train.documents, train.longest, codec.vocab_size, dataset.lines, unit)
 
 
 def _free_name(request: Request, data: Sequence[str]) -> str:

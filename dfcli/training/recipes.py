@@ -22,16 +22,16 @@ from dfcli import cores
 from dfcli.cores.wavenet import DOUBLING
 from dfcli.system.device import Device
 from dfcli.system.events import Choice
+from dfcli.system.words import counted
 from dfcli.training.fast import cpu_module
 from dfcli.training.settings import Recipe
 
 DEFAULT_MINUTES = 5.0
 
 GPT_SIZES = ((2, 2, 64), (3, 3, 96), (4, 4, 128), (6, 6, 192), (6, 8, 256), (6, 6, 384), (8, 8, 512), (12, 12, 768))
-# Cycles, doubling dilations in each, residual channels; twice as many for skips, four times for the head. A small
-# model learns nothing from further back than 8 dilations reach.
+# Cycles, doubling dilations in each, residual channels; for the other widths see `completed`. A small model learns
+# nothing from further back than 8 dilations reach.
 WAVENET_SIZES = ((2, 8, 32), (2, 10, 64), (3, 10, 64), (3, 10, 128))
-DIMENSIONS = ("layers", "heads", "channels", "cycles", "dilations", "residual", "skip", "head")  # what a size says
 LR = {
     "gpt": {"muon": 0.02, "adamw": 0.01, "sgd": 0.1},
     "wavenet": {"muon": 0.045, "adamw": 0.004, "sgd": 0.1},
@@ -51,6 +51,7 @@ class Corpus:
     longest: int  # ids of the longest document
     vocab_size: int
     lines: bool
+    unit: str = "id"  # what an id stands for, in a word: a sample of sound, or just an id
 
 
 @dataclass
@@ -67,14 +68,15 @@ class Draft:
 
 
 def default(
-    kind: str, corpus: Corpus, device: Device, steps: int, minutes: float, pinned: dict[str, Any], fixed: bool = False
+    core: str, corpus: Corpus, device: Device, steps: int, minutes: float, pinned: dict[str, Any], fixed: bool = False
 ) -> Draft:
-    """The default recipe of `kind` ("gpt" or "wavenet") for a budget of `steps` or else `minutes`.
+    """The default recipe of `core` for a budget of `steps` or else `minutes`.
 
     `pinned` holds the config values and recipe values that are given and so not chosen here; `fixed` says that they
     are the whole config (that of a model trained before).
     """
-    draft = (_gpt if kind == "gpt" else _wavenet)(corpus, device, steps, minutes, pinned, fixed)
+    make = {"gpt": _gpt, "wavenet": _wavenet, "charwavenet": _charwavenet}[core]
+    draft = make(corpus, device, steps, minutes, pinned, fixed)
     given = {name: value for name, value in pinned.items() if name in Recipe.__dataclass_fields__}
     draft.recipe |= given
     draft.choices = [choice for choice in draft.choices if choice.what not in given]
@@ -140,18 +142,37 @@ def _wavenet(corpus: Corpus, device: Device, steps: int, minutes: float, pinned:
     draft = Draft("wavenet", config, recipe)
     if not fixed:
         sizes = [
-            config | {"cycles": cycles, "dilations": DOUBLING[:n], "residual": R, "skip": 2 * R, "head": 4 * R}
-            for cycles, n, R in WAVENET_SIZES
+            config | {"cycles": cycles, "dilations": DOUBLING[:n], "residual": residual}
+            for cycles, n, residual in WAVENET_SIZES
         ]
         _size(draft, sizes, 2 if cuda else 0, corpus, device, steps, minutes, pinned)
     config |= {name: value for name, value in pinned.items() if name not in Recipe.__dataclass_fields__}
     # As many samples of many recordings teach more than those of one, though each begins without a past.
     samples, hears = 65_536 if cuda else 4096, cores.config("wavenet", config).context
-    recipe["window"] = pinned.get("window") or min(samples, max(256, 2 ** round(math.log2(hears / 2))))
-    draft.choose("window", f"{recipe['window']:,}", f"about half of the {hears:,} samples that the model hears")
-    recipe["batch_size"] = max(1, samples // (recipe["window"] * pinned.get("accumulate", 1)))
-    draft.choose("batch_size", str(recipe["batch_size"]), f"about {samples:,} samples a step on {_article(device)}")
+    recipe["window"], reason = min(samples, max(256, 2 ** round(math.log2(hears / 2)))), "many short ones teach more"
+    sampling = pinned.get("sampling")
+    if sampling == "documents":
+        recipe["window"], reason = min(samples, corpus.longest), "from each one's beginning"
+    draft.choose("window", f"{recipe['window']:,}", f"{reason}; the model hears {counted(hears, corpus.unit)}")
+    accumulate, window = pinned.get("accumulate", 1), pinned.get("window", recipe["window"]) or hears
+    recipe["batch_size"] = max(1, samples // (window * accumulate))
+    many = recipe["batch_size"] * accumulate * (1 if sampling == "last" else window)
+    most = "at most " if sampling == "documents" else ""
+    reason = f"{most}{counted(many, corpus.unit)} a step on {_article(device)}"
+    draft.choose("batch_size", str(recipe["batch_size"]), reason)
     return draft
+
+
+def _charwavenet(
+    corpus: Corpus, device: Device, steps: int, minutes: float, pinned: dict[str, Any], fixed: bool
+) -> Draft:
+    """The lecture's own, for a run of the preset `makemore` that is trained on."""
+    recipe: dict[str, Any] = {
+        "batch_size": 32, "sampling": "last", "optimizer": "sgd", "schedule": "step", "decay_start": 0.75,
+        "final_lr": 0.1, "eval_tokens": 65_536,
+    }  # fmt: skip
+    recipe["lr"] = LR["wavenet"][pinned.get("optimizer", "sgd")]
+    return Draft("charwavenet", {"vocab_size": corpus.vocab_size}, recipe)
 
 
 def _size(
@@ -166,7 +187,7 @@ def _size(
 ) -> None:
     """Take the largest of `sizes` that the budget and the corpus feed; with a number of steps, at most the `usual`.
     What is `pinned` replaces what they say."""
-    given = {name: value for name, value in pinned.items() if name in DIMENSIONS}
+    given = {name: value for name, value in pinned.items() if name not in Recipe.__dataclass_fields__}
     sizes = [completed(draft.core, size | given, given) for size in sizes]
     dense = {"ngrams": 1} if draft.core == "gpt" else {}  # a table costs next to nothing, whatever its size
     counts = [cores.config(draft.core, size | dense).parameters() for size in sizes]
@@ -195,8 +216,12 @@ def _size(
 
 
 def completed(core: str, config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """The config with heads that fit channels which are `given`, or the other way round: heads of about 32 channels, or
-    whole 16 channels for each head."""
+    """The config with what follows from what is `given`. GPT: heads that fit channels, or the other way round: heads of
+    about 32 channels, or whole 16 channels for each head. WaveNet: twice the residual channels for the skips, four
+    times for the head."""
+    if core == "wavenet" and "residual" in config:
+        widths = {name: min(times * config["residual"], 100_000) for name, times in (("skip", 2), ("head", 4))}
+        return config | widths | given
     if core != "gpt" or ("heads" in given) == ("channels" in given):
         return config
     if "heads" in given:
@@ -273,6 +298,9 @@ def memory_bytes(core: str, config: cores.CoreConfig, recipe: Recipe, device: De
         rows = min(rows, device.threads)
     elif core == "gpt":
         kept = c.layers * c.channels * (18 + 2 * c.qk_norm + 8 * (c.dropout > 0))
+    elif core == "wavenet" and cpu_module(config, recipe, device):
+        weights += 3 * 4 * device.threads * config.parameters()  # each thread's gradients, and weights packed both ways
+        return weights + rows * window * 4 * (c.layers * (3 * c.residual + 1) + 8 * c.residual + c.skip)
     elif core == "wavenet":
         kept = c.layers * c.residual * (6 + c.kernel + (c.norm != "none")) + c.skip + c.head
     else:

@@ -390,7 +390,7 @@ def _preview(core: cores.Core, plan: Plan, dataset: Dataset) -> Callable[[], str
 def _warn(plan: Plan, on_event: OnEvent) -> None:
     free, _ = plan.device.memory_bytes()
     if plan.memory > free:
-        text = f"training takes about {plan.memory / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free"
+        text = f"training takes about {plan.memory / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
         on_event(Note(f"{text}: {plans.fitting(plan)}"))
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from dfcli.cli.live import TrainView
 from dfcli.cli.signals import Stop
+from dfcli.system.events import Progress
 from dfcli.training.events import Step
 
 pyte = pytest.importorskip("pyte")
@@ -187,6 +188,27 @@ def test_a_log_gets_plain_lines():
         "flops_per_second": "6.1e+10", "share_of_peak": "0.610", "done": "1.000", "seconds": "20.0", "eta_seconds": "0",
         "saved_step": "1000",
     }  # fmt: skip
+
+
+def test_steps_and_other_work_share_the_lines_of_a_log(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with TrainView(Stop()) as view:
+        now += 11
+        for done in range(30):
+            view(Step(done, 30, done / 30, done, float(done), 4.0, 1e-3, 10.0, 1e9, None, None, 0))
+            now += 0.5
+            if done % 5 == 2:  # an evaluation in between
+                view(Progress("evaluation", 100, 1000, "tokens"))
+                view(Progress("evaluation", 1000, 1000, "tokens"))
+        lines = [line.split()[0] for line in capsys.readouterr().err.splitlines()]
+        assert lines == ["step=0/30", "step=20/30"]
+        for done in range(100, 1000, 100):  # what takes its time is told
+            view(Progress("evaluation", done, 1000, "tokens"))
+            now += 3
+    assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()] == ["evaluation"] * 2
 
 
 def test_more_than_a_day_is_said_once(capsys: pytest.CaptureFixture[str]):

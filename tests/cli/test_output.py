@@ -126,18 +126,6 @@ def test_progress_in_a_log_is_a_line_now_and_then(capsys: pytest.CaptureFixture[
     assert len(lines) == 3
 
 
-def test_short_work_has_no_line_in_a_log(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    now = 1000.0
-    monkeypatch.setattr(output.time, "monotonic", lambda: now)
-    with output.Listener() as listener:
-        for _ in range(5):  # half a minute apart, two seconds each
-            for done in (0, 500, 1000):
-                listener(Progress("evaluation", done, 1000, "tokens"))
-                now += 1
-            now += 30
-    assert capsys.readouterr().err == ""
-
-
 def test_the_rate_of_each_piece_of_work_is_its_own(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     now = 1000.0
     monkeypatch.setattr(output.time, "monotonic", lambda: now)

@@ -140,6 +140,13 @@ def test_a_preset_without_a_corpus_says_what_it_takes(here):
     assert "melodies made by this project no --data was given, and the preset names no corpus" in reason
 
 
+def test_the_next_line_makes_sound_of_a_model_of_sound(here):
+    small = ["--set", "dilations=1,2", "--set", "cycles=1", "--set", "eval_tokens=512", "--steps", 1, "--name", "tune"]
+    for resume in ([], ["--resume"]):  # which finds it finished
+        shown = here("train", "wavenet", *small, *resume)
+        assert "next: df sample wavenet --run tune --seconds 4 -o out.wav\n" in shown.err
+
+
 def test_what_does_not_fit_is_said_once(here, talk):
     shown = here("train", "gpt", "--data", "talk.txt", "--steps", 2, "--batch-size", 999_999)
     assert shown.code == 1

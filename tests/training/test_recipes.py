@@ -15,7 +15,7 @@ from dfcli.training.settings import Recipe
 
 SHAKESPEARE = Corpus(tokens=1_003_854, documents=1, longest=1_003_854, vocab_size=65, lines=False)
 NAMES = Corpus(tokens=182_625, documents=25_626, longest=16, vocab_size=27, lines=True)
-SPEECH = Corpus(tokens=6_700_000, documents=1800, longest=18_000, vocab_size=256, lines=False)
+SPEECH = Corpus(tokens=6_700_000, documents=1800, longest=18_000, vocab_size=256, lines=False, unit="sample")
 
 
 class Machine(Device):
@@ -148,8 +148,36 @@ def test_reasons_are_sentences_of_their_data() -> None:
     choices = default("gpt", replace(SHAKESPEARE, tokens=300), machine(), 0, 60.0, {}).choices
     assert "as large as the corpus feeds" in [choice.reason for choice in choices]
     speech = {choice.what: choice.reason for choice in default("wavenet", SPEECH, machine(), 100, 0.0, {}).choices}
-    assert speech["window"] == "about half of the 511 samples that the model hears"
-    assert speech["batch_size"] == "about 4,096 samples a step on a CPU"
+    assert speech["window"] == "many short ones teach more; the model hears 511 samples"
+    assert speech["batch_size"] == "4,096 samples a step on a CPU"
+
+
+@pytest.mark.parametrize(
+    ("pinned", "window", "batch_size"),
+    [
+        ({"window": 8192}, None, "8,192 samples"),
+        ({"window": 0}, None, "4,088 samples"),
+        ({"accumulate": 17}, "hears 511 samples", "4,352 samples"),
+        ({"sampling": "last"}, "hears 511 samples", "16 samples"),
+        ({"sampling": "documents"}, "from each one's beginning; the model hears 511 samples", "at most 4,096 samples"),
+        ({"kernel": 1}, "hears 1 sample", "4,096 samples"),
+    ],
+)
+def test_reasons_hold_whatever_is_given(pinned: dict[str, Any], window: str | None, batch_size: str) -> None:
+    draft = default("wavenet", SPEECH, machine(), 100, 0.0, pinned)
+    reasons = {choice.what: choice.reason for choice in draft.choices}
+    assert reasons.get("window", "").endswith(window or "")
+    assert ("window" in reasons) == (window is not None)
+    assert reasons["batch_size"] == f"{batch_size} a step on a CPU"
+
+
+def test_widths_follow_the_residual_channels_and_the_size_counts_all_that_is_given() -> None:
+    for pinned in ({"residual": 48}, {"residual": 48, "head": 7}, {"kernel": 3, "embedding": 5}, {"skip": 64}):
+        draft = default("wavenet", SPEECH, machine(), 0, 5.0, pinned)
+        config: Any = parts(draft)[0]
+        R = pinned.get("residual", 32)
+        assert (config.skip, config.head) == (2 * R, pinned.get("head", 4 * R))
+        assert f"{config.parameters() / 1e6:.2g}M" in {choice.value.split()[0] for choice in draft.choices}
 
 
 def test_windows_are_short_and_many():
@@ -165,6 +193,7 @@ def test_windows_are_short_and_many():
     assert rows(window=512, accumulate=2) == (512, 4)
     assert rows(window=8192) == (8192, 1)
     assert rows(batch_size=3) == (256, 3)
+    assert rows(sampling="documents") == (4096, 1)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +206,7 @@ def test_windows_are_short_and_many():
 def test_the_memory_estimate_is_what_autograd_keeps(core: str, values: dict[str, object]) -> None:
     """Against the bytes of the tensors saved for the backward pass: right within a third."""
     config = cores.config(core, values)
-    recipe = Recipe(batch_size=8, window=64 if core == "gpt" else 1024)
+    recipe = Recipe(batch_size=8, window=64 if core == "gpt" else 1024, compile="off")
     module = cores.build(core, values)
     kept: dict[int, int] = {}
 

@@ -521,6 +521,17 @@ def test_init_starts_from_the_best_weights_of_another_run(text: str, tmp_path: P
     assert third.val_loss is not None
 
 
+def test_init_goes_on_with_the_lectures_wavenet(tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join("abcdefghij"[i % 7 : i % 7 + 2 + i % 3] for i in range(200)) + "\n")
+    small = {"hidden": "8", "embedding": "4"}
+    first = train("wavenet", [str(names)], preset="makemore", steps=2, name="a", overrides=small)
+    second = train("wavenet", steps=2, name="b", init="a")
+    assert second.parameters == first.parameters
+    recipe = Run.open("b").info["recipe"]
+    assert (recipe["sampling"], recipe["optimizer"], recipe["lr"]) == ("last", "sgd", 0.1)
+
+
 def test_init_refuses_another_model(text: str) -> None:
     train("gpt", [text], steps=1, name="a", overrides=TINY_GPT)
     with pytest.raises(UsageError, match="layers cannot be changed"):

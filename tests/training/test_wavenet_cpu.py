@@ -12,8 +12,11 @@ import torch
 
 from dfcli.cores import WaveNet, WaveNetConfig
 from dfcli.data.batches import IGNORED
+from dfcli.system.device import resolve
 from dfcli.system.events import ignore
 from dfcli.system.vectors import Pieces
+from dfcli.training.recipes import memory_bytes
+from dfcli.training.settings import Recipe
 from dfcli.training.wavenet_cpu import build
 from tests.training import passes
 
@@ -48,6 +51,29 @@ def test_loss_and_gradients_are_the_cores(
     expected = passes.one(core, passes.plain(core), ids, targets, positions)
     found = passes.one(core, build(core, Pieces(threads), ignore), ids, targets, positions)
     passes.assert_alike(found, expected, 1e-5)
+
+
+def test_the_memory_estimate_is_what_a_pass_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the largest tensors that it makes: right within a tenth."""
+    core = model(norm="rmsnorm", residual=32, skip=64, head=128)
+    backward, ids = build(core, Pieces(2), ignore), torch.randint(20, (4, 4096))
+    made: list[int] = []
+
+    def watched(make: Any) -> Any:
+        def watch(*size: Any, **others: Any) -> torch.Tensor:
+            tensor = make(*size, **others)
+            made.append(tensor.nbytes)
+            return tensor
+
+        return watch
+
+    monkeypatch.setattr(torch, "empty", watched(torch.empty))
+    monkeypatch.setattr(torch, "zeros", watched(torch.zeros))
+    backward(ids, ids, None, 1)
+    recipe = Recipe(batch_size=4, window=4096, optimizer="sgd")
+    estimate = memory_bytes("wavenet", core.config, recipe, resolve("cpu"))
+    embedded = ids.numel() * 4 * core.config.residual
+    assert 0.9 < estimate / (sum(made) + embedded) < 1.1
 
 
 def test_large_sums_and_what_is_not_a_number() -> None:
