@@ -18,10 +18,10 @@ from dfcli.errors import CorruptError, DfError, UsageError
 
 if TYPE_CHECKING:
     from dfcli.data.dataset import Dataset, list_datasets, remove_dataset
-    from dfcli.data.download import get as download
-    from dfcli.data.prepare import prepare
     from dfcli.evaluation.evaluate import evaluate
     from dfcli.generation.sample import sample_audio, sample_text
+    from dfcli.ingest.download import get as download
+    from dfcli.ingest.prepare import prepare
     from dfcli.runs.run import Run, list_runs
     from dfcli.runs.run import newest as newest_run
     from dfcli.runs.run import remove as remove_run
@@ -32,13 +32,13 @@ __version__ = "0.1.0"
 _HOME = {
     "Dataset": "dfcli.data.dataset:Dataset",
     "Run": "dfcli.runs.run:Run",
-    "download": "dfcli.data.download:get",
+    "download": "dfcli.ingest.download:get",
     "evaluate": "dfcli.evaluation.evaluate:evaluate",
     "list_datasets": "dfcli.data.dataset:list_datasets",
     "list_runs": "dfcli.runs.run:list_runs",
     "newest_run": "dfcli.runs.run:newest",
     "plan": "dfcli.training.train:plan",
-    "prepare": "dfcli.data.prepare:prepare",
+    "prepare": "dfcli.ingest.prepare:prepare",
     "remove_dataset": "dfcli.data.dataset:remove_dataset",
     "remove_run": "dfcli.runs.run:remove",
     "sample_audio": "dfcli.generation.sample:sample_audio",

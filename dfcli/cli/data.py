@@ -65,7 +65,7 @@ def prepare(
       df data prepare recordings/ --sample-rate 8000
       cat *.md | df data prepare - --name notes --codec bytes
     """
-    from dfcli.data.prepare import prepare
+    from dfcli.ingest.prepare import prepare
 
     mention_terminal(sources)
     with (
@@ -184,7 +184,7 @@ def get(
       df data get shakespeare -o shakespeare.txt
       df train gpt --data shakespeare.txt
     """
-    from dfcli.data.download import get
+    from dfcli.ingest.download import get
 
     with output.Listener() as listener:
         path = get(name, out=out, on_event=listener)
@@ -199,7 +199,7 @@ def remove(name: Name, yes: Yes = False) -> None:
       df data remove names
     """
     from dfcli.data.dataset import remove_dataset
-    from dfcli.data.sources import list_some
+    from dfcli.ingest.sources import list_some
     from dfcli.runs import list_runs
 
     check_name(name, "dataset")

@@ -52,7 +52,7 @@ def evaluate(
       df eval --run shakespeare --split train
       df eval --run shakespeare --data other.txt --stride 32 --json
     """
-    from dfcli.data.prepare import check_sources
+    from dfcli.ingest.prepare import check_sources
     from dfcli.runs import Run, newest
 
     with output.Listener() as listener:

@@ -1,1 +1,1 @@
-"""Sources to prepared datasets to batches. Knows codecs and files, but no model and no terminal."""
+"""A prepared dataset on disk, and training batches from it."""

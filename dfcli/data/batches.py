@@ -56,7 +56,7 @@ class Batches:
         batch_size: int,
         window: int,
         seed: int,
-        sampling: str = "packed",
+        packing: str = "packed",
         boundary: int | None = None,
         lines: bool = False,
         lead: int = 1,
@@ -64,9 +64,9 @@ class Batches:
         if batch_size < 1 or window < 1:
             raise UsageError("a batch has at least one row of at least one id")
         draw = {"packed": self._packed, "documents": self._documents, "last": self._last}
-        if sampling not in draw:
-            raise UsageError(f"there is no sampling {sampling!r}", f"known: {', '.join(draw)}")
-        self._draw = draw[sampling]
+        if packing not in draw:
+            raise UsageError(f"there is no packing {packing!r}", f"known: {', '.join(draw)}")
+        self._draw = draw[packing]
         self._split, self._offsets = split, split.offsets
         self._rows, self._window = batch_size, window
         self._key = seed % 2**128
@@ -74,14 +74,14 @@ class Batches:
         self._extra = lead - 1 if boundary is not None else 0
         if split.longest <= self._unpaired:
             raise DfError(f"the {split.name} split holds nothing to predict", "give it more data")
-        if sampling == "packed":
+        if packing == "packed":
             self._any_longer = split.longest - self._unpaired + self._extra > window
             # Where every document fills a row, a row is one piece.
             self._whole_rows = split.shortest - self._unpaired + self._extra >= window
             sample = self._pieces(np.random.Generator(np.random.Philox(key=0)), 1000)
             enough = 1.2 * batch_size * (window / sample[1].mean() + 1)
             self._count = batch_size if self._whole_rows else int(enough)
-        if sampling == "last":
+        if packing == "last":
             # Without a boundary there is nothing to fill up with: targets have a full context before them.
             self._skip = window - 1 if boundary is None else 0
             self._targets = self._cumulative_targets()

@@ -15,10 +15,10 @@ import numpy as np
 from dfcli.codecs import Codec, MuLaw, TextCodec
 from dfcli.cores import GPTConfig
 from dfcli.data.dataset import Dataset, find_dataset
-from dfcli.data.prepare import prepare
 from dfcli.errors import DfError, UsageError
 from dfcli.evaluation.baselines import baselines, count_targets
 from dfcli.evaluation.sweep import Loss, sweep
+from dfcli.ingest.prepare import prepare
 from dfcli.runs.run import Run, newest
 from dfcli.system.device import resolve
 from dfcli.system.events import Note, OnEvent, ignore

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfcli.codecs import MuLaw
-from dfcli.data.audio import Recording
 from dfcli.errors import DfError, UsageError
 from dfcli.generation.wav import Wav, pcm
+from dfcli.ingest.audio import Recording
 from dfcli.system.files import os_errors
 
 SILENCE = 0.01  # the amplitude (-40 dB) that a clip must exceed to count as begun

@@ -23,10 +23,10 @@ ENGINES = ("auto", "plain", "fast")
 # on_event) -> Engine`, which raises Unavailable with the reason when this core, batch or machine is not for
 # it. Unless `exact`, it may compute less precisely where that is much faster and cannot be heard or read.
 FAST = {
-    ("wavenet", "cpu"): "dfcli.generation.wavenet_cpu",
-    ("gpt", "cpu"): "dfcli.generation.gpt_cpu",
-    ("wavenet", "cuda"): "dfcli.generation.wavenet_cuda",
-    ("gpt", "cuda"): "dfcli.generation.gpt_cuda",
+    ("wavenet", "cpu"): "dfcli.kernels.wavenet_sample",
+    ("gpt", "cpu"): "dfcli.kernels.gpt_sample",
+    ("wavenet", "cuda"): "dfcli.kernels.cuda.wavenet",
+    ("gpt", "cuda"): "dfcli.kernels.cuda.gpt",
 }
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from dfcli.codecs import MuLaw, TextCodec
 from dfcli.errors import DfError, UsageError
 from dfcli.generation.audio import AudioClip, Prime, out_paths
-from dfcli.generation.frame import Frame, Model, load
+from dfcli.generation.generator import Generator, Model, load
 from dfcli.generation.sampling import Filters, chosen_seed
 from dfcli.generation.text import TextClip
 from dfcli.generation.wav import MOST_SAMPLES, WavFile, WavStream
@@ -112,7 +112,7 @@ def sample_text(
             raise UsageError("the prompt has several lines, and this model writes single lines")
     opening = _text_opening(model, prompt, on_event)
 
-    frame = Frame(model, num, engine, on_event)
+    generator = Generator(model, num, engine, on_event)
 
     clips: list[TextClip] = []
     made, interrupted = 0, False
@@ -122,7 +122,7 @@ def sample_text(
         return all(clip.done for clip in clips[group.start :])
 
     try:
-        for group, ids in frame.generate(opening, tokens, filters, seed, seconds=TEXT_CHUNK, done=done):
+        for group, ids in generator.generate(opening, tokens, filters, seed, seconds=TEXT_CHUNK, done=done):
             if len(clips) == group.start:
                 clips += [_text_clip(model, prompt, stop, i, on_text) for i in group]
             made += sum(clip.feed(row) for clip, row in zip(clips[group.start :], ids.tolist(), strict=True))
@@ -130,7 +130,7 @@ def sample_text(
         interrupted = True
     took = time.perf_counter() - began
     samples = [clip.finish() for clip in clips]
-    return SampleResult(run.name, step, seed, frame.engine.name, samples, made, took, made / took, interrupted)
+    return SampleResult(run.name, step, seed, generator.engine.name, samples, made, took, made / took, interrupted)
 
 
 def sample_audio(
@@ -191,14 +191,14 @@ def sample_audio(
         raise DfError(f"there is no room for {num * seconds:,.0f} s of sound in {target[0].parent}")
     opening = model.opening(np.empty(0) if recording is None else recording.newest)
 
-    frame = Frame(model, num, engine, on_event)
+    generator = Generator(model, num, engine, on_event)
 
     clips: list[AudioClip] = []
     interrupted = False
     longest = max(1, int(AUDIO_CHUNK * rate))
     began = time.perf_counter()
     try:
-        for group, ids in frame.generate(opening, total, filters, seed, seconds=AUDIO_CHUNK, longest=longest):
+        for group, ids in generator.generate(opening, total, filters, seed, seconds=AUDIO_CHUNK, longest=longest):
             if len(clips) == group.start:  # the first samples are ready: now there is something to write
                 for i in group:
                     wav = WavFile(target[i], rate) if isinstance(target, list) else WavStream(target, rate)
@@ -220,7 +220,7 @@ def sample_audio(
         run=run.name,
         checkpoint=step,
         seed=seed,
-        engine=frame.engine.name,
+        engine=generator.engine.name,
         samples=[str(path) for path in target[: len(clips)]] if isinstance(target, list) else [],
         tokens=made,
         seconds=took,

@@ -43,12 +43,12 @@ def by_numba(
             on_event(Note("a step with dropout takes two to three times as long here as with `--set dropout=0`"))
         return None
     try:
-        from dfcli.system.vectors import Pieces
-        from dfcli.training import optim_cpu
+        from dfcli.kernels import optimizer as optim_cpu
+        from dfcli.kernels.ops import WorkerPool
 
-        pieces = Pieces(device.threads)
-        backward = importlib.import_module(module).build(core, pieces, on_event)
-        optim_cpu.speed_up(optimizer, pieces, ignore)
+        workers = WorkerPool(device.threads)
+        backward = importlib.import_module(module).build(core, workers, on_event)
+        optim_cpu.speed_up(optimizer, workers, ignore)
         return backward
     except Exception as error:  # whatever a broken numba raises
         on_event(Note(f"numba does not work here ({first_line(error)[:200]}); training without it, more slowly"))
@@ -76,14 +76,14 @@ def by_torch(
 def cpu_module(config: cores.CoreConfig, recipe: Recipe, device: Device) -> str | None:
     """The module with compiled functions for such a model, on this kind of processor; None where there is none, or
     where it has not been shown to pay. The module imports numba."""
-    if recipe.compile != "auto" or recipe.sampling == "last" or device.kind != "cpu":
+    if recipe.compile != "auto" or recipe.packing == "last" or device.kind != "cpu":
         return None
     if platform.machine() not in ("x86_64", "AMD64"):
         return None
     if isinstance(config, GPTConfig) and _gpt_fits(config):
-        return "dfcli.training.gpt_cpu"
+        return "dfcli.kernels.gpt_train"
     if isinstance(config, WaveNetConfig) and _wavenet_fits(config):
-        return "dfcli.training.wavenet_cpu"
+        return "dfcli.kernels.wavenet_train"
     return None
 
 

@@ -14,10 +14,10 @@ from typing import Any
 
 from dfcli import cores
 from dfcli.codecs import Codec
-from dfcli.data.builtin import builtin_sources
 from dfcli.data.dataset import Dataset, find_dataset
-from dfcli.data.prepare import prepare
 from dfcli.errors import DfError, UsageError
+from dfcli.ingest.builtin import builtin_sources
+from dfcli.ingest.prepare import prepare
 from dfcli.runs.run import Run, runs_home
 from dfcli.system.device import Device, resolve
 from dfcli.system.events import Choice, OnEvent, ignore

@@ -48,7 +48,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
                 "dropout": 0.1,
             },
             "recipe": {
-                "steps": 30_000, "batch_size": 32, "sampling": "documents", "optimizer": "adamw", "lr": 5e-4,
+                "steps": 30_000, "batch_size": 32, "packing": "documents", "optimizer": "adamw", "lr": 5e-4,
                 "betas": (0.9, 0.99), "weight_decay": 0.01, "decay": "all", "log_every": 100, "eval_every": 500,
                 "checkpoint_every": 5000,
             },
@@ -154,7 +154,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "vocab_size": 27,
             "config": {"levels": 3, "embedding": 24, "hidden": 128},
             "recipe": {
-                "steps": 200_000, "batch_size": 32, "sampling": "last", "optimizer": "sgd", "lr": 0.1,
+                "steps": 200_000, "batch_size": 32, "packing": "last", "optimizer": "sgd", "lr": 0.1,
                 "schedule": "step", "decay_start": 0.75, "final_lr": 0.1, "log_every": 1000, "eval_every": 10_000,
                 "checkpoint_every": 10_000,
             },
@@ -189,7 +189,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
                 "bias": False,
             },
             "recipe": {
-                "steps": 780_000, "batch_size": 8, "window": 20_093, "sampling": "documents", "optimizer": "adamw",
+                "steps": 780_000, "batch_size": 8, "window": 20_093, "packing": "documents", "optimizer": "adamw",
                 "lr": 1e-3, "betas": (0.9, 0.999), "schedule": "plateau", "final_lr": 0.2, "patience": 5,
                 "log_every": 10, "eval_every": 3895, "checkpoint_every": 3895,
             },

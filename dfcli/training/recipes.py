@@ -113,16 +113,16 @@ def _gpt(corpus: Corpus, device: Device, steps: int, minutes: float, pinned: dic
         _size(draft, sizes, 5 if device.kind == "cuda" else 2, corpus, device, steps, minutes, pinned)
     config |= {name: value for name, value in pinned.items() if name not in Recipe.__dataclass_fields__}
     if corpus.lines and corpus.longest <= config["context"]:
-        recipe["sampling"] = "documents"
-        draft.choose("sampling", "documents", "every line fits a sequence")
+        recipe["packing"] = "documents"
+        draft.choose("packing", "documents", "every line fits a sequence")
     # On a CPU many small steps beat few large ones at first; later larger ones learn as much from an id, and take less
     # time for it: Muon's products, which grow faster with the channels than a step's, do not depend on its ids.
     tokens = 16_384 if device.kind == "cuda" else max(3072 if long else 1024, 8 * config["channels"])
     length = pinned.get("window") or config["context"]
-    if (recipe | pinned).get("sampling") == "documents":
+    if (recipe | pinned).get("packing") == "documents":
         length = max(1, corpus.tokens // corpus.documents)
     recipe["batch_size"] = max(1, tokens // (length * pinned.get("accumulate", 1)))
-    mean = f", at {length:,} ids a line" if recipe.get("sampling") == "documents" else ""
+    mean = f", at {length:,} ids a line" if recipe.get("packing") == "documents" else ""
     draft.choose("batch_size", str(recipe["batch_size"]), f"about {tokens:,} ids a step on {_article(device)}{mean}")
     _dropout(draft, corpus, device, steps, minutes, pinned)
     return draft
@@ -150,14 +150,14 @@ def _wavenet(corpus: Corpus, device: Device, steps: int, minutes: float, pinned:
     # As many samples of many recordings teach more than those of one, though each begins without a past.
     samples, hears = 65_536 if cuda else 4096, cores.config("wavenet", config).context
     recipe["window"], reason = min(samples, max(256, 2 ** round(math.log2(hears / 2)))), "many short ones teach more"
-    sampling = pinned.get("sampling")
-    if sampling == "documents":
+    packing = pinned.get("packing")
+    if packing == "documents":
         recipe["window"], reason = min(samples, corpus.longest), "from each one's beginning"
     draft.choose("window", f"{recipe['window']:,}", f"{reason}; the model hears {counted(hears, corpus.unit)}")
     accumulate, window = pinned.get("accumulate", 1), pinned.get("window", recipe["window"]) or hears
     recipe["batch_size"] = max(1, samples // (window * accumulate))
-    many = recipe["batch_size"] * accumulate * (1 if sampling == "last" else window)
-    most = "at most " if sampling == "documents" else ""
+    many = recipe["batch_size"] * accumulate * (1 if packing == "last" else window)
+    most = "at most " if packing == "documents" else ""
     reason = f"{most}{counted(many, corpus.unit)} a step on {_article(device)}"
     draft.choose("batch_size", str(recipe["batch_size"]), reason)
     return draft
@@ -168,7 +168,7 @@ def _charwavenet(
 ) -> Draft:
     """The lecture's own, for a run of the preset `makemore` that is trained on."""
     recipe: dict[str, Any] = {
-        "batch_size": 32, "sampling": "last", "optimizer": "sgd", "schedule": "step", "decay_start": 0.75,
+        "batch_size": 32, "packing": "last", "optimizer": "sgd", "schedule": "step", "decay_start": 0.75,
         "final_lr": 0.1, "eval_tokens": 65_536,
     }  # fmt: skip
     recipe["lr"] = LR["wavenet"][pinned.get("optimizer", "sgd")]
@@ -305,6 +305,6 @@ def memory_bytes(core: str, config: cores.CoreConfig, recipe: Recipe, device: De
         kept = c.layers * c.residual * (6 + c.kernel + (c.norm != "none")) + c.skip + c.head
     else:
         kept = c.levels * 4 * c.hidden
-        window = 1 if recipe.sampling == "last" else window
+        window = 1 if recipe.packing == "last" else window
     wide = 2 if device.precision == "bfloat16" else 4
     return weights + rows * window * (kept * wide + 3 * 4 * c.vocab_size)

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dfcli.data.download import corpus_path
-from dfcli.data.prepare import check_sources
 from dfcli.errors import UsageError
+from dfcli.ingest.download import corpus_path
+from dfcli.ingest.prepare import check_sources
 from dfcli.runs.run import Run, refuse_taken
 from dfcli.system.files import check_name
 from dfcli.training.presets import PRESETS, preset

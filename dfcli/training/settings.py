@@ -12,7 +12,7 @@ from dfcli.errors import UsageError
 
 OPTIMIZERS = ("adamw", "muon", "sgd")
 SCHEDULES = ("constant", "cosine", "linear", "step", "plateau")
-SAMPLINGS = ("packed", "documents", "last")
+PACKINGS = ("packed", "documents", "last")
 DECAYS = ("matrices", "all")
 COMPILES = ("auto", "on", "off")
 
@@ -31,7 +31,7 @@ class Recipe:
     batch_size: int = 16  # sequences of a micro-batch
     accumulate: int = 1  # micro-batches of a step: their gradients are added up
     window: int = 0  # ids of a sequence; 0: the core's context
-    sampling: str = "packed"  # packed | documents | last
+    packing: str = "packed"  # packed | documents | last
     # how the weights move
     optimizer: str = "adamw"  # adamw | muon (for matrices, AdamW for the rest) | sgd
     lr: float = 1e-3  # peak learning rate
@@ -58,6 +58,11 @@ class Recipe:
     skip_limit: int = 10  # batches that may be skipped
     compile: str = "auto"  # auto: what pays here | on: torch.compile | off
 
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Recipe:
+        """The recipe that a run.json holds. Runs of version 0.1 call `packing` "sampling"."""
+        return cls(**{"packing" if name == "sampling" else name: value for name, value in values.items()})
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))  # JSON gives a list
         for name, low, high in (
@@ -74,7 +79,7 @@ class Recipe:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be two numbers from 0 to below 1, not {self.betas}")
         for name, choices in (
-            ("sampling", SAMPLINGS), ("optimizer", OPTIMIZERS), ("decay", DECAYS), ("schedule", SCHEDULES),
+            ("packing", PACKINGS), ("optimizer", OPTIMIZERS), ("decay", DECAYS), ("schedule", SCHEDULES),
             ("on_nonfinite", ("stop", "skip")), ("compile", COMPILES),
         ):  # fmt: skip
             if getattr(self, name) not in choices:

@@ -18,11 +18,11 @@ from dfcli import cores
 from dfcli.codecs import TextCodec
 from dfcli.data.batches import Batches
 from dfcli.data.dataset import Dataset, find_dataset
-from dfcli.data.download import corpus_path
 from dfcli.errors import CorruptError, DfError, UsageError
 from dfcli.evaluation.sweep import sweep
 from dfcli.generation.plain import Plain
 from dfcli.generation.sampling import Dice, Filters
+from dfcli.ingest.download import corpus_path
 from dfcli.runs import run as runs
 from dfcli.runs.run import Run
 from dfcli.system.device import resolve
@@ -160,7 +160,7 @@ class Session:
             core.to(device.torch_device)
             batches = Batches(
                 dataset.splits["train"], batch_size=recipe.batch_size, window=recipe.window, seed=plan.seed,
-                sampling=recipe.sampling, boundary=dataset.boundary, lines=dataset.lines, lead=dataset.lead,
+                packing=recipe.packing, boundary=dataset.boundary, lines=dataset.lines, lead=dataset.lead,
             )  # fmt: skip
             val = dataset.splits.get("val")
             if val is not None and val.longest + dataset.lines < 2:
@@ -339,7 +339,7 @@ def _plan_of(run: Run, request: Request) -> Plan:
         return Plan(
             kind=run.kind, name=run.name, preset=info["preset"], source="", published="", corpus="",
             core=info["core"]["name"], config=cores.config(info["core"]["name"], info["core"]["config"]),
-            recipe=Recipe(**info["recipe"]), seed=info["seed"], device=resolve(request.device),
+            recipe=Recipe.from_json(info["recipe"]), seed=info["seed"], device=resolve(request.device),
             data=tuple(data["sources"]), protocol=data["protocol"], codec_name=info["codec"]["name"],
             dataset=None, init=info["init"], choices=(),
         )  # fmt: skip

@@ -207,7 +207,7 @@ class Trainer:
         assert targets is not None
         if self.fast_backward:
             return self.fast_backward(ids, targets, positions, count)
-        last = self.recipe.sampling == "last"
+        last = self.recipe.packing == "last"
         with self.device.autocast():
             logits = self.forward(ids, positions, last)
             targets = targets[:, -1:] if last else targets

@@ -17,9 +17,9 @@ import torch
 
 from dfcli.cores import WaveNet, WaveNetConfig
 from dfcli.cores.wavenet import DOUBLING
-from dfcli.generation import wavenet_cpu
 from dfcli.generation.plain import Plain
 from dfcli.generation.sampling import Dice, Filters
+from dfcli.kernels import wavenet_sample
 from dfcli.system.device import Device, resolve
 from tests.benchmarks import common
 from tests.generation.engine import cpu, start
@@ -52,7 +52,7 @@ def best(jobs: dict[str, tuple[Any, int, int, Filters]], rounds: int = ROUNDS) -
 
 def on_gpu(device: Device) -> dict[str, Any]:
     """One clip, and the most samples/s of many together, by the kernel; and the plain step's."""
-    from dfcli.generation import wavenet_cuda  # needs Triton, which is not everywhere
+    from dfcli.kernels.cuda import wavenet as wavenet_cuda  # needs Triton, which is not everywhere
 
     processors = torch.cuda.get_device_properties(device.torch_device).multi_processor_count
     result: dict[str, Any] = {}
@@ -77,7 +77,7 @@ def on_gpu(device: Device) -> dict[str, Any]:
 
 def on_cpu() -> dict[str, Any]:
     threads = torch.get_num_threads()
-    wavenet_cpu.ROUNDED = 0  # the small model's weights too
+    wavenet_sample.ROUNDED = 0  # the small model's weights too
     result: dict[str, Any] = {}
     for name, config in {"paper": PAPER, "small": SMALL}.items():
         core = WaveNet(config).eval()
@@ -85,18 +85,18 @@ def on_cpu() -> dict[str, Any]:
         one = best(
             {
                 "plain": (Plain(core, cpu(1)), 1, 100, Filters()),
-                "float32": (wavenet_cpu.build(core, 1, cpu(1)), 1, 1000, Filters()),
-                "bfloat16": (wavenet_cpu.build(core, 1, cpu(1), exact=False), 1, 1000, Filters()),
+                "float32": (wavenet_sample.build(core, 1, cpu(1)), 1, 1000, Filters()),
+                "bfloat16": (wavenet_sample.build(core, 1, cpu(1), exact=False), 1, 1000, Filters()),
             }
         )
         many = best(
             {
-                "1 clip": (wavenet_cpu.build(core, 1, cpu(threads)), 1, 1000, Filters()),
-                "16 clips": (wavenet_cpu.build(core, 16, cpu(threads)), 16, 200, Filters()),
-                "16 clips, 1 thread": (wavenet_cpu.build(core, 16, cpu(1)), 16, 100, Filters()),
+                "1 clip": (wavenet_sample.build(core, 1, cpu(threads)), 1, 1000, Filters()),
+                "16 clips": (wavenet_sample.build(core, 16, cpu(threads)), 16, 200, Filters()),
+                "16 clips, 1 thread": (wavenet_sample.build(core, 16, cpu(1)), 16, 100, Filters()),
             }
         )
-        engine = wavenet_cpu.build(core, 1, cpu(1))
+        engine = wavenet_sample.build(core, 1, cpu(1))
         filters = best({key: (engine, 1, 100, value) for key, value in FILTERS.items()}, 10 * ROUNDS)
         torch.set_num_threads(threads)
         result[name] = {

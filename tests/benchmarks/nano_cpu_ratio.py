@@ -19,7 +19,7 @@ import torch
 from dfcli import cores
 from dfcli.data.batches import Batches
 from dfcli.data.dataset import Dataset
-from dfcli.data.prepare import prepare
+from dfcli.ingest.prepare import prepare
 from dfcli.system.device import resolve
 from dfcli.training.presets import preset
 from dfcli.training.settings import Recipe

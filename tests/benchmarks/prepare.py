@@ -24,7 +24,7 @@ ROUNDS = 4
 
 def prepare(source: Path, options: dict[str, Any]) -> tuple[float, float]:
     """Seconds to prepare a source, and seconds of processors' time."""
-    from dfcli.data.prepare import prepare
+    from dfcli.ingest.prepare import prepare
 
     began, busy = time.perf_counter(), time.process_time()
     prepare([str(source)], **options).close()
@@ -124,7 +124,7 @@ def audio(folder: Path | None, home: Path, seconds: float) -> dict[str, Any]:
     """The figures of one long recording as it is and at twice its rate, and of the folder as it is."""
     import soundfile
 
-    from dfcli.data.builtin import builtin_sources
+    from dfcli.ingest.builtin import builtin_sources
 
     folder = folder or builtin_sources("audio")[0]
     files = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in (".wav", ".flac")]

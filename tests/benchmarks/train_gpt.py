@@ -14,8 +14,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from dfcli.data.prepare import prepare
 from dfcli.evaluation.sweep import sweep
+from dfcli.ingest.prepare import prepare
 from dfcli.system.device import resolve
 from dfcli.training.presets import preset
 from tests.benchmarks import common

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from dfcli.cores import WaveNetConfig
 from dfcli.data.batches import Batches
 from dfcli.data.dataset import Dataset
-from dfcli.data.prepare import prepare
 from dfcli.evaluation.sweep import sweep
+from dfcli.ingest.prepare import prepare
 from dfcli.system.device import resolve
 from tests.benchmarks import common
 from tests.replications.replicate import df

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 import dfcli
-from dfcli.data import download
-from dfcli.data.prepare import prepare
+from dfcli.ingest import download
+from dfcli.ingest.prepare import prepare
 
 
 def test_none_yet(here):

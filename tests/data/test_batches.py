@@ -142,7 +142,7 @@ def test_packed_draws_documents_in_proportion_to_their_length(tmp_path: Path) ->
 def test_documents_come_whole_one_a_row(tmp_path: Path, lead: int, lines: bool) -> None:
     corpus = Corpus(tmp_path, [1, 2, 3, 9, 30], boundary=True, lines=lines)
     T = 12
-    batches = corpus.batches(batch_size=4, window=T, seed=5, sampling="documents", lead=lead)
+    batches = corpus.batches(batch_size=4, window=T, seed=5, packing="documents", lead=lead)
     drawn: Counter[int] = Counter()
     for step in range(200):
         batch = batches.at(step)
@@ -165,7 +165,7 @@ def test_documents_come_whole_one_a_row(tmp_path: Path, lead: int, lines: bool) 
 def test_last_draws_every_target_alike(tmp_path: Path, boundary: bool, lines: bool) -> None:
     T = 4
     corpus = Corpus(tmp_path, [1 + 8 * (not boundary), 2, 3, 9], boundary=boundary, lines=lines)
-    batches = corpus.batches(batch_size=10, window=T, seed=1, sampling="last")
+    batches = corpus.batches(batch_size=10, window=T, seed=1, packing="last")
     # By the definition (makemore's build_dataset): each target with the ids before it, filled with the boundary.
     expected = Counter()
     for document in corpus.documents:
@@ -186,15 +186,15 @@ def test_last_draws_every_target_alike(tmp_path: Path, boundary: bool, lines: bo
 def test_last_counts_are_those_of_makemores_lecture(tmp_path: Path) -> None:
     """emma, olivia, ava: one example per character and one per end (5 + 7 + 4)."""
     corpus = Corpus(tmp_path, [4, 6, 3], boundary=True, lines=True)
-    batches = corpus.batches(batch_size=500, window=8, seed=1, sampling="last")
+    batches = corpus.batches(batch_size=500, window=8, seed=1, packing="last")
     rows = {tuple(row) for row in batches.at(0).ids.tolist()}
     assert len(rows) == 5 + 7 + 4 - 2  # the three empty contexts look alike
 
 
-@pytest.mark.parametrize("sampling", ["packed", "documents", "last"])
-def test_a_batch_depends_on_seed_step_and_micro_alone(tmp_path: Path, sampling: str) -> None:
+@pytest.mark.parametrize("packing", ["packed", "documents", "last"])
+def test_a_batch_depends_on_seed_step_and_micro_alone(tmp_path: Path, packing: str) -> None:
     corpus = Corpus(tmp_path, [5, 9, 70, 3, 31] * 9, boundary=True, lines=True)
-    options = {"batch_size": 3, "window": 20, "sampling": sampling}
+    options = {"batch_size": 3, "window": 20, "packing": packing}
 
     def flat(batch: Batch) -> list[int]:
         return [*batch.ids.flatten().tolist(), *batch.targets.flatten().tolist()]
@@ -235,8 +235,8 @@ def test_only_what_a_batch_holds_is_read(tmp_path: Path) -> None:
 def test_too_little_is_refused(tmp_path: Path) -> None:
     corpus = Corpus(tmp_path, [5, 3], boundary=False)
     with pytest.raises(DfError, match="longer than the context of 5"):
-        corpus.batches(batch_size=1, window=5, seed=0, sampling="last")
+        corpus.batches(batch_size=1, window=5, seed=0, packing="last")
     with pytest.raises(UsageError):
         corpus.batches(batch_size=0, window=5, seed=0)
-    with pytest.raises(UsageError, match="no sampling"):
-        corpus.batches(batch_size=1, window=5, seed=0, sampling="x")
+    with pytest.raises(UsageError, match="no packing"):
+        corpus.batches(batch_size=1, window=5, seed=0, packing="x")

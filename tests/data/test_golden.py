@@ -15,7 +15,7 @@ import pytest
 
 from dfcli.codecs import TextCodec
 from dfcli.data.dataset import Dataset
-from dfcli.data.prepare import prepare
+from dfcli.ingest.prepare import prepare
 from dfcli.system.files import read_json, write_json
 
 GOLDEN = Path(__file__).parent / "golden" / "format-1"

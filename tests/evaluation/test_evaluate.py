@@ -17,9 +17,9 @@ import torch.nn.functional as F
 
 from dfcli.cores import GPT, GPTConfig, WaveNet, WaveNetConfig
 from dfcli.data.dataset import Dataset, remove_dataset
-from dfcli.data.prepare import prepare
 from dfcli.errors import DfError, UsageError
 from dfcli.evaluation.evaluate import Evaluation, evaluate
+from dfcli.ingest.prepare import prepare
 from dfcli.runs.run import Run
 from dfcli.system.events import Note
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dfcli.cores import WaveNet
-from dfcli.generation import kernels
+from dfcli.kernels import pick as kernels
 
 
 def rounded(core: WaveNet) -> WaveNet:

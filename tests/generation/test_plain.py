@@ -87,12 +87,15 @@ def test_a_broken_model_is_told() -> None:
 def test_a_broken_numba_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "numba.py").write_text("raise OSError('could not load libllvmlite.so')")
     monkeypatch.syspath_prepend(tmp_path)
-    for name in ("numba", *(f"dfcli.generation.{part}" for part in ("compiled", "kernels", "gpt_cpu", "wavenet_cpu"))):
+    for name in (
+        "numba",
+        *(f"dfcli.kernels.{part}" for part in ("compile", "ops", "pick", "gpt_sample", "wavenet_sample")),
+    ):
         monkeypatch.delitem(sys.modules, name, raising=False)
     for name in ("gpt", "wavenet"):
         engine, why = engines.choose(name, build(name), 1, cpu())
         assert engine.name == "plain"
-        assert why.endswith(f"{name}_cpu cannot be imported (OSError: could not load libllvmlite.so)")
+        assert why.endswith(f"{name}_sample cannot be imported (OSError: could not load libllvmlite.so)")
 
 
 class Fake:

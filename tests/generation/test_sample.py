@@ -17,7 +17,7 @@ import soundfile
 from dfcli.codecs import Chars, MuLaw
 from dfcli.cores import CharWaveNet, CharWaveNetConfig
 from dfcli.errors import DfError, UsageError
-from dfcli.generation import frame, sample
+from dfcli.generation import generator, sample
 from dfcli.generation.engines import Engine
 from dfcli.generation.plain import Plain
 from dfcli.generation.sample import AudioProgress, SampleResult, sample_audio, sample_text
@@ -79,7 +79,7 @@ def test_a_sample_does_not_depend_on_how_many_are_made(monkeypatch: pytest.Monke
     five = text(run=run, num=5).samples
     assert len(set(five)) == 5
     assert text(run=run, num=2).samples == five[:2]
-    monkeypatch.setitem(frame.AT_ONCE, "cpu", 2)
+    monkeypatch.setitem(generator.AT_ONCE, "cpu", 2)
     assert text(run=run, num=5).samples == five
 
 
@@ -227,7 +227,7 @@ def test_several_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.array_equal(clips[0], read(tmp_path / "one.wav"))
     assert not np.array_equal(clips[0], clips[1])
     assert result.audio_seconds == 1.5
-    monkeypatch.setitem(frame.AT_ONCE, "cpu", 2)
+    monkeypatch.setitem(generator.AT_ONCE, "cpu", 2)
     again = audio(tmp_path / "again.wav", run=run, num=3)
     assert all(np.array_equal(read(path), clip) for path, clip in zip(again.samples, clips, strict=True))
 

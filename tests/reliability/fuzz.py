@@ -36,9 +36,9 @@ from dfcli.cli import app, output
 from dfcli.codecs import TextCodec
 from dfcli.data.batches import Batches
 from dfcli.data.dataset import Dataset, datasets_folder, list_datasets
-from dfcli.data.prepare import prepare
 from dfcli.errors import DfError
 from dfcli.generation.sample import sample_audio, sample_text
+from dfcli.ingest.prepare import prepare
 from dfcli.runs.run import Run, list_runs
 from dfcli.system import files
 from tests.reliability import material

@@ -53,7 +53,7 @@ def test_a_whole_life_with_all_that_poisoned_writes_only_where_it_may(tmp_path: 
     from tests.reliability.warm import Child, app
 
     material.data(tmp_path)
-    # What numba compiles is kept in the cache folder: another matter (tests/system/test_compiled.py).
+    # What numba compiles is kept in the cache folder: another matter (tests/kernels/test_compile.py).
     lines = {kind: [*words, "--set", "compile=off"] for kind, words in material.trainings(tmp_path, 4).items()}
     place = tmp_path / "here"
     place.mkdir()

@@ -31,7 +31,7 @@ from dfcli.cli import app, commands, output
 
 FOR_CHILDREN = """
     torch._dynamo typer._adapters filelock psutil soundfile numpy.ma encodings.ascii encodings.utf_32_le rich.table
-    rich.live dfcli.cli.live dfcli.data.prepare dfcli.evaluation.evaluate dfcli.generation.sample
+    rich.live dfcli.cli.live dfcli.ingest.prepare dfcli.evaluation.evaluate dfcli.generation.sample
     dfcli.training.train dfcli.runs.rebuild dfcli.runs.tensors dfcli.system.stats
 """  # what they import sooner or later
 for _name in FOR_CHILDREN.split():

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from dfcli import cores
+from dfcli.kernels import gpt_train, wavenet_train
 from dfcli.system.device import resolve
 from dfcli.system.events import Note
-from dfcli.training import gpt_cpu, recipes, wavenet_cpu
+from dfcli.training import recipes
 from dfcli.training.fast import cpu_module
 from dfcli.training.settings import Recipe
 from dfcli.training.trainer import State
@@ -37,14 +38,14 @@ def processor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_whom_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert module("gpt", GPT) == "gpt_cpu"
+    assert module("gpt", GPT) == "gpt_train"
     for other in (
         {"position": "learned"}, {"norm": "layernorm"}, {"activation": "gelu"}, {"bias": True}, {"qkv_bias": True},
         {"qk_norm": False}, {"tied_head": True}, {"head_bias": True}, {"dropout": 0.1},
         {"channels": 24}, {"channels": 192}, {"context": 1024},
     ):  # fmt: skip
         assert module("gpt", GPT, **other) is None, other
-    assert module("wavenet", WAVENET) == "wavenet_cpu"
+    assert module("wavenet", WAVENET) == "wavenet_train"
     for other in (
         {"residual": 20},
         {"residual": 256},
@@ -63,16 +64,16 @@ def test_whom_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_they_fit_what_the_recipes_choose_for_a_laptop() -> None:
     for layers, heads, channels in recipes.GPT_SIZES[:3]:
-        assert module("gpt", GPT, layers=layers, heads=heads, channels=channels) == "gpt_cpu"
+        assert module("gpt", GPT, layers=layers, heads=heads, channels=channels) == "gpt_train"
     for _, _, R in recipes.WAVENET_SIZES:
-        assert module("wavenet", WAVENET, residual=R, skip=2 * R, head=4 * R) == "wavenet_cpu"
+        assert module("wavenet", WAVENET, residual=R, skip=2 * R, head=4 * R) == "wavenet_train"
 
 
 @pytest.mark.parametrize("core_name", ["gpt", "charwavenet"])
 def test_a_machine_whose_numba_is_broken_trains_anyway(core_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.startswith("dfcli.training.gpt_cpu")]:
+    for name in [name for name in sys.modules if name.startswith("dfcli.kernels.gpt_train")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "dfcli.system.vectors", None)
+    monkeypatch.setitem(sys.modules, "dfcli.kernels.ops", None)
     events: list[object] = []
     core = cores.build(core_name, GPT if core_name == "gpt" else {"vocab_size": 11, "levels": 3})
     made = trainer(core, Recipe(steps=2, batch_size=2), Memory(), on_event=events.append)
@@ -145,8 +146,8 @@ def test_compiled_training_ends_as_training_without_it(
     weights, notes = [], []
     for compile in ("auto", "off", "broken"):
         if compile == "broken":
-            monkeypatch.setattr(wavenet_cpu, "build", lambda *_: 1 / 0)
-            monkeypatch.setattr(gpt_cpu, "build", lambda *_: 1 / 0)
+            monkeypatch.setattr(wavenet_train, "build", lambda *_: 1 / 0)
+            monkeypatch.setattr(gpt_train, "build", lambda *_: 1 / 0)
         torch.manual_seed(0)
         core, events = cores.build(core_name, values), []
         asked = "off" if compile == "off" else "auto"

@@ -111,7 +111,7 @@ def test_a_step_has_as_many_ids_whatever_its_windows_and_parts() -> None:
 def test_lines_that_fit_are_read_whole() -> None:
     config, recipe = parts(default("gpt", NAMES, machine(), 100, 0.0, {}))
     assert config.context == 16
-    assert recipe.sampling == "documents"
+    assert recipe.packing == "documents"
 
 
 def test_a_corpus_read_many_times_gets_dropout() -> None:
@@ -158,8 +158,8 @@ def test_reasons_are_sentences_of_their_data() -> None:
         ({"window": 8192}, None, "8,192 samples"),
         ({"window": 0}, None, "4,088 samples"),
         ({"accumulate": 17}, "hears 511 samples", "4,352 samples"),
-        ({"sampling": "last"}, "hears 511 samples", "16 samples"),
-        ({"sampling": "documents"}, "from each one's beginning; the model hears 511 samples", "at most 4,096 samples"),
+        ({"packing": "last"}, "hears 511 samples", "16 samples"),
+        ({"packing": "documents"}, "from each one's beginning; the model hears 511 samples", "at most 4,096 samples"),
         ({"kernel": 1}, "hears 1 sample", "4,096 samples"),
     ],
 )
@@ -193,7 +193,7 @@ def test_windows_are_short_and_many():
     assert rows(window=512, accumulate=2) == (512, 4)
     assert rows(window=8192) == (8192, 1)
     assert rows(batch_size=3) == (256, 3)
-    assert rows(sampling="documents") == (4096, 1)
+    assert rows(packing="documents") == (4096, 1)
 
 
 @pytest.mark.parametrize(

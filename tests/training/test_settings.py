@@ -50,7 +50,7 @@ def test_a_value_of_another_type_is_refused(key: str, text: str) -> None:
     [
         ("lr", float("nan")), ("lr", -1.0), ("lr", float("inf")), ("batch_size", 0), ("batch_size", 10**9),
         ("optimizer", "adam"), ("schedule", "x"), ("betas", (0.9,)), ("betas", (0.9, 1.0)), ("clip", -0.1),
-        ("sampling", "all"), ("steps", -1), ("momentum", 2.0), ("final_lr", 1.5), ("on_nonfinite", "ignore"),
+        ("packing", "all"), ("steps", -1), ("momentum", 2.0), ("final_lr", 1.5), ("on_nonfinite", "ignore"),
     ],
 )  # fmt: skip
 def test_a_recipe_checks_its_bounds(key: str, value: object) -> None:

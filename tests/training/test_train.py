@@ -16,11 +16,11 @@ import soundfile
 import torch
 
 from dfcli import cores
-from dfcli.data import download
 from dfcli.data.dataset import Dataset, list_datasets
-from dfcli.data.prepare import prepare
 from dfcli.errors import CorruptError, DfError, UsageError
 from dfcli.evaluation.sweep import sweep
+from dfcli.ingest import download
+from dfcli.ingest.prepare import prepare
 from dfcli.runs.run import Run, list_runs
 from dfcli.system.device import Device, resolve
 from dfcli.system.events import Choice, Note
@@ -529,7 +529,7 @@ def test_init_goes_on_with_the_lectures_wavenet(tmp_path: Path) -> None:
     second = train("wavenet", steps=2, name="b", init="a")
     assert second.parameters == first.parameters
     recipe = Run.open("b").info["recipe"]
-    assert (recipe["sampling"], recipe["optimizer"], recipe["lr"]) == ("last", "sgd", 0.1)
+    assert (recipe["packing"], recipe["optimizer"], recipe["lr"]) == ("last", "sgd", 0.1)
 
 
 def test_init_refuses_another_model(text: str) -> None:

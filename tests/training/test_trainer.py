@@ -95,9 +95,9 @@ RECIPE = {"lr": 0.01, "log_every": 2, "eval_every": 3, "checkpoint_every": 4, "s
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
 @pytest.mark.parametrize("core_name", ["gpt", "wavenet", "charwavenet"])
 def test_a_run_stopped_anywhere_ends_as_one_that_never_stopped(core_name: str, optimizer: str) -> None:
-    sampling = "last" if core_name == "charwavenet" else "packed"
+    packing = "last" if core_name == "charwavenet" else "packed"
     recipe = Recipe(
-        steps=9, batch_size=3, accumulate=2, optimizer=optimizer, momentum=0.9, sampling=sampling, clip=1.0, **RECIPE
+        steps=9, batch_size=3, accumulate=2, optimizer=optimizer, momentum=0.9, packing=packing, clip=1.0, **RECIPE
     )
     core = build(core_name)
     whole = Memory()

@@ -1,0 +1,119 @@
+"""What generating text and sound have in common: a model with what belongs before its ids, clips in
+batches, and chunks of ids as they are made."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from dfcli.codecs import Codec
+from dfcli.generation.engines import choose
+from dfcli.generation.sampling import Dice, Filters
+from dfcli.runs.run import Run, newest
+from dfcli.system.device import Device, resolve
+from dfcli.system.events import Choice, Note, OnEvent, ignore
+
+AT_ONCE = {"cpu": 64, "mps": 64, "cuda": 256}  # clips of one batch at most; the wav of each is two open files
+
+
+@dataclass(frozen=True)
+class Model:
+    """A core on its device, in eval mode, and the data it was made for."""
+
+    core_name: str
+    core: nn.Module
+    codec: Codec
+    device: Device
+    boundary: int | None  # the id that stands before every document
+    lead: int  # how often it stands there
+    lines: bool  # whether it also ends them
+
+    @property
+    def context(self) -> int:
+        core: Any = self.core
+        return core.context
+
+    def opening(self, ids: NDArray[Any]) -> NDArray[np.int64]:
+        """What the model reads before its own first id: the boundary and `ids`; of these the newest that it
+        can see."""
+        lead = [] if self.boundary is None else [self.boundary] * self.lead
+        return np.concatenate([np.array(lead, np.int64), ids.astype(np.int64)])[-self.context :]
+
+
+def load(
+    run: Run | str | Path | None, kind: str, checkpoint: str | int, device: str, on_event: OnEvent
+) -> tuple[Run, int, Model]:
+    """A run, the step of the checkpoint that is used, and its model. `run` None is the newest run of
+    `kind`, "gpt" or "wavenet"; it is named in a Note."""
+    where = resolve(device)
+    if run is None:
+        run = newest(kind)
+        on_event(Note(f"the newest {kind} run is {run.name}"))
+    elif not isinstance(run, Run):
+        run = Run.open(run)
+    core, loaded = run.build(checkpoint, where.torch_device)
+    data = run.dataset
+    model = Model(run.info["core"]["name"], core, run.codec, where, data["boundary"], data["lead"], data["lines"])
+    return run, loaded.step, model
+
+
+class Generator:
+    """Makes the clips 0 .. num - 1 with one engine: those that fit into memory together are made together.
+
+    Which engine it is (`engine`: "auto", "plain" or "fast") is told as a Choice. Raises as `engines.choose`.
+    """
+
+    def __init__(self, model: Model, num: int, engine: str = "auto", on_event: OnEvent = ignore) -> None:
+        core: Any = model.core
+        free, _ = model.device.memory_bytes()
+        fitting = free // 4 // max(1, _bytes(core.init_state(1)))  # in a quarter of the free memory
+        self._num, self._at_once = num, max(1, min(num, AT_ONCE[model.device.kind], fitting))
+        self.engine, reason = choose(model.core_name, model.core, self._at_once, model.device, engine, on_event)
+        on_event(Choice("engine", self.engine.name, reason))
+
+    def generate(
+        self,
+        opening: NDArray[np.int64],
+        tokens: int,
+        filters: Filters,
+        seed: int,
+        *,
+        seconds: float,
+        longest: int | None = None,
+        done: Callable[[range], bool] = lambda clips: False,
+    ) -> Iterator[tuple[range, NDArray[np.int64]]]:
+        """Yields `tokens` ids after `opening` for each clip, as they come: (clips, their ids [clips, n]).
+
+        A chunk is about `seconds` of work and at most `longest` ids; where the cuts fall changes no id.
+        Clips end early when `done` says so after one of their chunks.
+        """
+        for start in range(0, self._num, self._at_once):
+            clips = range(start, min(self._num, start + self._at_once))
+            dice = Dice(seed, clips)
+            self.engine.start(len(clips))
+            self.engine.prefill(np.tile(opening, (len(clips), 1)))
+            made, size = 0, 1
+            while made < tokens and not (made and done(clips)):
+                size = min(size, tokens - made, longest or tokens)
+                began = time.perf_counter()
+                ids = self.engine.generate(dice.draw(size), filters)
+                took = time.perf_counter() - began
+                yield clips, ids
+                made += size
+                size = max(1, min(2 * size, int(size * seconds / max(took, 1e-9))))
+
+
+def _bytes(state: Any) -> int:
+    """Bytes of the tensors in a core's state."""
+    if isinstance(state, Tensor):
+        return state.numel() * state.element_size()
+    if isinstance(state, list | tuple):
+        return sum(_bytes(part) for part in state)
+    return _bytes(list(vars(state).values())) if is_dataclass(state) else 0

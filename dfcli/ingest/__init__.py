@@ -1,0 +1,1 @@
+"""Sources (files, folders, standard input, downloads) to prepared datasets. Knows codecs and files, but no model."""

@@ -1,0 +1,229 @@
+"""How a dataset is built: sources through a codec into splits, with memory for a few chunks.
+
+Here is what text (`texts.py`) and audio (`recordings.py`) have in common.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import numpy as np
+
+from dfcli.codecs import Codec
+from dfcli.data.dataset import FILE, FORMAT, SplitWriter
+from dfcli.errors import DfError
+from dfcli.ingest import splits as rules
+from dfcli.ingest.sources import Kind, Skipped, Source, Stamp, note_skipped, nothing_usable
+from dfcli.ingest.splits import TEST, TRAIN, VAL, Labels
+from dfcli.system.events import Choice, Note, OnEvent, Progress
+from dfcli.system.files import write_json
+from dfcli.system.words import counted
+
+SPLITS = ("train", "val", "test")  # by label
+SOURCES = "sources.jsonl"  # beside dataset.json: what each source was when it was read
+NAMED = 1000  # skipped files that dataset.json names
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a dataset is made by, apart from its sources; see `prepare.prepare`."""
+
+    codec: str | Codec | None
+    bpe: str | None  # for the gpt2 codec alone
+    lines: bool
+    sample_rate: int | None
+    val_fraction: float
+    test_fraction: float
+    normalize: str
+    quantizer: str
+    split_rule: str
+    lead: int
+    whole: bool
+
+    def as_json(self) -> dict[str, Any]:
+        codec = self.codec.to_json() if isinstance(self.codec, Codec) else self.codec
+        return {**vars(self), "codec": codec}
+
+
+class Made(NamedTuple):
+    """What encoding the sources settled."""
+
+    codec: Codec
+    boundary: int | None
+    rule: str
+    facts: dict[str, Any]
+
+
+Writers = tuple[SplitWriter, ...]
+D = TypeVar("D")
+
+
+class Build(ABC):
+    """One preparation. `groups` are the sources of train, val and test; `skipped` grows by what cannot be used."""
+
+    kind: ClassVar[Kind]
+
+    def __init__(
+        self,
+        groups: Sequence[Sequence[Source]],
+        options: Options,
+        skipped: list[Skipped],
+        on_event: OnEvent,
+    ) -> None:
+        self._groups, self._options = groups, options
+        self._skipped, self._on_event = skipped, on_event
+        # Sources of its own for a split replace its share of the rest.
+        self._val = 0.0 if groups[VAL] else options.val_fraction
+        self._test = 0.0 if groups[TEST] else options.test_fraction
+        self._sha256: dict[Source, str] = {}
+        self._writers: list[SplitWriter] = []
+        self._done = 0.0
+
+    def run(self, folder: Path, name: str, key: str) -> dict[str, Any]:
+        """Fill `folder` with the dataset; gives what stands in its dataset.json. Raises DfError."""
+        stamps = {source: (source.stamp(), time.time_ns()) for group in self._groups for source in group}
+        with ExitStack() as stack:
+            stack.callback(lambda: [writer.close() for writer in self._writers])
+            made = self._encode(folder)
+            end = made.boundary if self._options.lines else None
+            records = {writer.name: writer.finish(end) for writer in self._writers}
+        for source, (stamp, _) in stamps.items():
+            if source.stamp() != stamp:
+                raise DfError(f"{source.name} changed while it was read", "try again when nothing writes to it")
+        if not records[self._writers[0].name]:
+            if self._skipped:
+                raise nothing_usable(self._skipped)
+            raise DfError("the data are too short: nothing is left to learn from", "give more")
+        for split, record in records.items():
+            if not record and self._is_wanted(split):
+                self._on_event(Note(f"the data are too short for a {split} split: there is none"))
+
+        made.codec.save_files(folder)
+        sources = self._describe(stamps)
+        (folder / SOURCES).write_bytes(sources)
+        splits = {split: record for split, record in records.items() if record}
+        info = {
+            "format": FORMAT,
+            "name": name,
+            "kind": self.kind,
+            "codec": made.codec.to_json(),
+            "vocab_size": made.codec.vocab_size,
+            "dtype": made.codec.dtype.name,
+            "boundary": made.boundary,
+            "lines": self._options.lines,
+            "lead": self._options.lead,
+            "fingerprint": _fingerprint(made, self._options.lines, splits),
+            "split_rule": made.rule,
+            "splits": splits,
+            "facts": made.facts,
+            "skipped": {"count": len(self._skipped), "files": [asdict(file) for file in self._skipped[:NAMED]]},
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "options": self._options.as_json(),
+            "key": key,
+            "sources": {"count": len(self._sha256), "sha256": hashlib.sha256(sources).hexdigest()},
+        }
+        write_json(folder / FILE, info)
+        note_skipped(info["skipped"], self._on_event)
+        return info
+
+    @abstractmethod
+    def _encode(self, folder: Path) -> Made:
+        """Encode the sources into splits in `folder`, by the writers that `_open_writers` gives."""
+
+    def _is_wanted(self, split: str) -> bool:
+        return bool({"val": self._val or self._groups[VAL], "test": self._test or self._groups[TEST]}.get(split))
+
+    def _open_writers(self, folder: Path, dtype: np.dtype[Any]) -> list[Writers]:
+        """For each label the splits that a document with it goes to."""
+        self._writers = [SplitWriter(folder, name, dtype) for name in (("all",) if self._options.whole else SPLITS)]
+        if self._options.whole:
+            return [(self._writers[0],)] * 3
+        train, val, test = self._writers
+        if self._options.split_rule == "makemore-transformer":  # it validates on the test words
+            return [(train,), (val,), (val, test)]
+        return [(train,), (val,), (test,)]
+
+    def _deal(self, n: int, what: str) -> tuple[Labels, str]:
+        """How `n` documents (each called `what`) are dealt out, and the rule as a sentence."""
+        if self._options.whole:
+            return rules.constant(TRAIN), "everything in one split"
+        if self._options.split_rule == "makemore":
+            return rules.makemore(n)
+        if self._options.split_rule == "makemore-transformer":
+            return rules.makemore_transformer(n)
+        if self._val or self._test:
+            return rules.by_shuffle(n, self._val, self._test, what)
+        return rules.constant(TRAIN), f"the only {what} trains" if n == 1 else f"all {n:,} {what}s train"
+
+    def _plan(
+        self, groups: list[list[D]], size: Callable[[D], int], writers: list[Writers], what: str
+    ) -> tuple[list[tuple[D, list[tuple[Writers, int]]]], str]:
+        """Which part of each document goes where, in order, and the rule as a sentence. Documents are dealt out whole,
+        but cut by position where there is only one, or where so few of unequal size would not give the shares that were
+        asked for."""
+        main = groups[TRAIN]
+        if len(main) == 1 and not self._options.whole and (self._val or self._test):
+            sizes, rule = rules.by_position(size(main[0]), self._val, self._test)
+            plan = [(main[0], list(zip(writers, sizes, strict=True)))]
+        else:
+            labels, rule = self._deal(len(main), what)
+            chosen = labels(0, len(main)).tolist()
+            plan = [(document, [(writers[k], size(document))]) for document, k in zip(main, chosen, strict=True)]
+            if not self._fair([size(document) for document in main], chosen):
+                cut = [rules.by_position(size(document), self._val, self._test) for document in main]
+                plan = [(d, list(zip(writers, sizes, strict=True))) for d, (sizes, _) in zip(main, cut, strict=True)]
+                rule = f"each of {counted(len(main), what)} {cut[0][1]}"
+        plan += [(document, [(writers[k], size(document))]) for k in (VAL, TEST) for document in groups[k]]
+        return plan, rule
+
+    def _fair(self, sizes: list[int], labels: list[int]) -> bool:
+        """Whether documents that a shuffle dealt out give each split between a third and three times its share."""
+        if self._options.whole or self._options.split_rule != "auto":
+            return True
+        for label, share in ((VAL, self._val), (TEST, self._test)):
+            found = sum(size for size, k in zip(sizes, labels, strict=True) if k == label)
+            if not share * sum(sizes) / 3 <= found <= 3 * share * sum(sizes):
+                return False
+        return True
+
+    def _complete(self, rule: str, what: str) -> str:
+        """The rule with what has sources of its own, told."""
+        for k, verb in ((VAL, "validate"), (TEST, "test")):
+            if n := len(self._groups[k]):
+                rule += f"; {counted(n, what)} given for it {verb}{'s' if n == 1 else ''}"
+        if not self._options.whole:
+            self._on_event(Choice("split", rule, "fixed, so that figures can be compared"))
+        return rule
+
+    def _skip(self, source: Source, reason: str) -> None:
+        self._skipped.append(Skipped(source.name, reason))
+
+    def _begin(self) -> None:
+        self._done = 0.0
+
+    def _progress(self, what: str, amount: float, total: float | None, unit: str) -> None:
+        self._done += amount
+        self._on_event(Progress(what, int(self._done), None if total is None else int(total), unit))
+
+    def _describe(self, stamps: dict[Source, tuple[Stamp | None, int]]) -> bytes:
+        lines = []
+        for k, group in enumerate(self._groups):
+            for source in group:
+                stamp, read_at = stamps[source]
+                entry = [k, source.identity, stamp, read_at, self._sha256.get(source)]
+                lines.append(json.dumps(entry).encode() + b"\n")
+        return b"".join(lines)
+
+
+def _fingerprint(made: Made, lines: bool, splits: dict[str, dict[str, Any]]) -> str:
+    content = [made.codec.to_json(), made.boundary, lines]
+    content += [[split, record["tokens_sha256"], record["offsets_sha256"]] for split, record in splits.items()]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,153 @@
+"""Recordings to a dataset. Each is decoded once, into one file of ids that is dealt out afterwards, because only
+decoding tells which of them can be used.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+
+from dfcli.codecs import MuLaw
+from dfcli.data.dataset import BLOCK
+from dfcli.errors import DfError, UsageError
+from dfcli.ingest.audio import Recording, Report
+from dfcli.ingest.build import Build, Made, Writers
+from dfcli.ingest.sources import Source, list_some, nothing_usable
+from dfcli.ingest.splits import TRAIN
+from dfcli.system.events import Choice, Note
+from dfcli.system.words import counted
+
+MAX_RATE = 16_000  # Hz that are chosen without being asked for
+CLIPPED = 0.001  # share of samples at full scale from which on a recording is reported
+OFF_CENTRE = 0.01  # mean level from which on a recording is reported, full scale being 1
+
+
+class Sound(NamedTuple):
+    """A recording that was decoded: where its ids lie in the file of all ids."""
+
+    source: Source
+    start: int
+    samples: int
+    report: Report
+
+
+class Recordings(Build):
+    """A preparation of recordings."""
+
+    kind = "audio"
+
+    def _encode(self, folder: Path) -> Made:
+        groups = [[found for source in group if (found := self._probe(source))] for group in self._groups]
+        if not groups[TRAIN]:
+            raise nothing_usable(self._skipped)
+        codec = self._audio_codec([recording.rate for group in groups for _, recording in group])
+        seconds = sum((recording.frames or 0) / recording.rate for group in groups for _, recording in group)
+        path = folder / "recordings.ids"
+        self._begin()
+        with path.open("w+b") as ids:
+            sounds = [
+                [sound for found in group if (sound := self._decode(*found, codec, ids, seconds))] for group in groups
+            ]
+            if not sounds[TRAIN]:
+                raise nothing_usable(self._skipped)
+            writers = self._open_writers(folder, codec.dtype)
+            rule = self._write_recordings(codec, sounds, writers, ids)
+        path.unlink()
+        every = [sound for group in sounds for sound in group]
+        return Made(codec, codec.zero_level, self._complete(rule, "recording"), self._levels(every, codec))
+
+    def _probe(self, source: Source) -> tuple[Source, Recording] | None:
+        if source.path is None:
+            raise UsageError("recordings cannot be read from standard input", "give files or a folder")
+        try:
+            return source, Recording(source.path)
+        except DfError as error:
+            self._refuse(source, error)
+            return None
+
+    def _refuse(self, source: Source, error: DfError) -> None:
+        """Skip a recording that cannot be used; raises if the user named it."""
+        if source.given:
+            raise DfError(f"{source.name} cannot be used: {error.message}", error.hint) from None
+        self._skip(source, error.message)
+
+    def _audio_codec(self, found: list[int]) -> MuLaw:
+        codec, wanted = self._options.codec, self._options.sample_rate
+        if isinstance(codec, MuLaw):
+            if wanted not in (None, codec.sample_rate):
+                raise UsageError(f"the codec is one of {codec.sample_rate:,} Hz", "leave out `--sample-rate`")
+            return codec
+        if wanted is not None:
+            return MuLaw(wanted, self._options.quantizer)
+        counts = Counter(found)
+        common = max(counts, key=lambda rate: (counts[rate], -rate))
+        rate = min(common, MAX_RATE)
+        if len(counts) == 1:
+            have, rest = "all recordings have" if len(found) > 1 else "the recording has", ""
+        else:
+            have = f"{counts[common]:,} of {len(found):,} recordings {'has' if counts[common] == 1 else 'have'}"
+            rest = ", and no other rate is more common"
+        reason = f"{have} it{rest}"
+        if rate < common:
+            reason = f"the highest that is chosen without --sample-rate; {have} {common:,} Hz{rest}"
+        self._on_event(Choice("sample rate", f"{rate:,} Hz", reason))
+        return MuLaw(rate, self._options.quantizer)
+
+    def _decode(
+        self, source: Source, recording: Recording, codec: MuLaw, ids: IO[bytes], seconds: float
+    ) -> Sound | None:
+        """Append the ids of a recording to the file of all. None, and nothing appended, where it cannot be used."""
+        start = ids.tell()
+        try:
+            self._sha256[source] = source.sha256()
+            for block in recording.stream(codec.sample_rate, self._options.normalize):
+                ids.write(codec.encode(block).tobytes())
+                self._progress("encoding", len(block) / codec.sample_rate, seconds, "seconds of audio")
+            assert recording.report is not None
+            return Sound(source, start, ids.tell() - start, recording.report)
+        except DfError as error:
+            ids.seek(start)
+            ids.truncate()
+            self._refuse(source, error)
+            return None
+
+    def _write_recordings(self, codec: MuLaw, sounds: list[list[Sound]], writers: list[Writers], ids: IO[bytes]) -> str:
+        """Each recording is a document; the only one is cut by position."""
+        plan, rule = self._plan(sounds, lambda sound: sound.samples, writers, "recording")
+        for sound, portions in plan:
+            ids.seek(sound.start)
+            for destinations, size in portions:
+                for writer in destinations:
+                    writer.append(np.array([codec.zero_level]))
+                for done in range(0, size, BLOCK):
+                    block = np.frombuffer(ids.read(min(BLOCK, size - done)), np.uint8)
+                    for writer in destinations:
+                        writer.append(block)
+                for writer in destinations:
+                    writer.end_document()
+        return rule
+
+    def _levels(self, sounds: list[Sound], codec: MuLaw) -> dict[str, Any]:
+        """What the recordings sound like; what is wrong with them is told."""
+        odd = {
+            "silent": [sound for sound in sounds if sound.report.silent],
+            "clipped": [sound for sound in sounds if sound.report.clipped > CLIPPED],
+            "off_centre": [
+                sound for sound in sounds if abs(sound.report.offset) > OFF_CENTRE and not sound.report.silent
+            ],
+        }
+        words = {
+            "silent": "silent",
+            "clipped": f"clipped (over {CLIPPED:.1%} of the samples at full scale)",
+            "off_centre": f"off-centre (mean level beyond {OFF_CENTRE:.0%} of full scale)",
+        }
+        for what, found in odd.items():
+            if found:
+                names = list_some([sound.source.name for sound in found])
+                share = f"{len(found):,} of {counted(len(sounds), 'recording')} {'is' if len(found) == 1 else 'are'}"
+                self._on_event(Note(f"{share} {words[what]}: {names}"))
+        seconds = sum(sound.samples for sound in sounds) / codec.sample_rate
+        return {"recordings": len(sounds), "seconds": seconds, **{what: len(found) for what, found in odd.items()}}

@@ -1,0 +1,290 @@
+"""Texts to a dataset. Each is read twice: scanned (is it UTF-8, which characters, how many lines), then encoded
+straight into its splits.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dfcli.codecs import GPT2, Bytes, Chars, TextCodec
+from dfcli.errors import DfError
+from dfcli.ingest.build import Build, Made, Writers
+from dfcli.ingest.sources import CHUNK, BadText, Lines, Source, list_some, nothing_usable, read_text
+from dfcli.ingest.splits import TEST, TRAIN, VAL, Labels, constant
+from dfcli.system.events import Choice, Note
+from dfcli.system.words import counted
+
+
+class Text(NamedTuple):
+    """A text that was scanned and can be used."""
+
+    source: Source
+    characters: int
+    lines: int
+    blank: int
+    marked: bool  # by a byte order mark
+
+
+class Texts(Build):
+    """A preparation of texts."""
+
+    kind = "text"
+
+    def _encode(self, folder: Path) -> Made:
+        options = self._options
+        alphabet = Alphabet() if options.codec in (None, "chars") else None
+        total = sum(source.size for group in self._groups for source in group)
+        self._begin()
+        scanned = [[self._scan(source, alphabet, total) for source in group] for group in self._groups]
+        texts = [[text for text in group if text is not None] for group in scanned]
+        if not texts[TRAIN]:
+            raise nothing_usable(self._skipped)
+        codec = self._text_codec(alphabet)
+        boundary = codec.id_of_newline if options.lines else None
+        if options.lines and boundary is None:
+            raise DfError("the alphabet lacks the line break that ends a line", "use a model that was made of lines")
+        if not options.lines and max(map(len, texts)) > 1:
+            boundary = codec.end_of_text
+
+        writers = self._open_writers(folder, codec.dtype)
+        self._begin()
+        write = self._write_lines if options.lines else self._write_texts
+        rule = write(codec, texts, writers, boundary, total)
+        found = [text for group in texts for text in group]
+        lines, characters = sum(text.lines for text in found), sum(text.characters for text in found)
+        # A line counts without its line break, which the last line of a file may lack.
+        counts = {"lines": lines, "characters_in_lines": characters - lines}
+        facts = (counts if options.lines else {"characters": characters}) | {
+            "bytes": sum(text.source.size for text in found),
+            "blank_lines": sum(text.blank for text in found),
+        }
+        if marked := [text.source.name for text in found if text.marked]:
+            self._on_event(Note(f"byte order marks were left out, of {list_some(marked)}"))
+        if facts["blank_lines"]:
+            were = "was" if facts["blank_lines"] == 1 else "were"
+            self._on_event(Note(f"{counted(facts['blank_lines'], 'blank line')} {were} left out"))
+        return Made(codec, boundary, self._complete(rule, "text"), facts)
+
+    def _scan(self, source: Source, alphabet: Alphabet | None, total: int) -> Text | None:
+        """Read a text for the first time. None where it cannot be used; raises BadText if the user named it."""
+        digest = hashlib.sha256()
+        found = Alphabet()
+        lines = Lines() if self._options.lines else None
+        characters = documents = 0
+        marked = False
+
+        def on_bytes(data: bytes) -> None:
+            nonlocal marked
+            marked = marked or (not characters and data.startswith(codecs.BOM_UTF8))
+            digest.update(data)
+            self._progress("reading", len(data), total, "bytes")
+
+        try:
+            chunks = read_text(source, on_bytes)
+            for chunk in lines.of(chunks) if lines else chunks:
+                characters += len(chunk)
+                documents += chunk.count("\n") if lines else 0
+                if alphabet is not None:
+                    found.add(chunk)
+        except DfError as error:
+            if source.given:
+                raise
+            self._skip(source, error.reason if isinstance(error, BadText) else error.message)
+            return None
+        self._sha256[source] = digest.hexdigest()
+        if characters < 2:
+            nothing = "nothing but blank lines" if lines and lines.blank else "empty"
+            self._skip(source, "too short: 1 character" if characters else nothing)
+            return None
+        if alphabet is not None:
+            alphabet.join(found)
+        return Text(source, characters, documents, lines.blank if lines else 0, marked)
+
+    def _text_codec(self, alphabet: Alphabet | None) -> TextCodec:
+        codec = self._options.codec
+        if isinstance(codec, TextCodec):
+            return codec
+        if alphabet is not None:
+            chars = Chars(alphabet.characters())
+            reason = "the default for text" if codec is None else "as asked"
+            self._on_event(Choice("codec", f"chars, {counted(chars.vocab_size, 'distinct one')}", reason))
+            return chars
+        return Bytes() if self._options.bpe is None else GPT2(Path(self._options.bpe))
+
+    def _write_texts(
+        self,
+        codec: TextCodec,
+        texts: list[list[Text]],
+        writers: list[Writers],
+        boundary: int | None,
+        total: int,
+    ) -> str:
+        """Each text is a document; the only one is cut by position."""
+        plan, rule = self._plan(texts, lambda text: text.characters, writers, "text")
+        for text, portions in plan:
+            characters = _Characters(self._read(text.source, total))
+            for destinations, size in portions:
+                for writer in destinations:
+                    if boundary is not None:
+                        writer.append(np.array([boundary]))
+                for ids in self._ids(codec, text.source, characters.take(size)):
+                    for writer in destinations:
+                        writer.append(ids)
+                ended = [writer.end_document() for writer in destinations]
+                if not all(ended) and len(portions) == 1:
+                    self._skip(text.source, "too short")
+        return rule
+
+    def _write_lines(
+        self,
+        codec: TextCodec,
+        texts: list[list[Text]],
+        writers: list[Writers],
+        boundary: int | None,
+        total: int,
+    ) -> str:
+        """Each line is a document; lines of all main texts are dealt out together."""
+        labels, rule = self._deal(sum(text.lines for text in texts[TRAIN]), "line")
+        for label, group in enumerate(texts):
+            dealer = _Dealer(writers, labels if label == TRAIN else constant(label))
+            for text in group:
+                chunks = Lines().of(self._read(text.source, total))
+                for ids in self._ids(codec, text.source, chunks, lines=True):
+                    dealer.add(ids, np.flatnonzero(ids == boundary))
+        return rule
+
+    def _read(self, source: Source, total: int) -> Iterator[str]:
+        return read_text(source, lambda data: self._progress("encoding", len(data), total, "bytes"))
+
+    def _ids(
+        self, codec: TextCodec, source: Source, chunks: Iterable[str], lines: bool = False
+    ) -> Iterator[np.ndarray]:
+        try:
+            if lines and isinstance(codec, GPT2):
+                yield from _merge_lines(codec, chunks)
+            else:
+                yield from codec.encode_stream(chunks)
+        except DfError as error:
+            if isinstance(codec, Chars):
+                raise _unknown_character(source, codec, error) from None
+            raise
+
+
+class Alphabet:
+    """The distinct characters of texts that come in chunks."""
+
+    def __init__(self) -> None:
+        self._ascii = b""
+        self._others: set[int] = set()
+
+    def add(self, text: str) -> None:
+        if text.isascii():
+            new = text.encode().translate(None, self._ascii)  # at memory speed, once most of them are known
+            if new:
+                counts = np.bincount(np.frombuffer(new, np.uint8), minlength=128)
+                self._ascii += np.flatnonzero(counts).astype(np.uint8).tobytes()
+            return
+        points = np.frombuffer(text.encode("utf-32-le"), "<u4")
+        seen = np.zeros(int(points.max()) + 1, bool)
+        seen[points] = True
+        self._others.update(np.flatnonzero(seen).tolist())
+
+    def join(self, other: Alphabet) -> None:
+        self._ascii += other._ascii
+        self._others |= other._others
+
+    def characters(self) -> str:
+        return "".join(map(chr, sorted({*self._ascii, *self._others})))
+
+
+class _Characters:
+    """A text that comes in chunks, taken in portions of as many characters as are asked for."""
+
+    def __init__(self, chunks: Iterator[str]) -> None:
+        self._chunks, self._rest = chunks, ""
+
+    def take(self, count: int) -> Iterator[str]:
+        while count and (chunk := self._rest or next(self._chunks, "")):
+            portion, self._rest = chunk[:count], chunk[count:]
+            count -= len(portion)
+            yield portion
+
+
+class _Dealer:
+    """Deals documents that come in chunks of ids to the splits of their labels."""
+
+    def __init__(self, writers: list[Writers], labels: Labels) -> None:
+        self._writers, self._labels = writers, labels
+        self._documents = 0
+        self._open = 0  # label of the document that the next ids go on with
+
+    def add(self, ids: np.ndarray, starts: np.ndarray) -> None:
+        """`ids` [n] go on with the open document and begin others at the places `starts` [k]."""
+        new = self._labels(self._documents, self._documents + len(starts))
+        labels = np.concatenate([[self._open], new])
+        lengths = np.diff(np.concatenate([[0], starts, [len(ids)]]))
+        for label in (TRAIN, VAL, TEST):
+            mine = labels == label
+            if not mine.any():
+                continue
+            kept = ids if mine.all() else ids[np.repeat(mine, lengths)]
+            before = np.cumsum(lengths * mine) - lengths * mine
+            for writer in self._writers[label]:
+                writer.append_documents(kept, before[1:][mine[1:]])
+        self._documents += len(starts)
+        self._open = int(labels[-1])
+
+
+def _merge_lines(codec: GPT2, chunks: Iterable[str]) -> Iterator[np.ndarray]:
+    """Ids of lines (as `Lines` gives them) such that no merge reaches over a line's end."""
+    rest = ""
+    for chunk in chunks:
+        text = rest + chunk
+        cut = text.rfind("\n")  # the last line may go on
+        if cut <= 0 and len(text) > CHUNK:  # a line of a million characters is cut between words
+            cut = text.rfind(" ") if text.rfind(" ") > 0 else len(text)
+        if cut > 0:
+            yield _merge(codec, text[:cut])
+        rest = text[max(cut, 0) :]
+    yield _merge(codec, rest)
+
+
+def _merge(codec: GPT2, text: str) -> np.ndarray:
+    """Ids of whole lines, each as if it were alone. Between visible characters a line break is never
+    merged, so lines without blanks at their ends can be encoded together, which is much faster."""
+    first, *lines = text.split("\n")
+    parts = [codec.encode(first)]
+    for plain, group in groupby(lines, key=lambda line: line == line.strip()):
+        if plain:
+            parts.append(codec.encode("\n" + "\n".join(group)))
+        else:
+            for line in group:
+                parts += [np.array([codec.id_of_newline], codec.dtype), codec.encode(line)]
+    return np.concatenate(parts)
+
+
+def _unknown_character(source: Source, codec: Chars, error: DfError) -> DfError:
+    """The error for a character that the alphabet lacks, with its place in the file."""
+    known = {*codec.alphabet, "\r"}  # of line breaks, a "\r" may have been dropped
+    with source.open() as file:
+        place = 3 if file.read(3) == codecs.BOM_UTF8 else 0
+    line = 1
+    for chunk in read_text(source, lambda data: None):
+        found = next((i for i, character in enumerate(chunk) if character not in known), None)
+        before = chunk[:found]
+        place, line = place + len(before.encode()), line + before.count("\n")
+        if found is not None:
+            character = chunk[found]
+            return DfError(
+                f"{source.name} holds {character!r} (U+{ord(character):04X}) at byte {place:,} (line {line:,}), "
+                "which the alphabet lacks",
+                error.hint,
+            )
+    return DfError(f"{source.name}: {error.message}", error.hint)

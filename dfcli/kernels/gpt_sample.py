@@ -1,0 +1,408 @@
+"""GPT on a CPU: the whole step, pick included, is one compiled function (numba) that makes a chunk of ids a call. It
+gives the plain step's logits to 1e-4. In a small model this saves the overhead of PyTorch's calls, which is most of its
+step; in a large one the weights come from memory as fast as one core can read, half again as fast as by PyTorch's
+matrix-vector product.
+
+- The weights lie in the order in which they are read, in tiles (see `kernels`); the gains and biases of a norm are
+  multiplied into the linear layer behind it.
+- Keys are kept as [D, context] for each head, so that a query's products with all of them are sums of rows.
+- When the cache is full, the core's own rule decides what is read again, by its own `prefill`.
+- Several sequences: each core takes its share of them, and each weight that is read serves two.
+
+PyTorch's step reads with all cores, which pays for large models where there are more than `FEW` of them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy import uintp
+from numpy.typing import NDArray
+from torch import nn
+
+from dfcli.cores.gpt import GPT, GPTState, Norm
+from dfcli.generation.engines import Unavailable
+from dfcli.kernels import pick as kernels
+from dfcli.kernels.compile import Compiled, inner
+from dfcli.kernels.ops import ONE, add, copy, exp, rotate
+from dfcli.kernels.pick import copy_to_rows, multiply, padded, pick, tiles
+from dfcli.kernels.threads import Lanes
+from dfcli.system.device import Device
+from dfcli.system.events import OnEvent, ignore
+from dfcli.system.words import first_line
+
+FEW = 2  # cores
+LARGE = 64 * 2**20  # bytes of weights: more than most processors' caches hold
+LARGEST = 2 * 2**30  # bytes of weights that there is room for once more
+_ACTIVATIONS = ("relu", "relu2", "gelu", "gelu_tanh")
+
+
+class _Model(NamedTuple):
+    """Everything that does not change. C channels and M = 4 C inside the MLP, in whole tiles; H heads of D; V ids."""
+
+    tokens: NDArray[np.float32]  # [V, C]
+    positions: NDArray[np.float32]  # [context, C], zeros where they are rotary
+    ngrams: NDArray[np.float32]  # flat: the rows of every n-gram table, [C] each
+    ngram_rows: NDArray[np.int64]  # of each table
+    cos: NDArray[np.float32]  # [context, D / 2]
+    sin: NDArray[np.float32]
+    weights: NDArray[np.float32]  # per layer qkv [3 C, C], projection [C, C], MLP [M, C] and [C, M]; head [V, C]
+    biases: NDArray[np.float32]  # per layer [3 C], [C], [M], [C]; head [V]
+    channels: int  # without padding
+    inside: int  # of the MLP, in whole tiles
+    heads: int
+    context: int
+    vocab_size: int
+    rms: bool  # RMSNorm, otherwise LayerNorm
+    qk_norm: bool
+    rotary: bool
+    activation: int  # its place in _ACTIVATIONS
+
+
+class _State(NamedTuple):
+    """What changes while B sequences advance together. All arrays are flat."""
+
+    length: NDArray[np.int64]  # [1]: positions read
+    recent: NDArray[np.int64]  # [B, n-gram tables]: the last ids read, the newest first; zeros where there are none
+    keys: NDArray[np.float32]  # [L, B, H, D, context]
+    values: NDArray[np.float32]  # [L, B, H, context, D]
+    logits: NDArray[np.float32]  # [B, V in whole tiles]
+    # Scratch:
+    stream: NDArray[np.float32]  # [B, C]: the residual path
+    normed: NDArray[np.float32]  # [B, C]
+    qkv: NDArray[np.float32]  # [B, 3 C]
+    mixed: NDArray[np.float32]  # [B, C]: values, weighed by attention
+    inside: NDArray[np.float32]  # [B, M]
+    scores: NDArray[np.float32]  # [context]
+    weights: NDArray[np.float32]  # [V]: of the pick
+
+
+@inner
+def _rms_norm(out, o, x, i, n):
+    """out[o : o + n] = x[i : i + n] / sqrt(mean square + the smallest step above 1), as torch's without gain."""
+    total = np.float32(0)
+    for k in range(n):
+        total += x[uintp(i + k)] * x[uintp(i + k)]
+    scale = np.float32(1 / np.sqrt(total / np.float32(n) + np.float32(2**-23)))
+    for k in range(n):
+        out[uintp(o + k)] = x[uintp(i + k)] * scale
+
+
+@inner
+def _layer_norm(out, o, x, i, n):
+    """out[o : o + n] = (x - mean) / sqrt(variance + 1e-5) of x[i : i + n]."""
+    total = np.float32(0)
+    for k in range(n):
+        total += x[uintp(i + k)]
+    mean = total / np.float32(n)
+    total = np.float32(0)
+    for k in range(n):
+        total += (x[uintp(i + k)] - mean) * (x[uintp(i + k)] - mean)
+    scale = np.float32(1 / np.sqrt(total / np.float32(n) + np.float32(1e-5)))
+    for k in range(n):
+        out[uintp(o + k)] = (x[uintp(i + k)] - mean) * scale
+
+
+@inner
+def _norm(model, state, B):
+    """state.normed = the norm of state.stream; its gain and bias are in the weights behind it."""
+    C = model.tokens.shape[1]
+    for b in range(B):
+        if model.rms:
+            _rms_norm(state.normed, b * C, state.stream, b * C, model.channels)
+        else:
+            _layer_norm(state.normed, b * C, state.stream, b * C, model.channels)
+
+
+@inner
+def _attend(out, o, q, i, D, keys, k, values, v, context, count, scores):
+    """out[o : o + D] = the mean of `count` values, weighed by softmax of their keys times the query q[i : i + D]."""
+    for t in range(count):
+        scores[uintp(t)] = 0
+    for d in range(D):
+        factor = q[uintp(i + d)]
+        for t in range(count):
+            scores[uintp(t)] += factor * keys[uintp(k + d * context + t)]
+    largest = scores[0]
+    for t in range(count):
+        largest = max(largest, scores[uintp(t)])
+    scale, total = np.float32(1 / np.sqrt(D)), np.float32(0)
+    for t in range(count):
+        scores[uintp(t)] = exp(max((scores[uintp(t)] - largest) * scale, np.float32(-87)))
+    for t in range(count):
+        total += scores[uintp(t)]
+    for d in range(D):
+        out[uintp(o + d)] = 0
+    for t in range(count):
+        share = scores[uintp(t)] / total
+        for d in range(D):
+            out[uintp(o + d)] += share * values[uintp(v + t * D + d)]
+
+
+_ONE, _TWO, _HALF = np.float32(1), np.float32(2), np.float32(0.5)
+_ERF = tuple(np.float32(a) for a in (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429))
+_E0, _E1, _E2, _E3, _E4 = _ERF
+
+
+@inner
+def _gelu(x):
+    """x / 2 (1 + erf(x / sqrt 2)), to 1.5e-7 of x: Abramowitz & Stegun 7.1.26."""
+    z = abs(x) * np.float32(0.5**0.5)
+    t = _ONE / (_ONE + np.float32(0.3275911) * z)
+    tail = ((((_E4 * t + _E3) * t + _E2) * t + _E1) * t + _E0) * t * exp(max(-z * z, np.float32(-87)))
+    return _HALF * x * (_TWO - tail if x > 0 else tail)
+
+
+@inner
+def _gelu_tanh(x):
+    """x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) = x sigmoid(2 ...)"""
+    z = np.float32(2 * (2 / np.pi) ** 0.5) * (x + np.float32(0.044715) * x * x * x)
+    return x / (_ONE + exp(min(max(-z, np.float32(-87)), np.float32(87))))
+
+
+@inner
+def _activate(x, kind):
+    if kind == 3:
+        for i in range(x.size):
+            x[i] = _gelu_tanh(x[i])
+    elif kind == 2:
+        for i in range(x.size):
+            x[i] = _gelu(x[i])
+    else:
+        for i in range(x.size):
+            x[i] = max(x[i], np.float32(0))
+            if kind == 1:
+                x[i] *= x[i]
+
+
+@inner
+def _embed(model, state, b, id):
+    """state.stream of sequence b = the embedding of `id` after those read."""
+    C, number, row = model.tokens.shape[1], id, 0
+    copy(state.stream, b * C, model.tokens.ravel(), id * C, C)
+    add(state.stream, b * C, model.positions.ravel(), state.length[0] * C, C)
+    tables = model.ngram_rows.size
+    for k in range(tables):
+        number = number * model.vocab_size + state.recent[b * tables + k]
+        add(state.stream, b * C, model.ngrams, (row + number % model.ngram_rows[k]) * C, C)
+        row += model.ngram_rows[k]
+    for k in range(tables - 1, 0, -1):
+        state.recent[b * tables + k] = state.recent[b * tables + k - 1]
+    if tables:
+        state.recent[b * tables] = id
+
+
+@inner
+def _step(model, state, B):
+    """Reads one id a sequence, whose embedding stands in state.stream, and leaves the logits after it."""
+    zero, C, M, H, T = np.int64(0), model.tokens.shape[1], model.inside, model.heads, model.context
+    D, L, W = model.channels // model.heads, state.keys.size // (B * model.channels * T), state.logits.size // B
+    weights, biases, stream, qkv, inside = model.weights, model.biases, state.stream, state.qkv, state.inside
+    t, w, c = state.length[0], zero, 0
+    for layer in range(L):
+        _norm(model, state, B)
+        copy_to_rows(qkv, 0, B, biases, c, 3 * C)
+        w = multiply(qkv, zero, 3 * C, state.normed, zero, C, B, weights, w, 3 * C, C)
+        for b in range(B):
+            for head in range(H):
+                q = b * 3 * C + head * D
+                k, v = q + C, q + 2 * C
+                if model.qk_norm:
+                    _rms_norm(qkv, q, qkv, q, D)
+                    _rms_norm(qkv, k, qkv, k, D)
+                if model.rotary:
+                    rotate(qkv, q, D, model.cos, model.sin, t * (D // 2), ONE)
+                    rotate(qkv, k, D, model.cos, model.sin, t * (D // 2), ONE)
+                cache = ((layer * B + b) * H + head) * D * T
+                for d in range(D):
+                    state.keys[uintp(cache + d * T + t)] = qkv[uintp(k + d)]
+                copy(state.values, cache + t * D, qkv, v, D)
+                _attend(
+                    state.mixed, b * C + head * D, qkv, q, D, state.keys, cache, state.values, cache, T, t + 1,
+                    state.scores,
+                )  # fmt: skip
+        for b in range(B):
+            add(stream, b * C, biases, c + 3 * C, C)
+        w = multiply(stream, zero, C, state.mixed, zero, C, B, weights, w, C, C)
+        _norm(model, state, B)
+        copy_to_rows(inside, 0, B, biases, c + 4 * C, M)
+        w = multiply(inside, zero, M, state.normed, zero, C, B, weights, w, M, C)
+        _activate(inside, model.activation)
+        for b in range(B):
+            add(stream, b * C, biases, c + 4 * C + M, C)
+        w = multiply(stream, zero, C, inside, zero, M, B, weights, w, C, M)
+        c += 5 * C + M
+    _norm(model, state, B)
+    copy_to_rows(state.logits, 0, B, biases, c, W)
+    multiply(state.logits, zero, W, state.normed, zero, C, B, weights, w, W, C)
+    state.length[0] = t + 1
+
+
+def gpt_tokens(model, state, uniforms, temperature, top_k, top_p, min_p, ids):
+    """Picks and reads n ids of each sequence: uniforms [B, n] -> ids [B, n]; and returns n. When the cache is full it
+    ends with ids that are picked and not read: it returns how many came before these."""
+    B, n = uniforms.shape
+    W = state.logits.size // B
+    for j in range(n):
+        full = state.length[0] == model.context
+        for b in range(B):
+            logits = state.logits[b * W : b * W + model.vocab_size]
+            ids[b, j] = pick(logits, uniforms[b, j], temperature, top_k, top_p, min_p, state.weights)
+            if not full:
+                _embed(model, state, b, ids[b, j])
+        if full:
+            return j
+        _step(model, state, B)
+    return n
+
+
+_tokens = Compiled(gpt_tokens, [__file__, kernels.__file__])
+
+
+def build(core: nn.Module, batch: int, device: Device, exact: bool = True, on_event: OnEvent = ignore) -> Lanes:
+    """The engine for a GPT in eval mode on the CPU; it is exact whether that is asked for or not. Raises Unavailable
+    for a large model, and where numba fails."""
+    assert isinstance(core, GPT)
+    size = 4 * core.config.parameters()
+    if size > (LARGE if device.threads > FEW else LARGEST):
+        raise Unavailable("PyTorch reads weights of this size faster, with all cores")
+    model = _model(core)
+    try:
+        _tokens.load(
+            on_event, model, _state(model, core, 1), np.empty((1, 0)), 1.0, 1, 1.0, 0.0, np.empty((1, 0), np.int64)
+        )
+    except Exception as error:  # numba has no base class for what it raises
+        raise Unavailable(f"numba could not compile it ({first_line(error)})") from error
+    reason = "compiled for this processor, with the plain engine's picks"
+    return Lanes("numba", reason, lambda size: _Lane(core, model, size), device.threads, model.vocab_size)
+
+
+class _Lane:
+    """Sequences that one thread advances (`lanes.Lane`)."""
+
+    def __init__(self, core: GPT, model: _Model, size: int) -> None:
+        self._core, self._model = core, model
+        self._state = _state(model, core, size)
+        self._ids = np.empty((size, core.context), np.int64)  # that the cache was made of
+
+    @property
+    def logits(self) -> NDArray[np.float32]:
+        return self._state.logits.reshape(len(self._ids), -1)
+
+    def prefill(self, ids: NDArray[np.int64]) -> None:
+        self._read(ids, self._core.init_state(len(ids)))
+
+    def generate(self, uniforms: NDArray[np.float64], filters: tuple[float, int, float, float]) -> NDArray[np.int64]:
+        B, n = uniforms.shape
+        ids = np.empty((B, n), np.int64)
+        done = 0
+        while done < n:
+            made = np.empty((B, n - done), np.int64)
+            rolls = np.ascontiguousarray(uniforms[:, done:])
+            count = _tokens(self._model, self._state, rolls, *filters, made)
+            ids[:, done : done + count + 1] = made[:, : count + 1]
+            end = self._state.length[0]
+            self._ids[:, end - count : end] = made[:, :count]
+            done += count
+            if done < n:  # the cache is full, and the newest ids are not read yet
+                state = self._core.init_state(B)
+                state.ids.copy_(torch.from_numpy(self._ids))
+                state.length = end.item()
+                self._read(ids[:, done : done + 1], state)
+                done += 1
+        return ids
+
+    @torch.inference_mode()
+    def _read(self, ids: NDArray[np.int64], state: GPTState) -> None:
+        """Lets the core read ids [B, T] after `state`, by its own rule where the cache is full, and takes over the
+        result."""
+        logits, state = self._core.prefill(torch.from_numpy(ids), state)
+        L, _, H, T, D = state.keys.shape
+        B, n = len(self._ids), state.length
+        self._state.length[0] = n
+        self._state.keys.reshape(L, B, H, D, T)[..., :n] = state.keys[:, :, :, :n].transpose(-1, -2).numpy()
+        self._state.values.reshape(L, B, H, T, D)[:, :, :, :n] = state.values[:, :, :, :n].numpy()
+        self.logits[:, : logits.shape[1]] = logits.numpy()
+        self._ids[:, :n] = state.ids[:, :n].numpy()
+        recent = self._state.recent.reshape(B, -1)
+        kept = min(n, recent.shape[1])
+        recent[:, :kept], recent[:, kept:] = self._ids[:, n - kept : n][:, ::-1], 0
+
+
+@torch.no_grad()
+def _model(core: GPT) -> _Model:
+    """The core's weights in the layout of `_Model`."""
+    config = core.config
+    channels, V = config.channels, config.vocab_size
+    C, M, W = padded(channels), padded(4 * channels), padded(V)
+    weights, biases = [], []
+
+    def place(linear: nn.Linear, norm: Norm | None, parts: int, outputs: int, inputs: int) -> None:
+        """The layer's weights and bias, with the norm before it in them; `parts` equal parts of its outputs are padded
+        to `outputs` each."""
+        weight = linear.weight.double()
+        bias = torch.zeros(len(weight)).double() if linear.bias is None else linear.bias.double()
+        if norm is not None and norm.weight is not None:
+            if norm.bias is not None:
+                bias = bias + weight @ norm.bias.double()
+            weight = weight * norm.weight.double()
+        matrix = weight.float().numpy().reshape(parts, -1, weight.shape[1])
+        weights.append(tiles(kernels.pad(matrix, parts, outputs, inputs).reshape(parts * outputs, inputs)))
+        biases.append(kernels.pad(bias.float().numpy().reshape(parts, -1), parts, outputs).ravel())
+
+    for block in core.blocks:
+        place(block.attention.qkv, block.attention_norm, 3, C, C)
+        place(block.attention.projection, None, 1, C, C)
+        place(block.mlp.expansion, block.mlp_norm, 1, M, C)
+        place(block.mlp.projection, None, 1, C, M)
+    place(core.head, core.norm, 1, W, C)
+    rotary = config.position == "rotary"
+    positions = np.zeros((config.context, C), np.float32)
+    if not rotary:
+        positions[:, :channels] = core.positions.weight.numpy()
+    tables = core.ngrams.tables if config.ngrams > 1 else []
+    ngrams = [kernels.pad(table.weight.numpy(), table.num_embeddings, C).ravel() for table in tables]
+    return _Model(
+        tokens=kernels.pad(core.tokens.weight.numpy(), V, C),
+        positions=positions,
+        ngrams=np.concatenate(ngrams) if ngrams else np.zeros(0, np.float32),
+        ngram_rows=np.array(config.ngram_rows, np.int64),
+        cos=core.cos.numpy().ravel() if rotary else np.zeros(0, np.float32),
+        sin=core.sin.numpy().ravel() if rotary else np.zeros(0, np.float32),
+        weights=kernels.join(weights),
+        biases=np.concatenate(biases),
+        channels=channels,
+        inside=M,
+        heads=config.heads,
+        context=config.context,
+        vocab_size=V,
+        rms=config.norm == "rmsnorm",
+        qk_norm=config.qk_norm,
+        rotary=rotary,
+        activation=_ACTIVATIONS.index(config.activation),
+    )
+
+
+def _state(model: _Model, core: GPT, batch: int) -> _State:
+    """An empty cache for `batch` sequences."""
+    C, cache = model.tokens.shape[1], core.config.layers * model.context * model.channels
+
+    def zeros(size: int) -> NDArray[np.float32]:
+        return np.zeros(batch * size, np.float32)
+
+    return _State(
+        length=np.zeros(1, np.int64),
+        recent=np.zeros(batch * model.ngram_rows.size, np.int64),
+        keys=zeros(cache),
+        values=zeros(cache),
+        logits=zeros(padded(model.vocab_size)),
+        stream=zeros(C),
+        normed=zeros(C),
+        qkv=zeros(3 * C),
+        mixed=zeros(C),
+        inside=zeros(model.inside),
+        scores=np.zeros(model.context, np.float32),
+        weights=np.zeros(model.vocab_size, np.float32),
+    )

@@ -1,0 +1,280 @@
+"""WaveNet on a CPU: the whole step, pick included, is one compiled function (numba) that makes a chunk of
+samples a call. It gives the plain step's logits to 1e-5 and so makes the same picks.
+
+A sample of the `paper` preset takes 1.24 million multiply-adds, of which each needs a weight that no other
+uses: 4.9 MB, too much for a core's own caches, so that the speed of the last-level cache decides (60 GB/s
+where this was measured: 80 µs; the arithmetic alone takes 30 µs). What is done about it:
+
+- The weights lie in the order in which they are read, in tiles (see `kernels`).
+- A layer with dilation d reads its own inputs of d samples ago, so those of the next d samples are known
+  already. What the past taps make of them is computed for `AHEAD` samples at once, and their weights, a
+  fifth of all, are read once in that many samples.
+- tanh and sigmoid are vector code with one division for both, the embedding (with a projection behind it)
+  is a table, a linear layer that follows another is multiplied into it, and the skip paths are one product
+  over the gates of all layers.
+- Several clips: each core takes its share of them, and each weight that is read serves two.
+
+Where the weights are more than a core's own cache holds (`ROUNDED`), and unless exactness is asked for, they are
+rounded to bfloat16: half the bytes. The picks are then no longer the plain step's, but they are drawn from a
+distribution whose loss differs by less than 0.001 bits a sample.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy import uintp
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from dfcli.cores.wavenet import WaveNet
+from dfcli.generation.engines import Unavailable
+from dfcli.generation.plain import pieces
+from dfcli.kernels import pick as kernels
+from dfcli.kernels.compile import Compiled, inner
+from dfcli.kernels.ops import add, copy
+from dfcli.kernels.pick import copy_to_rows, multiply, padded, pick, relu, tanh_sigmoid, tiles
+from dfcli.kernels.threads import Lanes
+from dfcli.system.device import Device
+from dfcli.system.events import OnEvent, ignore
+from dfcli.system.words import first_line
+
+AHEAD = 8  # samples at most whose past taps are computed at once
+ROUNDED = 2 * 2**20  # bytes of float32 weights from which on they may be rounded
+
+
+class _Model(NamedTuple):
+    """Everything that does not change. R, S, H: channels in whole tiles; V ids."""
+
+    table: NDArray[np.float32]  # [V, R]: what an id puts into the first layer
+    weights: NDArray[Any]  # per layer the newest tap [2 R, R] and the residual [R, R] (not the last); skip, head
+    past: NDArray[Any]  # per layer its other taps [2 R, R], oldest first
+    biases: NDArray[np.float32]  # per layer the gate's [2 R] and the residual's [R]; skip [S], head [H] and [V]
+    layers: NDArray[np.int64]  # [L, 5]: dilation, samples ahead, queue length, where its queue and its sums begin
+    taps: int
+    channels: int  # of the residual path, without padding
+    normed: bool
+    vocab_size: int
+
+
+class _State(NamedTuple):
+    """What changes while B clips advance together. All arrays are flat; the clips' rows at one moment lie together."""
+
+    clock: NDArray[np.int64]  # [1]: samples read since the queues were filled
+    queues: NDArray[np.float32]  # [places, B, R]: per layer a ring of its inputs
+    sums: NDArray[np.float32]  # [places, B, 2 R]: per layer, before tanh and sigmoid, of the samples ahead
+    logits: NDArray[np.float32]  # [B, V in whole tiles], after the newest sample
+    # Scratch:
+    stream: NDArray[np.float32]  # [B, R]: the residual path
+    inputs: NDArray[np.float32]  # [B, R]: what a layer reads of it
+    gates: NDArray[np.float32]  # [B, L, R]
+    skip: NDArray[np.float32]  # [B, S]
+    head: NDArray[np.float32]  # [B, H]
+    weights: NDArray[np.float32]  # [V]: of the pick
+
+
+@inner
+def _norm(out, x, o, channels, R):
+    """RMSNorm without gain, as torch's, of x[o : o + R] into `out`: x / sqrt(mean square + smallest step above 1)."""
+    total = np.float32(0)
+    for i in range(channels):
+        total += x[uintp(o + i)] * x[uintp(o + i)]
+    scale = np.float32(1 / np.sqrt(total / np.float32(channels) + np.float32(2**-23)))
+    for i in range(R):
+        out[uintp(o + i)] = x[uintp(o + i)] * scale
+
+
+@inner
+def _gate(out, o, sums, s, R):
+    """out[o : o + R] = tanh of R sums times sigmoid of the next R."""
+    for i in range(R):
+        out[uintp(o + i)] = tanh_sigmoid(sums[uintp(s + i)], sums[uintp(s + R + i)])
+
+
+@inner
+def _step(model, state, B):
+    """Reads one sample a clip, whose embedding stands in state.stream, and leaves the logits after it."""
+    queues, sums, stream, inputs = state.queues, state.sums, state.stream, state.inputs
+    gates, skip, head, logits = state.gates, state.skip, state.head, state.logits
+    weights, biases, layers, taps = model.weights, model.biases, model.layers, model.taps
+    L, R, S, H, W = len(layers), stream.size // B, skip.size // B, head.size // B, logits.size // B
+    t, c = state.clock[0], 0
+    w = past = np.int64(0)  # a literal 0 would be a type of its own and compile `multiply` twice
+    for layer in range(L):
+        dilation, ahead, length = layers[layer, 0], layers[layer, 1], layers[layer, 2]
+        queue, block = layers[layer, 3] * B * R, layers[layer, 4] * B * 2 * R
+        if model.normed:
+            for b in range(B):
+                _norm(inputs, stream, b * R, model.channels, R)
+        else:
+            copy(inputs, 0, stream, 0, B * R)
+        if t % ahead == 0:
+            copy_to_rows(sums, block, ahead * B, biases, c, 2 * R)
+            for tap in range(taps - 1):
+                x = queue + (t + tap * dilation) % length * B * R  # `ahead` rows lie there: it divides both
+                multiply(sums, block, 2 * R, queues, x, R, ahead * B, model.past, past + tap * 2 * R * R, 2 * R, R)
+        copy(queues, queue + t % length * B * R, inputs, 0, B * R)
+        now = block + t % ahead * B * 2 * R
+        w = multiply(sums, now, 2 * R, inputs, np.int64(0), R, B, weights, w, 2 * R, R)
+        for b in range(B):
+            _gate(gates, (b * L + layer) * R, sums, now + b * 2 * R, R)
+        if layer + 1 < L:
+            for b in range(B):
+                add(stream, b * R, biases, c + 2 * R, R)
+            w = multiply(stream, np.int64(0), R, gates, layer * R, L * R, B, weights, w, R, R)
+        past += (taps - 1) * 2 * R * R
+        c += 3 * R
+    copy_to_rows(skip, 0, B, biases, c, S)
+    w = multiply(skip, np.int64(0), S, gates, np.int64(0), L * R, B, weights, w, S, L * R)
+    relu(skip)
+    copy_to_rows(head, 0, B, biases, c + S, H)
+    w = multiply(head, np.int64(0), H, skip, np.int64(0), S, B, weights, w, H, S)
+    relu(head)
+    copy_to_rows(logits, 0, B, biases, c + S + H, W)
+    multiply(logits, np.int64(0), W, head, np.int64(0), H, B, weights, w, W, H)
+    state.clock[0] = t + 1
+
+
+def wavenet_samples(model, state, uniforms, temperature, top_k, top_p, min_p, ids):
+    """Picks and reads n samples of each clip: uniforms [B, n] -> ids [B, n]."""
+    B, n = uniforms.shape
+    R, W = model.table.shape[1], state.logits.size // B
+    table = model.table.ravel()
+    for j in range(n):
+        for b in range(B):
+            logits = state.logits[b * W : b * W + model.vocab_size]
+            ids[b, j] = pick(logits, uniforms[b, j], temperature, top_k, top_p, min_p, state.weights)
+            copy(state.stream, b * R, table, ids[b, j] * R, R)
+        _step(model, state, B)
+
+
+_SOURCES = [__file__, kernels.__file__]
+_exact, _rounded = (Compiled(wavenet_samples, _SOURCES, variant) for variant in ("", "-bfloat16"))
+
+
+def build(core: nn.Module, batch: int, device: Device, exact: bool = True, on_event: OnEvent = ignore) -> Lanes:
+    """The engine for a WaveNet in eval mode on the CPU; `exact` keeps its weights in float32. Raises Unavailable where
+    numba fails."""
+    assert isinstance(core, WaveNet)
+    rounded = not exact and 4 * core.config.parameters() >= ROUNDED
+    model, samples = _model(core, rounded), _rounded if rounded else _exact
+    try:
+        samples.load(
+            on_event, model, _state(model, core, 1), np.empty((1, 0)), 1.0, 1, 1.0, 0.0, np.empty((1, 0), np.int64)
+        )
+    except Exception as error:  # numba has no base class for what it raises
+        raise Unavailable(f"numba could not compile it ({first_line(error)})") from error
+    name, reason = "numba", "compiled for this processor, with the plain engine's picks"
+    if rounded:
+        name = "numba-bfloat16"
+        reason = "compiled for this processor, weights rounded to bfloat16; `--engine fast` keeps float32"
+    return Lanes(name, reason, lambda size: _Lane(core, model, samples, size), device.threads, model.vocab_size)
+
+
+class _Lane:
+    """Clips that one thread advances (`lanes.Lane`)."""
+
+    def __init__(self, core: WaveNet, model: _Model, samples: Compiled, size: int) -> None:
+        self._core, self._model, self._samples = core, model, samples
+        self._state = _state(model, core, size)
+
+    @property
+    def logits(self) -> NDArray[np.float32]:
+        return self._state.logits.reshape(-1, padded(self._model.vocab_size))
+
+    @torch.inference_mode()
+    def prefill(self, ids: NDArray[np.int64]) -> None:
+        state = self._core.init_state(len(ids))
+        for piece in pieces(ids):
+            logits, state = self._core.prefill(piece, state)
+            self.logits[:, : logits.shape[1]] = logits.numpy()
+        self._state.clock[0] = 0  # now the oldest entry of each queue [B, P, R] is its first
+        queues = self._state.queues.reshape(-1, len(self.logits), self._model.table.shape[1])
+        for (_, _, _, place, _), queue in zip(self._model.layers, state.queues, strict=True):
+            queues[place : place + queue.shape[1], :, : self._model.channels] = queue.transpose(0, 1).numpy()
+
+    def generate(self, uniforms: NDArray[np.float64], filters: tuple[float, int, float, float]) -> NDArray[np.int64]:
+        ids = np.empty(uniforms.shape, np.int64)
+        self._samples(self._model, self._state, uniforms, *filters, ids)
+        return ids
+
+
+def _array(tensor: Tensor) -> NDArray[np.float32]:
+    return tensor.detach().float().numpy()
+
+
+def _model(core: WaveNet, packed: bool) -> _Model:
+    """The core's weights in the layout of `_Model`."""
+    config = core.config
+    K, L, V = config.kernel, config.layers, config.vocab_size
+    R, S, H, W = (padded(size) for size in (config.residual, config.skip, config.head, V))
+    table = core.entry(core.table.weight)
+    out_weight, out_bias = core.head2.weight, core.head2.bias
+    if isinstance(core.decoder, nn.Linear):
+        outer = core.decoder.weight.double()
+        out_weight, out_bias = outer @ out_weight.double(), outer @ out_bias.double() + core.decoder.bias
+    weights, past, biases, layers = [], [], [], []
+    queue = sum_ = 0
+
+    def bias(linear: nn.Module, size: int, width: int) -> None:
+        vector = getattr(linear, "bias", None)
+        biases.append(kernels.pad(_array(torch.zeros(size) if vector is None else vector), width))
+
+    for number, layer in enumerate(core.layers):
+        # [2 R, taps R] -> halves and taps apart, each padded to whole tiles
+        taps = _array(layer.dilated.weight).reshape(2, config.residual, K, config.residual)
+        taps = kernels.pad(taps, 2, R, K, R).reshape(2 * R, K, R)
+        past += [tiles(taps[:, tap]) for tap in range(K - 1)]
+        weights.append(tiles(taps[:, K - 1]))
+        both = layer.dilated.bias
+        both = np.zeros((2, config.residual), np.float32) if both is None else _array(both).reshape(2, -1)
+        biases.append(kernels.pad(both, 2, R).ravel())
+        if number + 1 < L:
+            weights.append(tiles(kernels.pad(_array(layer.residual.weight), R, R)))
+        bias(layer.residual, config.residual, R)
+        ahead = max(n for n in range(1, AHEAD + 1) if layer.dilation % n == 0)
+        length = max(layer.past, 1)  # of a kernel of 1 the queue is never read
+        layers.append((layer.dilation, ahead, length, queue, sum_))
+        queue, sum_ = queue + length, sum_ + ahead
+    skip = kernels.pad(_array(core.skip.weight).reshape(config.skip, L, config.residual), S, L, R)
+    weights.append(tiles(skip.reshape(S, L * R)))
+    weights.append(tiles(kernels.pad(_array(core.head1.weight), H, S)))
+    weights.append(tiles(kernels.pad(_array(out_weight), W, H)))
+    bias(core.skip, config.skip, S)
+    bias(core.head1, config.head, H)
+    biases.append(kernels.pad(_array(out_bias), W))
+    place = kernels.pack if packed else (lambda tiles: tiles)
+    return _Model(
+        table=kernels.pad(_array(table), V, R),
+        weights=place(kernels.join(weights)),
+        past=place(kernels.join([*past, np.zeros(0, np.float32)])),
+        biases=np.concatenate(biases),
+        layers=np.array(layers, np.int64),
+        taps=K,
+        channels=config.residual,
+        normed=config.norm == "rmsnorm",
+        vocab_size=V,
+    )
+
+
+def _state(model: _Model, core: WaveNet, batch: int) -> _State:
+    """Empty queues for `batch` clips."""
+    L, R, (_, ahead, length, queue, sum_) = len(model.layers), model.table.shape[1], model.layers[-1]
+
+    def zeros(size: int) -> NDArray[np.float32]:
+        return np.zeros(batch * size, np.float32)
+
+    return _State(
+        clock=np.zeros(1, np.int64),
+        queues=zeros((queue + length) * R),
+        sums=zeros((sum_ + ahead) * 2 * R),
+        logits=zeros(padded(model.vocab_size)),
+        stream=zeros(R),
+        inputs=zeros(R),
+        gates=zeros(L * R),
+        skip=zeros(padded(core.config.skip)),
+        head=zeros(padded(core.config.head)),
+        weights=np.zeros(model.vocab_size, np.float32),
+    )

@@ -1,0 +1,69 @@
+"""The GPU's WaveNet kernel: run by Triton's interpreter where there is no GPU, and compiled for one all the same."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dfcli.generation import engines
+from tests.generation.engine import CUDA, NO_CUDA
+from tests.kernels.test_wavenet_sample import build
+
+triton = pytest.importorskip("triton", reason="PyTorch brings Triton on Linux only")
+FOLDER = Path(__file__).parent
+
+
+@pytest.mark.timeout(400)  # the interpreter takes a minute of a core
+@pytest.mark.parametrize("interpret", ["1", "0"])
+def test_kernel(interpret: str) -> None:
+    if interpret == "0" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    line = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / "interpreted_wavenet.py")]
+    done = subprocess.run(
+        line, env=os.environ | {"TRITON_INTERPRET": interpret}, cwd=FOLDER.parents[1], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr
+
+
+@pytest.mark.parametrize(("M", "G", "mode"), [(1, 3, "sorted"), (16, 1, "plain"), (1, 1, "greedy")])
+def test_it_compiles_for_a_gpu(M: int, G: int, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the interpreter lets pass and the compiler does not; it needs no GPU."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from dfcli.kernels.cuda.wavenet import FLAGS, TILE, _samples
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    constants: dict[str, Any] = {
+        "L": 3, "TAPS": 2, "R": 64, "P": 64, "S": 256, "H": 256, "W": 256, "TILE": TILE, "FLAGS": FLAGS, "M": M,
+        "G": G, "NORMED": True, "MODE": mode,
+    }  # fmt: skip
+    kinds = dict.fromkeys(constants, "constexpr") | {"uniforms": "*fp64", "ids": "*i64", "flags": "*i32"}
+    kinds |= dict.fromkeys(("n", "clock", "top_k", "V", "places", "batch"), "i32") | {"layers": "*i32"}
+    kinds |= dict.fromkeys(("temperature", "top_p", "min_p"), "fp32")
+    source = ASTSource(_samples, {name: kinds.get(name, "*fp32") for name in _samples.arg_names}, constants)
+    code = triton.compile(source, target=GPUTarget("cuda", 80, 32), options={"num_warps": 8})
+    assert code.metadata.shared <= 99 * 1024  # what one program may use on the smallest GPU from Ampere on
+    assert "atom" in code.asm["ptx"] or G == 1
+
+
+def test_where_it_does_not_run_the_plain_engine_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Properties:
+        major, multi_processor_count = 7, 80
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
+    for core, part in ((build(), "too old"), (build(residual=200), "at most 128 residual channels")):
+        engine, reason = engines.choose("wavenet", core, 1, CUDA)
+        assert engine.name == "plain"
+        assert part in reason
+    monkeypatch.setattr(Properties, "major", 9)  # and then there is none
+    core = build()
+    engine, reason = engines.choose("wavenet", core, 1, NO_CUDA)
+    assert engine.name == "plain"
+    assert reason.startswith("Triton could not run its kernel (")

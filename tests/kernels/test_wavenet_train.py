@@ -1,0 +1,125 @@
+"""The compiled layers give the core's logits and gradients, whatever the shape and however many threads share them."""
+
+from __future__ import annotations
+
+import platform
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+from dfcli.cores import WaveNet, WaveNetConfig
+from dfcli.data.batches import IGNORED
+from dfcli.kernels.ops import WorkerPool
+from dfcli.kernels.wavenet_train import build
+from dfcli.system.device import resolve
+from dfcli.system.events import ignore
+from dfcli.training.recipes import memory_bytes
+from dfcli.training.settings import Recipe
+from tests.kernels import passes
+
+pytestmark = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="for x86-64 processors")
+
+SMALL = {"vocab_size": 20, "dilations": (1, 2, 4), "cycles": 2, "residual": 16, "skip": 32, "head": 16}
+CASES: list[tuple[dict[str, Any], int, int, int]] = [  # config, sequences, positions, threads
+    ({"norm": "rmsnorm"}, 1, 300, 2),
+    ({}, 2, 65, 1),
+    ({"norm": "rmsnorm", "kernel": 3, "residual": 48}, 3, 41, 2),
+    ({"kernel": 1}, 2, 10, 2),
+    ({"norm": "rmsnorm", "dilations": (1, 100, 7), "cycles": 1}, 2, 64, 3),
+    ({"vocab_size": 300, "head": 48, "skip": 16}, 1, 70, 2),
+    ({"norm": "rmsnorm"}, 1, 1, 4),
+]
+
+
+def model(seed: int = 0, **config: Any) -> WaveNet:
+    torch.manual_seed(seed)
+    return WaveNet(WaveNetConfig(**SMALL | config))
+
+
+@pytest.mark.parametrize("documents", [True, False])
+@pytest.mark.parametrize(("config", "B", "T", "threads"), CASES)
+def test_loss_and_gradients_are_the_cores(
+    config: dict[str, Any], B: int, T: int, threads: int, documents: bool
+) -> None:
+    core = model(**config)
+    ids = torch.randint(20, (B, T))
+    positions = passes.starts(B, T) if documents else None
+    targets = torch.randint(core.config.vocab_size, (B, T)).masked_fill(torch.rand(B, T) < 0.1, IGNORED)
+    expected = passes.one(core, passes.plain(core), ids, targets, positions)
+    found = passes.one(core, build(core, WorkerPool(threads), ignore), ids, targets, positions)
+    passes.assert_alike(found, expected, 1e-5)
+
+
+def test_the_memory_estimate_is_what_a_pass_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the largest tensors that it makes: right within a tenth."""
+    core = model(norm="rmsnorm", residual=32, skip=64, head=128)
+    backward, ids = build(core, WorkerPool(2), ignore), torch.randint(20, (4, 4096))
+    made: list[int] = []
+
+    def watched(make: Any) -> Any:
+        def watch(*size: Any, **others: Any) -> torch.Tensor:
+            tensor = make(*size, **others)
+            made.append(tensor.nbytes)
+            return tensor
+
+        return watch
+
+    monkeypatch.setattr(torch, "empty", watched(torch.empty))
+    monkeypatch.setattr(torch, "zeros", watched(torch.zeros))
+    backward(ids, ids, None, 1)
+    recipe = Recipe(batch_size=4, window=4096, optimizer="sgd")
+    estimate = memory_bytes("wavenet", core.config, recipe, resolve("cpu"))
+    embedded = ids.numel() * 4 * core.config.residual
+    assert 0.9 < estimate / (sum(made) + embedded) < 1.1
+
+
+def test_large_sums_and_what_is_not_a_number() -> None:
+    core, ids = model(), torch.randint(20, (1, 40))
+    with torch.no_grad():
+        core.layers[0].dilated.weight.mul_(300)  # tanh and sigmoid saturate
+    backward = build(core, WorkerPool(2), ignore)
+    expected, found = passes.one(core, passes.plain(core), ids, ids), passes.one(core, backward, ids, ids)
+    passes.assert_alike(found, expected, 1e-4)
+    with torch.no_grad():
+        core.layers[1].dilated.weight[3, 3] = torch.nan
+    assert passes.one(core, backward, ids, ids)[0].isnan()
+
+
+def test_the_same_bits_every_time() -> None:
+    core, ids = model(norm="rmsnorm"), torch.randint(20, (2, 500))
+    backward = build(core, WorkerPool(2), ignore)
+    passes.assert_same_bits(core, backward, ids, ids)
+
+
+def test_more_threads_than_cores_do_not_wait_for_each_other_in_vain() -> None:
+    core, ids = model(dilations=(1, 2, 4, 8, 16), cycles=4), torch.randint(20, (1, 2048))
+    backward = build(core, WorkerPool(12), ignore)
+    passes.one(core, backward, ids, ids)
+    began = time.perf_counter()
+    passes.one(core, backward, ids, ids)
+    assert time.perf_counter() - began < 5
+
+
+def test_nobody_waits_for_a_piece_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal between the starts of two workers, or a thread that the system refuses."""
+    core, ids = model(), torch.randint(20, (1, 200))
+    submit, calls = ThreadPoolExecutor.submit, iter(range(100))
+
+    def refuse(*arguments: Any) -> Any:
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return submit(*arguments)
+
+    backward = build(core, WorkerPool(2), ignore)
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", refuse)
+    with pytest.raises(KeyboardInterrupt):
+        backward(ids, ids, None, 1)
+    monkeypatch.undo()
+    expected, found = (
+        passes.one(core, passes.plain(core), ids, ids),
+        passes.one(core, backward, ids, ids),
+    )  # its thread is free again
+    passes.assert_alike(found, expected, 1e-5)
