@@ -48,8 +48,8 @@ def _times(out, a, b, m, S):
 
 
 def newton_schulz(worker, workers, flags, yielder, matrices, places, rows, columns, out):
-    """One worker's share of U V^T, about, of matrices U S V^T: `optim.orthogonalise` of each, its steps taken on products
-    of the smaller side, all of them polynomials of one symmetric matrix.
+    """One worker's share of U V^T, about, of matrices U S V^T: `optim.orthogonalise` of each, its steps on products of
+    the smaller side, all of them polynomials of one symmetric matrix.
 
     matrices float32, flat: each begins at its place and has so many rows and columns (int64), multiples of COLUMNS.
     Out, zeros at first: the same way.
