@@ -10,6 +10,7 @@ from typing import Any
 
 from .charwavenet import CharWaveNet, CharWaveNetConfig
 from .gpt import GPT, GPTConfig
+from .wavenet import Condition as Condition
 from .wavenet import WaveNet, WaveNetConfig
 
 Core = GPT | WaveNet | CharWaveNet

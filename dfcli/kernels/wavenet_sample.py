@@ -158,6 +158,8 @@ def build(core: nn.Module, batch: int, device: Device, exact: bool = True, on_ev
     """The engine for a WaveNet in eval mode on the CPU; `exact` keeps its weights in float32. Raises Unavailable where
     numba fails."""
     assert isinstance(core, WaveNet)
+    if core.config.row:
+        raise Unavailable("it takes no conditions yet")
     rounded = not exact and 4 * core.config.parameters() >= ROUNDED
     model, samples = _model(core, rounded), _rounded if rounded else _exact
     try:

@@ -94,5 +94,5 @@ def _gpt_fits(c: GPTConfig) -> bool:
 
 
 def _wavenet_fits(c: WaveNetConfig) -> bool:
-    plain = c.bias and c.layers > 1 and not (c.embedding or c.decoder)
+    plain = c.bias and c.layers > 1 and not (c.embedding or c.decoder or c.row)
     return plain and not any(width % COLUMNS for width in (c.residual, c.skip, c.head)) and c.residual <= WIDEST

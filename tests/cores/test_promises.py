@@ -11,13 +11,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dfcli import cores
 
-from .variants import VARIANTS, small
+from .variants import VARIANTS, small, told
 
 every_variant = pytest.mark.parametrize("name", VARIANTS)
 
 
 def draw(core: cores.Core, batch: int, length: int, seed: int = 1) -> torch.Tensor:
     return torch.randint(core.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def rows(batch: int, length: int) -> torch.Tensor:
+    """The condition row of each position: they change every third position, and differ between sequences."""
+    return (torch.arange(length) // 3 + torch.arange(batch)[:, None]) % 4
 
 
 @every_variant
@@ -27,11 +32,12 @@ def test_causal_and_exactly_the_context(name: str) -> None:
     length = core.context if isinstance(core, cores.GPT) else 2 * core.context + 3
     ids = draw(core, 1, length)
     with torch.inference_mode():
-        logits = core(ids)
+        condition = told(core, rows(1, length))
+        logits = core(ids, **condition)
         for t in range(length):
             other = ids.clone()
             other[0, t] = (other[0, t] + 1) % core.config.vocab_size
-            changed = (core(other) - logits)[0].abs().amax(-1) > 0
+            changed = (core(other, **condition) - logits)[0].abs().amax(-1) > 0
             assert not changed[:t].any()
             assert changed[t : t + core.context].any()
             assert not changed[t + core.context :].any()
@@ -44,12 +50,16 @@ def test_incremental_equals_forward(name: str) -> None:
     core = small(name)
     ids = draw(core, 3, 12)
     with torch.inference_mode():
-        full = core(ids)
+        index = rows(3, 12)
+        full = core(ids, **told(core, index))
         for chunks in ([1] * 12, [5] + [1] * 7, [3, 1, 4, 1, 3], [12]):
             state, start = core.init_state(3), 0
             for size in chunks:
-                part = ids[:, start : start + size]
-                logits, state = core.step(part[:, 0], state) if size == 1 else core.prefill(part, state)
+                part, at = ids[:, start : start + size], index[:, start : start + size]
+                if size == 1:
+                    logits, state = core.step(part[:, 0], state, **told(core, at[:, 0]))
+                else:
+                    logits, state = core.prefill(part, state, **told(core, at))
                 start += size
                 torch.testing.assert_close(logits, full[:, start - 1], atol=1e-5, rtol=1e-5)
 
@@ -58,19 +68,19 @@ def test_incremental_equals_forward(name: str) -> None:
 def test_long_incremental(name: str) -> None:
     """Beyond the context: a WaveNet goes on exactly; a GPT restarts from the newest half."""
     core = small(name)
-    ids = draw(core, 2, 50)
+    ids, index = draw(core, 2, 50), rows(2, 50)
     with torch.inference_mode():
         state, logits = core.init_state(2), torch.empty(0)
         for t in range(50):
-            logits, state = core.step(ids[:, t], state)
+            logits, state = core.step(ids[:, t], state, **told(core, index[:, t]))
             if isinstance(core, cores.GPT):
                 kept = t + 1 if t < 12 else 6 + (t - 12) % 7
                 assert state.length == kept
                 expected = core(ids[:, t + 1 - kept : t + 1])[:, -1]
             else:
-                expected = core(ids[:, : t + 1])[:, -1]
+                expected = core(ids[:, : t + 1], **told(core, index[:, : t + 1]))[:, -1]
             torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
-        at_once, _ = core.prefill(ids, core.init_state(2))
+        at_once, _ = core.prefill(ids, core.init_state(2), **told(core, index))
         torch.testing.assert_close(at_once, logits, atol=1e-5, rtol=1e-5)
 
 
@@ -79,7 +89,9 @@ def test_last_only(name: str) -> None:
     core = small(name)
     ids = draw(core, 3, 11)
     with torch.inference_mode():
-        torch.testing.assert_close(core(ids, last_only=True), core(ids)[:, -1:], atol=1e-5, rtol=1e-5)
+        condition = told(core, rows(3, 11))
+        last = core(ids, last_only=True, **condition)
+        torch.testing.assert_close(last, core(ids, **condition)[:, -1:], atol=1e-5, rtol=1e-5)
 
 
 @every_variant
@@ -89,8 +101,10 @@ def test_documents_in_one_row_do_not_see_each_other(name: str) -> None:
     row = torch.cat((first, second, third), dim=1)
     positions = torch.tensor([*range(5), 0, *range(6)]).expand(2, -1)
     with torch.inference_mode():
-        alone = torch.cat((core(first), core(second), core(third)), dim=1)
-        torch.testing.assert_close(core(row, positions), alone, atol=1e-5, rtol=1e-5)
+        index = rows(2, 12)
+        parts = zip((first, second, third), index.split((5, 1, 6), dim=1), strict=True)
+        alone = torch.cat([core(part, **told(core, at)) for part, at in parts], dim=1)
+        torch.testing.assert_close(core(row, positions, **told(core, index)), alone, atol=1e-5, rtol=1e-5)
 
 
 @every_variant
@@ -105,7 +119,7 @@ def test_flops_by_formula(name: str) -> None:
     core = small(name)
     T = core.context
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        core(draw(core, 1, T))
+        core(draw(core, 1, T), **told(core, rows(1, T)))
     expected = core.config.flops_per_token() * T
     if isinstance(core, cores.GPT):
         c = core.config
@@ -117,7 +131,9 @@ def test_flops_by_formula(name: str) -> None:
         # the row's first joins also cover positions before its start
         assert expected <= counter.get_total_flops() <= 2 * expected
     else:
-        assert expected == counter.get_total_flops()
+        c = core.config
+        projections = 4 * 2 * c.layers * 2 * c.residual * c.row  # of four condition rows, however many positions
+        assert expected + projections == counter.get_total_flops()
 
 
 @every_variant
@@ -144,6 +160,10 @@ def test_config_survives_json(name: str) -> None:
         ("wavenet", {"dilations": []}, "dilations"),
         ("wavenet", {"dilations": [0]}, "dilation"),
         ("wavenet", {"kernel": True}, "kernel"),
+        ("wavenet", {"labels": [2], "condition": 0}, "condition"),
+        ("wavenet", {"labels": [2, 0], "condition": 8}, "names"),
+        ("wavenet", {"labels": [1_000_000] * 100, "condition": 100_000}, "parameters"),
+        ("wavenet", {"series": -1}, "series"),
         ("wavenet", {"dilations": [1_000_000] * 900, "cycles": 900}, "receptive field"),
         ("charwavenet", {"levels": 99}, "levels"),
         ("lstm", {}, "lstm"),

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from dfcli.cores import CharWaveNet, CharWaveNetConfig, WaveNet, WaveNetConfig
+from dfcli.cores import CharWaveNet, CharWaveNetConfig, Condition, WaveNet, WaveNetConfig
 
-from .variants import small
+from .variants import small, told
 
 
-def equations(core: WaveNet, ids: list[int]) -> torch.Tensor:
-    """The logits [T, V] by loops over time and layers (sections 2.1, 2.3 and 2.4, figure 4)."""
+def told_at(core: WaveNet, condition: Condition, t: int) -> torch.Tensor:
+    """The condition at position t: the sum of the labels' embeddings, then the series."""
+    row, parts = condition.index[0, t], []
+    if condition.labels is not None:
+        parts.append(sum(table.weight[condition.labels[row, i]] for i, table in enumerate(core.labels)))
+    if condition.series is not None:
+        parts.append(condition.series[row].to(core.table.weight.dtype))
+    return torch.cat(parts)
+
+
+def equations(core: WaveNet, ids: list[int], condition: Condition | None = None) -> torch.Tensor:
+    """The logits [T, V] by loops over time and layers (sections 2.1, 2.3, 2.4 and 2.5, figure 4)."""
     c = core.config
     xs = [core.entry(core.table.weight[i]) for i in ids]
     skips = [torch.zeros(c.skip, dtype=xs[0].dtype) for _ in ids]
@@ -28,6 +39,8 @@ def equations(core: WaveNet, ids: list[int]) -> torch.Tensor:
                 back = (c.kernel - 1 - tap) * layer.dilation
                 if t - back >= 0:
                     total = total + layer.dilated.weight[:, tap * R : (tap + 1) * R] @ inputs[t - back]
+            if condition is not None:
+                total = total + layer.condition.weight @ told_at(core, condition, t)
             z = torch.tanh(total[:R]) * torch.sigmoid(total[R:])
             skips[t] = skips[t] + core.skip.weight[:, number * R : (number + 1) * R] @ z
             outputs.append(xs[t] + layer.residual(z))
@@ -37,7 +50,7 @@ def equations(core: WaveNet, ids: list[int]) -> torch.Tensor:
     return torch.stack([core.decoder(core.head2(F.relu(core.head1(F.relu(s))))) for s in skips])
 
 
-@pytest.mark.parametrize("name", ["paper", "kernel-3", "kernel-1", "sc09", "normed"])
+@pytest.mark.parametrize("name", ["paper", "kernel-3", "kernel-1", "sc09", "normed", "conditioned", "vocoder"])
 def test_equals_the_equations(name: str) -> None:
     core = small(name)
     assert isinstance(core, WaveNet)
@@ -45,7 +58,8 @@ def test_equals_the_equations(name: str) -> None:
     ids = torch.randint(17, (1, 15), generator=torch.Generator().manual_seed(5))
     targets = torch.randint(17, (15,), generator=torch.Generator().manual_seed(6))
     gradients = []
-    logits = core(ids)[0], equations(core, ids[0].tolist())
+    condition = told(core, (torch.arange(15) // 4)[None])
+    logits = core(ids, **condition)[0], equations(core, ids[0].tolist(), **condition)
     torch.testing.assert_close(logits[0], logits[1], atol=1e-9, rtol=1e-9)
     for x in logits:
         core.zero_grad()
@@ -119,3 +133,19 @@ def test_zero_initialisation_starts_from_the_amplitudes_of_mu_law() -> None:
     assert (distance.diagonal(1) < 0.15 * distance.max()).all()
     assert core(torch.zeros(1, 3, dtype=torch.int64)).abs().max() == 0
     assert WaveNet(WaveNetConfig(vocab_size=1, cycles=1, residual=2, init="zero")).table.weight.isfinite().all()
+
+
+def test_a_condition_must_be_the_models() -> None:
+    ids = torch.zeros(1, 3, dtype=torch.int64)
+    for name, other in (("paper", "vocoder"), ("conditioned", "paper"), ("conditioned", "vocoder")):
+        with pytest.raises(ValueError, match="takes"):
+            small(name)(ids, **told(small(other), ids) or {"condition": None})
+
+
+def test_a_model_of_neutral_conditions_starts_as_the_model_without() -> None:
+    plain = WaveNetConfig(vocab_size=17, cycles=1, residual=16, init="zero")
+    core = WaveNet(replace(plain, labels=(3,), condition=8))
+    rows = core.gate_biases(Condition(torch.tensor([[0], [2]]), None, torch.zeros(1, 3, dtype=torch.int64)))
+    assert rows.shape == (10, 2, 32)
+    assert torch.equal(rows[:, 0], rows[:, 1])
+    assert torch.equal(rows[3, 0], core.layers[3].dilated.bias)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dfcli.cores import Core, build
+from dfcli.cores import Condition, Core, WaveNetConfig, build
 
 VARIANTS: dict[str, tuple[str, dict]] = {
     "gpt2": ("gpt", dict(vocab_size=17, context=12, layers=2, heads=2, channels=8, activation="gelu_tanh")),
@@ -39,6 +39,14 @@ VARIANTS: dict[str, tuple[str, dict]] = {
         dict(vocab_size=17, dilations=[1, 2], cycles=2, residual=6, skip=5, head=7, embedding=9, decoder=4, bias=False),
     ),
     "normed": ("wavenet", dict(vocab_size=17, dilations=[1, 2, 4], cycles=1, residual=6, norm="rmsnorm", init="zero")),
+    "conditioned": (
+        "wavenet",
+        dict(
+            vocab_size=17, dilations=[1, 2, 4], cycles=1, residual=6, skip=5, head=7, labels=[3, 2], condition=4,
+            series=3, init="zero",
+        ),
+    ),
+    "vocoder": ("wavenet", dict(vocab_size=17, dilations=[1, 3], cycles=1, kernel=3, residual=6, series=5, bias=False)),
     "charwavenet": ("charwavenet", dict(vocab_size=17, levels=3, embedding=5, hidden=7)),
 }  # fmt: skip
 
@@ -51,3 +59,14 @@ def small(name: str, seed: int = 0) -> Core:
         for parameter in core.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     return core
+
+
+def told(core: Core, rows: torch.Tensor) -> dict:
+    """What a core is called with beside ids: nothing, or a condition whose index is `rows`, each below 4."""
+    config = core.config
+    if not isinstance(config, WaveNetConfig) or not config.row:
+        return {}
+    generator = torch.Generator().manual_seed(8)
+    labels = [torch.randint(names, (4,), generator=generator) for names in config.labels]
+    series = torch.randn(4, config.series, generator=generator) if config.series else None
+    return {"condition": Condition(torch.stack(labels, 1) if labels else None, series, rows)}

@@ -207,6 +207,8 @@ def build(core: nn.Module, batch: int, device: Device, exact: bool = True, on_ev
     config, where = core.config, torch.cuda.get_device_properties(device.torch_device)
     if config.residual > WIDEST or config.vocab_size > MOST_IDS:
         raise Unavailable(f"the kernel holds at most {WIDEST} residual channels and {MOST_IDS} ids")
+    if config.row:
+        raise Unavailable("the kernel takes no conditions yet")
     if where.major < 8:
         raise Unavailable("its tensor cores are too old for the kernel")
     on_event(Note("compiling the WaveNet kernel (once for this shape of model)"))
