@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from dfcli.codecs.base import Codec, StreamDecoder, TextCodec, field
+from dfcli.codecs.bpe import BPE
 from dfcli.codecs.gpt2 import GPT2
 from dfcli.codecs.mulaw import MuLaw
 from dfcli.codecs.text import Bytes, Chars
 from dfcli.errors import CorruptError
 
-CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (Chars, Bytes, GPT2, MuLaw)}
+CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (Chars, Bytes, GPT2, BPE, MuLaw)}
 
 __all__ = [
+    "BPE",
     "CODECS",
     "GPT2",
     "Bytes",

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from dfcli.codecs.base import StreamDecoder, TextCodec, checked_ids, field
-from dfcli.codecs.text import Utf8Decoder, starts_character, utf8
+from dfcli.codecs.bytelevel import byte_and_character_lengths, printable_to_byte, text_pieces
+from dfcli.codecs.text import Utf8Decoder, utf8
 from dfcli.errors import CorruptError, DfError
 
 FILES = ("encoder.json", "vocab.bpe")
@@ -29,9 +30,6 @@ END_OF_TEXT = "<|endoftext|>"
 # white space leaves its last character to the word behind it.
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
-# Characters handed to tiktoken at once. Its expression engine gives up on runs of several 100,000 blanks, so
-# longer texts are cut where the expression cuts them anyway.
-PIECE = 1 << 16
 PIECES_AT_ONCE = 64
 
 
@@ -62,10 +60,7 @@ class GPT2(TextCodec):
         self.end_of_text = len(pieces)
         self.vocab_size = len(pieces) + 1
         self._pieces = [*pieces, b""]
-        self.byte_lengths = np.array([len(p) for p in self._pieces], np.int64)
-        ends = np.cumsum(self.byte_lengths)
-        characters = np.cumsum(starts_character(np.frombuffer(b"".join(pieces), np.uint8)))
-        self.character_lengths = np.diff(characters[ends - 1], prepend=0)
+        self.byte_lengths, self.character_lengths = byte_and_character_lengths(self._pieces)
         self._newline = pieces.index(b"\n")
         self._merger = tiktoken.Encoding(
             "gpt2",
@@ -75,10 +70,10 @@ class GPT2(TextCodec):
         )
 
     def encode(self, text: str, start: int = 0) -> np.ndarray:
-        return np.concatenate([np.empty(0, self.dtype), *self._encode_pieces(_pieces([text], start))])
+        return np.concatenate([np.empty(0, self.dtype), *self._encode_pieces(text_pieces([text], start))])
 
     def encode_stream(self, chunks: Iterable[str]) -> Iterator[np.ndarray]:
-        return self._encode_pieces(_pieces(chunks, 0))
+        return self._encode_pieces(text_pieces(chunks, 0))
 
     def _encode_pieces(self, pieces: Iterator[tuple[str, int]]) -> Iterator[np.ndarray]:
         with ThreadPoolExecutor(_cores()) as pool:  # tiktoken releases the interpreter's lock
@@ -127,31 +122,6 @@ class GPT2(TextCodec):
             (folder / name).write_bytes(data)
 
 
-def _pieces(chunks: Iterable[str], offset: int) -> Iterator[tuple[str, int]]:
-    """The text of all chunks, cut into pieces of at most PIECE characters whose ids do not depend on each
-    other, each with its place counted from `offset`. The cuts depend on the text alone, not on the chunks."""
-    text = ""
-    for chunk in chunks:
-        text += chunk
-        start = 0
-        while len(text) - start > PIECE:
-            end = _word_start(text, start, start + PIECE)
-            yield text[start:end], offset + start
-            start = end
-        text, offset = text[start:], offset + start
-    if text:
-        yield text, offset
-
-
-def _word_start(text: str, start: int, end: int) -> int:
-    """The last place in (start, end) where a blank or newline stands before a visible character: the
-    expression always cuts there, whatever surrounds it. `end` where there is none."""
-    for place in range(end - 2, start, -1):
-        if text[place] in " \n" and not text[place + 1].isspace():
-            return place
-    return end
-
-
 def _cores() -> int:
     """Processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -179,7 +149,7 @@ def _vocabulary(encoder_json: bytes, vocab_bpe: bytes) -> list[bytes]:
     The published files write bytes as printable characters. Pairs merge in the order of their lines, and ids
     follow that order: 256 single bytes, then one id per merge, then the end of text.
     """
-    printable = str.maketrans(_printable_bytes())
+    printable = str.maketrans(printable_to_byte())
     encoder = json.loads(encoder_json)
     ids = {piece.translate(printable).encode("latin-1"): i for piece, i in encoder.items() if piece != END_OF_TEXT}
     pieces = sorted(ids, key=ids.__getitem__)
@@ -192,11 +162,3 @@ def _vocabulary(encoder_json: bytes, vocab_bpe: bytes) -> list[bytes]:
     if ["".join(pair).translate(printable).encode("latin-1") for pair in merges] != pieces[256:]:
         raise ValueError("the merges are not those of the ids")
     return pieces
-
-
-def _printable_bytes() -> dict[str, str]:
-    """The byte each character of the published files stands for, as a character of Latin-1: visible ones are
-    themselves, the other bytes in rising order are U+0100, U+0101, ..."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = sorted(set(range(256)) - set(visible))
-    return {chr(b): chr(b) for b in visible} | {chr(0x100 + i): chr(b) for i, b in enumerate(hidden)}

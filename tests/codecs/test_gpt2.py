@@ -10,7 +10,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dfcli.codecs import GPT2, codec_from_json, gpt2
+from dfcli.codecs import GPT2, bytelevel, codec_from_json, gpt2
+from dfcli.codecs.bytelevel import printable_to_byte
 from dfcli.errors import CorruptError, DfError
 from tests.codecs.test_text import TEXTS, check_text_codec
 from tests.shared import shared_file
@@ -31,7 +32,7 @@ NASTY = [
 def write_vocabulary(folder: Path, merges: list[tuple[str, str]]) -> Path:
     """A miniature of GPT-2's files: the bytes in its order, then `merges`, then the end of text."""
     folder.mkdir(exist_ok=True)
-    pieces = [*gpt2._printable_bytes(), *("".join(pair) for pair in merges), "<|endoftext|>"]
+    pieces = [*printable_to_byte(), *("".join(pair) for pair in merges), "<|endoftext|>"]
     (folder / "encoder.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
     (folder / "vocab.bpe").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n", "utf-8")
     return folder
@@ -75,7 +76,7 @@ def test_long_runs_neither_panic_nor_take_long(small: GPT2, text: str) -> None:
 
 
 def test_lone_surrogates_are_refused_and_placed(small: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpt2, "PIECE", 4)
+    monkeypatch.setattr(bytelevel, "PIECE", 4)
     with pytest.raises(DfError, match=r"U\+DCFF at position 120 "):
         small.encode("ab cd ef " * 2 + "g \udcff", start=100)
 
@@ -157,10 +158,10 @@ def test_cuts_change_no_id(published: GPT2, monkeypatch: pytest.MonkeyPatch) -> 
     words = [*NASTY, " ", "  ", "\n", "\n\n", "\t", "the", "of", "12", "...", "'s", "\x1c", "\u2028", "\xa0"]
     texts = ["".join(rng.choices(words, k=1000)) for _ in range(20)]
     whole = [published.encode(text).tolist() for text in texts]
-    monkeypatch.setattr(gpt2, "PIECE", 120)
+    monkeypatch.setattr(bytelevel, "PIECE", 120)
     monkeypatch.setattr(gpt2, "PIECES_AT_ONCE", 3)
     for text, ids in zip(texts, whole, strict=True):
-        assert len(list(gpt2._pieces([text], 0))) > 10
+        assert len(list(bytelevel.text_pieces([text]))) > 10
         assert published.encode(text).tolist() == ids
         cuts = [text[i : i + 11] for i in range(0, len(text), 11)]
         assert np.concatenate(list(published.encode_stream(cuts))).tolist() == ids
