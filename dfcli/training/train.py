@@ -11,17 +11,13 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import numpy as np
 import torch
 
 from dfcli import cores
-from dfcli.codecs import TextCodec
 from dfcli.data.batches import Batches
 from dfcli.data.dataset import Dataset, find_dataset
 from dfcli.errors import CorruptError, DfError, UsageError
 from dfcli.evaluation.sweep import sweep
-from dfcli.generation.plain import Plain
-from dfcli.generation.sampling import Dice, Filters
 from dfcli.ingest.download import corpus_path
 from dfcli.runs import run as runs
 from dfcli.runs.run import Run
@@ -33,9 +29,9 @@ from dfcli.training.events import Finished, Started
 from dfcli.training.plan import Plan
 from dfcli.training.request import Request
 from dfcli.training.settings import Recipe, override
-from dfcli.training.trainer import State, Trainer
-
-PREVIEW_TOKENS = 120
+from dfcli.training.state import State
+from dfcli.training.trainer import Trainer
+from dfcli.training.validation import preview_of, validation_of
 
 
 @dataclass(frozen=True)
@@ -162,14 +158,11 @@ class Session:
                 dataset.splits["train"], batch_size=recipe.batch_size, window=recipe.window, seed=plan.seed,
                 packing=recipe.packing, boundary=dataset.boundary, lines=dataset.lines, lead=dataset.lead,
             )  # fmt: skip
-            val = dataset.splits.get("val")
-            if val is not None and val.longest + dataset.lines < 2:
-                val = None  # nothing in it follows anything
+            validation = validation_of(core, dataset, device, recipe.eval_tokens, self.on_event)
+            if validation and self.previews:
+                validation = replace(validation, preview=preview_of(core, dataset, device, plan.seed))
             trainer = Trainer(
-                core, recipe, batches, run, device, seed=plan.seed, state=state,
-                validate=self._validator(core, plan, dataset, recipe.eval_tokens or None) if val else None,
-                validation_tokens=min(recipe.eval_tokens or val.tokens_count, val.tokens_count) if val else 0,
-                preview=_preview(core, plan, dataset) if self.previews else None,
+                core, recipe, batches, run, device, seed=plan.seed, state=state, validation=validation,
                 on_event=self.on_event, stop=self.stop, clock=self.clock,
             )  # fmt: skip
             if state is not None:
@@ -180,7 +173,7 @@ class Session:
             self.on_event(Started(plan, run.path, reached.step, reached.best_val_loss))
             stopped = trainer.run()
             val_loss = reached.best_val_loss
-            if stopped is None and val is not None:
+            if stopped is None and validation is not None:
                 val_loss = self._close(run, plan, dataset, core, reached)
         if reached.best_step is not None and reached.best_step < reached.step and stopped is None:
             of = f"step {reached.best_step} of {reached.step}"
@@ -200,16 +193,13 @@ class Session:
         self.on_event(Finished(result))
         return result
 
-    def _validator(self, core: cores.Core, plan: Plan, dataset: Dataset, limit: int | None) -> Callable[[], float]:
-        return lambda: sweep(core, dataset, "val", plan.device, limit=limit, on_event=self.on_event).mean
-
     def _close(self, run: Run, plan: Plan, dataset: Dataset, core: cores.Core, reached: State) -> float | None:
         """The loss of the best checkpoint over the whole validation split."""
         limit = plan.recipe.eval_tokens
         if reached.best_val_loss is not None and (not limit or limit >= dataset.splits["val"].tokens_count):
             return reached.best_val_loss  # measured over the whole split already
         core.load_state_dict(run.load("best").model)
-        return self._validator(core, plan, dataset, None)()
+        return sweep(core, dataset, "val", plan.device, on_event=self.on_event).mean
 
 
 def _existing(request: Request, on_event: OnEvent) -> Run | None:
@@ -364,27 +354,6 @@ def _dataset_of(run: Run, on_event: OnEvent) -> Dataset:
             f"restore its sources, or start a new run from its weights with `--init {run.name}`",
         )
     return dataset
-
-
-def _preview(core: cores.Core, plan: Plan, dataset: Dataset) -> Callable[[], str] | None:
-    """Makes a short text with the model as it is; None for audio."""
-    codec = dataset.codec
-    if not isinstance(codec, TextCodec):
-        return None
-    first = dataset.boundary if dataset.boundary is not None else codec.id_of_newline
-    opening = np.full((1, dataset.lead), 0 if first is None else first, np.int64)
-
-    def preview() -> str:
-        core.eval()
-        try:
-            engine = Plain(core, plan.device)
-            engine.start(1)
-            engine.prefill(opening[:, -core.context :])
-            return codec.decode(engine.generate(Dice(plan.seed, [0]).draw(PREVIEW_TOKENS), Filters(0.8))[0])
-        finally:
-            core.train()
-
-    return preview
 
 
 def _warn(plan: Plan, on_event: OnEvent) -> None:

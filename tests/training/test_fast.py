@@ -17,7 +17,7 @@ from dfcli.system.events import Note
 from dfcli.training import recipes
 from dfcli.training.fast import cpu_module
 from dfcli.training.settings import Recipe
-from dfcli.training.trainer import State
+from dfcli.training.state import State
 from tests.training.test_trainer import Memory, trainer
 
 GPT = {

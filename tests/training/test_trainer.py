@@ -18,8 +18,11 @@ from dfcli.errors import DfError
 from dfcli.system.device import resolve
 from dfcli.system.events import Note
 from dfcli.training.events import Sample, Saved, Step
+from dfcli.training.meter import metrics_line
 from dfcli.training.settings import Recipe
-from dfcli.training.trainer import State, Trainer, metrics_line, step_seed
+from dfcli.training.state import State
+from dfcli.training.trainer import Trainer, step_seed
+from dfcli.training.validation import Validation
 
 CORES: dict[str, dict[str, Any]] = {
     "gpt": {"vocab_size": 11, "context": 8, "layers": 2, "heads": 2, "channels": 8, "tied_head": False, "dropout": 0.2},
@@ -68,6 +71,8 @@ def build(core_name: str = "gpt", seed: int = 0) -> Any:
 
 def trainer(core: Any, recipe: Recipe, store: Memory, **options: Any) -> Trainer:
     source = options.pop("source", Rows(recipe.batch_size))
+    if validate := options.pop("validate", None):
+        options["validation"] = Validation(validate, options.pop("validation_tokens", 0), options.pop("preview", None))
     return Trainer(core, recipe, source, store, DEVICE, seed=5, **options)
 
 
@@ -238,7 +243,9 @@ class Clock:
         self.now += seconds
 
 
-def timed(clock: Clock, step: float, evaluation: float, **options: Any) -> tuple[Trainer, Memory]:
+def timed(
+    clock: Clock, step: float, evaluation: float, state: State | None = None, **options: Any
+) -> tuple[Trainer, Memory]:
     core, store = build("charwavenet"), Memory()
     source = Rows(2)
     source.asked = lambda: clock.take(step)
@@ -256,7 +263,7 @@ def timed(clock: Clock, step: float, evaluation: float, **options: Any) -> tuple
         return sound()
 
     recipe = Recipe(batch_size=2, schedule="linear", decay_start=0.3, **options)
-    one = trainer(core, recipe, store, source=source, validate=validate, validation_tokens=40, clock=clock)
+    one = trainer(core, recipe, store, source=source, validate=validate, validation_tokens=40, clock=clock, state=state)
     return one, store
 
 
@@ -286,8 +293,8 @@ def test_a_resumed_time_budget_counts_what_was_spent() -> None:
     one.stop = lambda: "terminated" if clock.now > 1010 else None
     assert one.run() == "terminated"
     clock.take(500)
-    two, later = timed(clock, 0.1, 0.5, minutes=0.5)
-    two.state = State.from_json(store.saves[max(store.saves)][2])
+    state = State.from_json(store.saves[max(store.saves)][2])
+    two, later = timed(clock, 0.1, 0.5, state, minutes=0.5)
     before = clock.now
     assert two.run() is None
     assert 30 - 10.7 - 1 <= clock.now - before <= 30 - 10 + 0.5

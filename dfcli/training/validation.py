@@ -1,0 +1,61 @@
+"""What a training measures of its model on the way: the validation loss, and a short text to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from dfcli import cores
+from dfcli.codecs import TextCodec
+from dfcli.data.dataset import Dataset
+from dfcli.evaluation.sweep import sweep
+from dfcli.generation.plain import Plain
+from dfcli.generation.sampling import Dice, Filters
+from dfcli.system.device import Device
+from dfcli.system.events import OnEvent
+
+PREVIEW_TOKENS = 120
+
+
+@dataclass(frozen=True)
+class Validation:
+    """How a model in training is evaluated."""
+
+    loss: Callable[[], float]  # the validation loss, in nats a token
+    tokens: int  # about how many targets it scores
+    preview: Callable[[], str] | None = None  # makes a short text
+
+
+def validation_of(
+    core: cores.Core, dataset: Dataset, device: Device, limit: int, on_event: OnEvent
+) -> Validation | None:
+    """The loss of `core` over about `limit` targets (0: all) of the validation split; None where there is none that has
+    a next token to predict."""
+    val = dataset.splits.get("val")
+    if val is None or val.longest + dataset.lines < 2:
+        return None
+    loss = lambda: sweep(core, dataset, "val", device, limit=limit or None, on_event=on_event).mean  # noqa: E731
+    return Validation(loss, min(limit or val.tokens_count, val.tokens_count))
+
+
+def preview_of(core: cores.Core, dataset: Dataset, device: Device, seed: int) -> Callable[[], str] | None:
+    """Makes a short text with the model as it is; None for audio."""
+    codec = dataset.codec
+    if not isinstance(codec, TextCodec):
+        return None
+    first = dataset.boundary if dataset.boundary is not None else codec.id_of_newline
+    opening = np.full((1, dataset.lead), 0 if first is None else first, np.int64)
+
+    def preview() -> str:
+        core.eval()
+        try:
+            engine = Plain(core, device)
+            engine.start(1)
+            engine.prefill(opening[:, -core.context :])
+            return codec.decode(engine.generate(Dice(seed, [0]).draw(PREVIEW_TOKENS), Filters(0.8))[0])
+        finally:
+            core.train()
+
+    return preview
