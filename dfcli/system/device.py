@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import time
 import warnings
 from collections.abc import Iterator
@@ -9,10 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
+import psutil
 import torch
 
 from dfcli.errors import UsageError
-from dfcli.system import limits
+from dfcli.system import limits, processes
+from dfcli.system.stats import gpu_memory_used
 from dfcli.system.words import counted
 
 # Dense peak rates in FLOP/s from the makers' data sheets: bfloat16 with float32 accumulation, and float32
@@ -25,6 +29,10 @@ _PEAK_BFLOAT16 = {
     "RTX 3080": 60e12,
 }  # fmt: skip
 _PEAK_FLOAT32 = {"V100": 15.7e12, "T4": 8.1e12, "P100": 9.3e12}
+
+# The oldest driver that runs programs of a CUDA version (CUDA release notes, "minor version compatibility").
+_DRIVERS = {13: 580, 12: 525, 11: 450}
+_IN_USE = 2**30  # bytes: a GPU with more in use is busy
 
 _USE_AUTO = "use `--device auto` to take what this machine has"
 
@@ -50,13 +58,14 @@ class Device:
                 yield
 
     def memory_bytes(self) -> tuple[int, int]:
-        """(free, total) bytes of the memory that tensors on this device live in."""
+        """(free, total) bytes of the memory that tensors on this device live in; of a CPU's, the share of a process."""
         if self.kind == "cuda":
             return torch.cuda.mem_get_info(self.torch_device)
         if self.kind == "mps":
             total = torch.mps.recommended_max_memory()
             return max(0, total - torch.mps.driver_allocated_memory()), total
-        return limits.memory()
+        free, total = limits.memory()
+        return free // processes.local_count(), total // processes.local_count()
 
     def peak_flops(self) -> float | None:
         """FLOP/s of dense matrix products at best, in `precision`: from data sheets, measured for a CPU."""
@@ -64,7 +73,7 @@ class Device:
             return _measured_flops(torch.get_num_threads())
         table = _PEAK_BFLOAT16 if self.precision == "bfloat16" else _PEAK_FLOAT32
         words = f" {self.name.replace('-', ' ')} "  # so that "A100" is not found in "RTX A1000"
-        if " Laptop " in words:  # a slower chip of the same name
+        if " Laptop " in words or " MIG " in words:  # a slower chip of the same name; a part of the chip
             return None
         return next((peak for key, peak in table.items() if f" {key} " in words), None)
 
@@ -77,17 +86,15 @@ class Device:
 
 
 def resolve(name: str = "auto") -> Device:
-    """The device called `name`: "auto", "cpu", "cuda", "cuda:<n>" or "mps". Also sets PyTorch's thread count.
+    """The device called `name`: "auto", "cpu", "cuda", "cuda:<n>" or "mps". Also sets PyTorch's thread count and its
+    current CUDA device.
 
-    Raises UsageError for an unknown name and for a device that this machine does not have.
+    Without a number, CUDA means the GPU with this process's local rank, or the first GPU that is not busy.
+    Raises UsageError for an unknown name and for a device that this machine does not have or cannot use.
     """
     threads = set_threads()
     if name == "auto":
-        if _cuda_problem() is None:
-            return _cuda(0, threads, "a CUDA GPU is present")
-        if torch.backends.mps.is_available():
-            return _mps(threads, "an Apple GPU is present")
-        return _cpu(threads, "no GPU was found")
+        return _auto(threads)
     if name == "cpu":
         return _cpu(threads, "asked for")
     if name == "mps":
@@ -96,15 +103,22 @@ def resolve(name: str = "auto") -> Device:
         return _mps(threads, "asked for")
     kind, colon, number = name.partition(":")
     if kind == "cuda" and (not colon or (number.isascii() and number.isdigit() and len(number) < 5)):
-        problem = _cuda_problem()
-        if problem is not None:
-            raise UsageError("no CUDA device was found", _USE_AUTO + problem)
-        index, count = int(number or 0), torch.cuda.device_count()
-        if index >= count:
-            known = ", ".join(f"cuda:{i}" for i in range(count))
-            raise UsageError(f"there is no device `{name}`", f"this machine has {known}")
-        return _cuda(index, threads, "asked for")
+        if problem := _cuda_problem():
+            raise UsageError(*problem)
+        return _cuda(int(number) if number else None, threads, "asked for")
     raise UsageError(f"`{name}` is no device", "use auto, cpu, cuda, cuda:<n> or mps")
+
+
+def _auto(threads: int) -> Device:
+    problem = _cuda_problem()
+    if problem is None:
+        try:
+            return _cuda(None, threads, "a CUDA GPU is present")
+        except UsageError as error:
+            problem = error.message, error.hint
+    if torch.backends.mps.is_available():
+        return _mps(threads, "an Apple GPU is present")
+    return _cpu(threads, "no GPU was found" if problem == _NO_CUDA else problem[0])
 
 
 def set_threads() -> int:
@@ -112,8 +126,13 @@ def set_threads() -> int:
 
     PyTorch counts physical cores and honours OMP_NUM_THREADS, but does not see a container's quota:
     two processors' worth of time shared by 64 threads is several times slower than two threads.
+    torchrun sets OMP_NUM_THREADS to 1: its processes share the cores of their machine instead.
     """
-    threads = min(torch.get_num_threads(), limits.cpus())
+    threads, sharing = torch.get_num_threads(), processes.local_count()
+    if sharing > 1:
+        cores = min(limits.cpus(), psutil.cpu_count(logical=False) or limits.cpus())
+        threads = cores if threads == 1 else threads * sharing
+    threads = max(1, min(threads, limits.cpus()) // sharing)
     if threads != torch.get_num_threads():
         torch.set_num_threads(threads)
     return threads
@@ -141,24 +160,79 @@ def _mps(threads: int, reason: str) -> Device:
     return Device(torch.device("mps"), "mps", "Apple GPU", "float32", f"{reason}; float32", threads)
 
 
-def _cuda(index: int, threads: int, reason: str) -> Device:
+def _cuda(number: int | None, threads: int, reason: str) -> Device:
+    index, which = _choose_gpu(number)
     device = torch.device("cuda", index)
-    major, _ = torch.cuda.get_device_capability(device)
+    name, (major, minor) = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    built = [
+        divmod(int(digits), 10) for arch in torch.cuda.get_arch_list() for digits in re.findall(r"^sm_(\d+)", arch)
+    ]
+    if built and not any(known == major and least <= minor for known, least in built):
+        raise UsageError(
+            f"this PyTorch has no code for {name} (compute capability {major}.{minor})",
+            "install a PyTorch that is built for it (for older GPUs: for an older CUDA), or use `--device cpu`",
+        )
+    torch.cuda.set_device(device)  # kernels of Triton, graphs and random numbers belong to the current device
     if major >= 8:  # Ampere was the first with bfloat16 units; PyTorch reports emulation as support
         precision, why = "bfloat16", "bfloat16, for which it has units"
     else:
-        precision, why = "float32", "float32, since it has no bfloat16 units"
-    return Device(device, "cuda", torch.cuda.get_device_name(device), precision, f"{reason}; {why}", threads)
+        precision, why = "float32", "float32, because it has no bfloat16 units"
+    return Device(device, "cuda", name, precision, f"{reason}; {why}{which}", threads)
+
+
+def _choose_gpu(number: int | None) -> tuple[int, str]:
+    """The index of the GPU to use, `number` where one is given, and the reason as the end of a sentence."""
+    count, sharing = torch.cuda.device_count(), processes.local_count()
+    if sharing > 1:
+        if number is not None:
+            raise UsageError("each process of torchrun takes a GPU of its own", "use `--device cuda`")
+        if sharing > count:
+            raise UsageError(
+                f"{sharing} processes were started, and this machine has {counted(count, 'GPU')}",
+                f"use `torchrun --nproc-per-node {count}`, or `--device cpu`",
+            )
+        return processes.local_rank(), f"; GPU {processes.local_rank()} of {count}"
+    if number is not None:
+        if number >= count:
+            known = ", ".join(f"cuda:{i}" for i in range(count))
+            raise UsageError(f"there is no device `cuda:{number}`", f"this machine has {known}")
+        return number, ""
+    if count == 1:
+        return 0, ""
+    used = [gpu_memory_used(torch.device("cuda", index)) or 0 for index in range(count)]
+    index = next((i for i in range(count) if used[i] < _IN_USE), used.index(min(used)))
+    busy = f"; GPU {index}, because {used[0] / 1e9:.1f} GB of GPU 0 are in use" if index else ""
+    return index, f"{busy}; to train on all {count} GPUs: `torchrun --nproc-per-node {count} -m dfcli train ...`"
+
+
+_NO_CUDA = ("no CUDA device was found", _USE_AUTO)
 
 
 @cache
-def _cuda_problem() -> str | None:
-    """None where CUDA works; otherwise what PyTorch says about it, as the end of a sentence."""
+def _cuda_problem() -> tuple[str, str] | None:
+    """None where CUDA works; otherwise the reason as a sentence, and what to do."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         if torch.cuda.is_available() and torch.cuda.device_count() > 0:
             return None
-    return "".join(f" (PyTorch says: {str(warning.message).split(chr(10))[0]})" for warning in said[:1])
+    words = " ".join(str(warning.message) for warning in said)
+    if old := re.search(r"driver on your system is too old \(found version (\d+)\)", words):
+        here, built = int(old[1]), str(torch.version.cuda)
+        driver = _DRIVERS.get(int(built.split(".")[0]))
+        needed = f" to {driver} or newer" if driver else ""
+        has = f"{here // 1000}.{here % 1000 // 10}"
+        return (
+            f"the NVIDIA driver is too old: this PyTorch is built for CUDA {built}, and the driver supports CUDA {has}",
+            f"update the driver{needed}, or install a PyTorch that is built for CUDA {has}",
+        )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and visible.strip() in ("", "-1", "NoDevFiles"):
+        return (f"CUDA_VISIBLE_DEVICES=`{visible}` hides every GPU", "unset it, or set it to 0")
+    if torch.version.cuda is None and torch.version.hip is None:
+        return ("this PyTorch is built without CUDA", "install a PyTorch with CUDA, or use `--device auto`")
+    if words:
+        return (_NO_CUDA[0], f"{_USE_AUTO} (PyTorch says: {words.splitlines()[0]})")
+    return _NO_CUDA
 
 
 @cache

@@ -15,6 +15,8 @@ import psutil
 from dfcli.system import limits
 
 if TYPE_CHECKING:
+    import torch
+
     from dfcli.system.device import Device
 
 _UUID_PREFIXES = ("GPU-", "MIG-")
@@ -67,7 +69,7 @@ class Sampler:
         self.stop()
 
     def _run(self) -> None:
-        gpu = _Gpu.find(self._device)
+        gpu = _Gpu.find(self._device.torch_device) if self._device and self._device.kind == "cuda" else None
         psutil.cpu_percent(percpu=True)  # psutil reports the share since the call before
         wait = 0.2  # so that the first figures are there at once
         try:
@@ -77,6 +79,16 @@ class Sampler:
         finally:
             if gpu:
                 gpu.close()
+
+
+def gpu_memory_used(device: torch.device) -> int | None:
+    """Bytes of a GPU's memory that all programs together use; None where NVML does not say. Starts nothing on it."""
+    if (gpu := _Gpu.find(device)) is None:
+        return None
+    try:
+        return gpu.read().get("gpu_memory_used")
+    finally:
+        gpu.close()
 
 
 def _machine(process: psutil.Process) -> dict[str, Any]:
@@ -101,15 +113,13 @@ class _Gpu:
         self._handle = handle
 
     @classmethod
-    def find(cls, device: Device | None) -> _Gpu | None:
+    def find(cls, device: torch.device) -> _Gpu | None:
         """The GPU that PyTorch calls `device`, by its UUID: the two libraries count in different orders."""
-        if device is None or device.kind != "cuda":
-            return None
         try:
             import pynvml
             import torch
 
-            uuid = str(torch.cuda.get_device_properties(device.torch_device).uuid)
+            uuid = str(torch.cuda.get_device_properties(device).uuid)
             pynvml.nvmlInit()
         except Exception:  # no NVML, no driver, an older PyTorch: the figures stay unknown
             return None

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,31 +39,121 @@ def test_unknown_names_are_refused_and_the_known_ones_listed(name: str):
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:7"])
 def test_cuda_without_cuda_is_one_sentence_and_a_hint(name: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(devices, "_cuda_problem", lambda: "")
+    monkeypatch.setattr(devices, "_cuda_problem", lambda: devices._NO_CUDA)
     with pytest.raises(UsageError) as caught:
         devices.resolve(name)
     assert caught.value.message == "no CUDA device was found"
     assert "--device auto" in caught.value.hint
 
 
-def test_a_cuda_index_out_of_range_names_those_there_are(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(devices, "_cuda_problem", lambda: None)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`gpus(count, capability)`: a machine with so many GPUs, whose PyTorch is built for sm_75 to sm_90."""
+
+    def found(count: int = 1, capability: tuple[int, int] = (9, 0)) -> None:
+        monkeypatch.setattr(devices, "_cuda_problem", lambda: None)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Test GPU")
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_86", "sm_90", "compute_90"])
+        monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+        monkeypatch.setattr(devices, "gpu_memory_used", lambda _: 0)
+
+    return found
+
+
+def under_torchrun(monkeypatch: pytest.MonkeyPatch, rank: int, count: int) -> None:
+    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    for name, value in (values | {"MASTER_ADDR": "localhost", "MASTER_PORT": 1}).items():
+        monkeypatch.setenv(name, str(value))
+
+
+def test_a_cuda_index_out_of_range_names_those_there_are(gpus: Any):
+    gpus(2)
     with pytest.raises(UsageError) as caught:
         devices.resolve("cuda:7")
     assert "cuda:7" in caught.value.message
     assert caught.value.hint == "this machine has cuda:0, cuda:1"
 
 
-@pytest.mark.parametrize(("capability", "precision"), [((9, 0), "bfloat16"), ((8, 0), "bfloat16"), ((7, 5), "float32")])
-def test_bfloat16_only_where_the_gpu_has_units(capability, precision, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(devices, "_cuda_problem", lambda: None)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Test GPU")
+@pytest.mark.parametrize(
+    ("capability", "precision"), [((9, 0), "bfloat16"), ((8, 0), "bfloat16"), ((8, 9), "bfloat16"), ((7, 5), "float32")]
+)
+def test_bfloat16_only_where_the_gpu_has_units(capability: Any, precision: str, gpus: Any):
+    gpus(1, capability)
     found = devices.resolve("cuda")
     assert (found.name, found.precision, found.torch_device.index) == ("Test GPU", precision, 0)
     assert precision in found.reason
+
+
+@pytest.mark.parametrize("capability", [(7, 0), (6, 1), (10, 0)])
+def test_a_gpu_that_this_pytorch_has_no_code_for(capability: Any, gpus: Any):
+    gpus(1, capability)
+    with pytest.raises(UsageError, match=f"no code for Test GPU .compute capability {capability[0]}.{capability[1]}"):
+        devices.resolve("cuda")
+    assert "no code for Test GPU" in devices.resolve("auto").reason  # that of the CPU
+
+
+def test_of_several_gpus_one_that_is_not_busy(gpus: Any, monkeypatch: pytest.MonkeyPatch):
+    gpus(4)
+    assert devices.resolve("cuda").torch_device.index == 0
+    assert "`torchrun --nproc-per-node 4 -m dfcli train ...`" in devices.resolve("auto").reason
+    for used, chosen in (([40e9, 2e9, 0, 0], 2), ([9e9, 8e9, 9e9, 9e9], 1), ([5e8, 0, 0, 0], 0)):
+        monkeypatch.setattr(devices, "gpu_memory_used", lambda device, used=used: int(used[device.index]))
+        assert devices.resolve("cuda").torch_device.index == chosen
+    assert devices.resolve("cuda:3").torch_device.index == 3
+
+
+def test_each_process_of_torchrun_takes_a_gpu_of_its_own(gpus: Any, monkeypatch: pytest.MonkeyPatch):
+    gpus(2)
+    under_torchrun(monkeypatch, 1, 2)
+    assert devices.resolve("cuda").torch_device.index == 1
+    with pytest.raises(UsageError, match="a GPU of its own"):
+        devices.resolve("cuda:0")
+    under_torchrun(monkeypatch, 1, 4)
+    with pytest.raises(UsageError) as caught:
+        devices.resolve("cuda")
+    assert caught.value.message == "4 processes were started, and this machine has 2 GPUs"
+    assert "--nproc-per-node 2" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("warning", "visible", "message", "hint"),
+    [
+        (
+            "CUDA initialization: The NVIDIA driver on your system is too old (found version 12040). Please update it",
+            None,
+            "the NVIDIA driver is too old: this PyTorch is built for CUDA 13.0, and the driver supports CUDA 12.4",
+            "update the driver to 580 or newer, or install a PyTorch that is built for CUDA 12.4",
+        ),
+        ("", "", "CUDA_VISIBLE_DEVICES=`` hides every GPU", "unset it"),
+        ("", "-1", "CUDA_VISIBLE_DEVICES=`-1` hides every GPU", "unset it"),
+        ("CUDA unknown error\nmore", None, "no CUDA device was found", "(PyTorch says: CUDA unknown error)"),
+        ("", None, "no CUDA device was found", "--device auto"),
+    ],
+)
+def test_why_cuda_does_not_work(
+    warning: str, visible: str | None, message: str, hint: str, monkeypatch: pytest.MonkeyPatch
+):
+    def unavailable() -> bool:
+        if warning:
+            warnings.warn(warning, stacklevel=1)
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", unavailable)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    devices._cuda_problem.cache_clear()
+    try:
+        with pytest.raises(UsageError) as caught:
+            devices.resolve("cuda")
+        assert caught.value.message == message
+        assert hint in caught.value.hint
+        assert devices.resolve("auto").kind == "cpu"
+    finally:
+        devices._cuda_problem.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -74,6 +166,7 @@ def test_bfloat16_only_where_the_gpu_has_units(capability, precision, monkeypatc
         ("NVIDIA L40S", 362e12),
         ("NVIDIA RTX A1000", None),  # not an A100
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None),
         ("Some New GPU", None),
     ],
 )
@@ -119,6 +212,20 @@ def test_threads_never_exceed_what_the_process_may_use(monkeypatch: pytest.Monke
         assert torch.get_num_threads() == 1
         monkeypatch.setattr(limits, "cpus", lambda: 64)
         assert devices.set_threads() == 1  # never raised: OMP_NUM_THREADS and physical cores stay honoured
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_processes_of_torchrun_share_the_cores_and_the_memory(monkeypatch: pytest.MonkeyPatch):
+    before = torch.get_num_threads()
+    try:
+        monkeypatch.setattr(limits, "cpus", lambda: 8)
+        monkeypatch.setattr(limits, "memory", lambda: (3_000, 4_000))
+        monkeypatch.setattr(devices.psutil, "cpu_count", lambda logical: 8)
+        under_torchrun(monkeypatch, 0, 2)
+        torch.set_num_threads(1)  # as torchrun's OMP_NUM_THREADS=1 has it
+        assert [devices.set_threads(), devices.set_threads()] == [4, 4]
+        assert devices.resolve("cpu").memory_bytes() == (1_500, 2_000)
     finally:
         torch.set_num_threads(before)
 

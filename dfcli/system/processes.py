@@ -1,0 +1,294 @@
+"""The processes of one training: one alone, or several that torchrun started, on one machine or more.
+
+torchrun gives each process its rank in the environment. `join` connects them; callers then use the same methods as a
+process alone, for which each method does nothing. Two ways of communication:
+
+- The store (a key-value server that torchrun runs) carries plans, errors and turns. A process can wait in it for hours,
+  because another one prepares data, and Ctrl-C still ends it.
+- Collectives carry tensors: gloo between CPUs, nccl between GPUs. Every process must call the same ones in the same
+  order. If a process ends early, the others raise `Elsewhere`; torchrun then ends them too.
+
+Gradients are added up here instead of by DistributedDataParallel, because compiled kernels write gradients directly,
+where its hooks do not see them. PyTorch is imported when processes join, so that `rank` costs nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from dfcli.errors import DfError, UsageError
+from dfcli.system.words import first_line
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from dfcli.system.device import Device
+
+T = TypeVar("T")
+
+TIMEOUT = timedelta(minutes=10)  # of a collective: the first process may write a checkpoint meanwhile
+BUCKET = 2**24  # gradients that travel together: 64 MB of float32
+_NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Elsewhere(DfError):
+    """An error of another process of this training. Only the first process reports it."""
+
+    def __init__(self, message: str, hint: str = "", exit_code: int = 1) -> None:
+        super().__init__(message, hint)
+        self.exit_code = exit_code
+
+
+def _number(name: str, default: int) -> int:
+    """A number that torchrun set; `default` unless everything that it sets is there."""
+    if not all(os.environ.get(key) for key in _NEEDED):
+        return default
+    try:
+        return int(os.environ[name])
+    except ValueError:
+        raise UsageError(f"{name}={os.environ[name]} in the environment is no number", "start with torchrun") from None
+
+
+def rank() -> int:
+    """The number of this process among those of its training; 0 is the one that prints and writes."""
+    return _number("RANK", 0)
+
+
+def count() -> int:
+    """How many processes train together."""
+    return _number("WORLD_SIZE", 1)
+
+
+def local_rank() -> int:
+    """The number of this process on its machine."""
+    return _number("LOCAL_RANK", 0)
+
+
+def local_count() -> int:
+    """How many processes of the training run on this machine."""
+    return _number("LOCAL_WORLD_SIZE", 1)
+
+
+class Processes:
+    """A process alone: nothing is shared, and each method returns at once. `Group` overrides what several do."""
+
+    rank, count = 0, 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process prints, logs and writes."""
+        return self.rank == 0
+
+    def rows(self, total: int) -> slice:
+        """The rows of a batch of `total` that this process computes. `total` is a multiple of `count`."""
+        share = total // self.count
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+    def together(self, work: Callable[[], T]) -> T:
+        """The result of `work` once it has succeeded in every process. Raises the error of the lowest rank."""
+        return work()
+
+    def in_turn(self, work: Callable[[], T]) -> T:
+        """As `together`, but the first process works before all others, then one process of each other machine, then
+        the rest: they find the files that those before them have written."""
+        return work()
+
+    def from_first(self, value: T) -> T:
+        """The value, of the kinds that JSON has, of the first process."""
+        return value
+
+    def add_gradients(self, parameters: Sequence[nn.Parameter], total: Tensor) -> None:
+        """Replace all gradients, and the scalar `total` beside them, by their sums over the processes."""
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """The sums of `values` over the processes, in float64."""
+        return list(values)
+
+    def agree(self, code: int, clock: float) -> tuple[int, float]:
+        """The largest `code` of all processes, and the clock of the first one."""
+        return code, clock
+
+    def send(self, tensors: Sequence[Tensor]) -> None:
+        """Give every process the first one's values of `tensors`, in place."""
+
+    def check_equal(self, tensors: Sequence[Tensor]) -> None:
+        """Raise DfError unless `tensors` (float32) have the same bits in every process."""
+
+    def leave(self) -> None:
+        """End the connection."""
+
+
+ALONE = Processes()
+
+
+class Group(Processes):
+    """One of several processes. `store` is torchrun's; `device` is the one that this process trains on."""
+
+    def __init__(self, store: Any, device: Device) -> None:
+        import torch
+        import torch.distributed
+
+        distributed: Any = torch.distributed
+        self.rank, self.count = rank(), count()
+        self._torch, self._distributed, self._device = torch, distributed, device
+        self._store, self._exchanges = distributed.PrefixStore("dfcli", store), 0
+        on_gpu = device.kind == "cuda"
+        with _connected():
+            distributed.init_process_group(
+                "cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=distributed.PrefixStore("collectives", store),
+                rank=self.rank, world_size=self.count, timeout=TIMEOUT,
+                device_id=device.torch_device if on_gpu else None,
+            )  # fmt: skip
+
+    # --- by the store
+
+    def together(self, work: Callable[[], T]) -> T:
+        result, failure = None, None
+        try:
+            result = work()
+        except DfError as error:
+            failure = error
+        said = [failure.message, failure.hint, failure.exit_code] if failure else []
+        for number, error in enumerate(self._exchange(json.dumps(said).encode())):
+            if error := json.loads(error):
+                if failure and number == self.rank == 0:
+                    raise failure
+                raise Elsewhere(f"process {number} of {self.count}: {error[0]}" if number else error[0], *error[1:])
+        return cast(T, result)
+
+    def in_turn(self, work: Callable[[], T]) -> T:
+        mine = 0 if self.first else 1 if local_rank() == 0 else 2
+        result: Any = None
+        for turn in range(3):
+            result = self.together(work if turn == mine else lambda before=result: before)
+        return result
+
+    def from_first(self, value: T) -> T:
+        return json.loads(self._exchange(json.dumps(value).encode() if self.first else b"")[0])
+
+    def _exchange(self, mine: bytes) -> list[bytes]:
+        """What each process has given to this call, by rank. Waits as long as it takes."""
+        self._exchanges += 1
+        self._store.set(f"{self._exchanges}/{self.rank}", mine)
+        return [self._wait(f"{self._exchanges}/{number}") for number in range(self.count)]
+
+    def _wait(self, key: str) -> bytes:
+        while True:  # a second at a time, so that Ctrl-C is heard
+            try:
+                self._store.wait([key], timedelta(seconds=1))
+                return self._store.get(key)
+            except self._distributed.DistStoreError:
+                continue
+
+    # --- by collectives
+
+    def add_gradients(self, parameters: Sequence[nn.Parameter], total: Tensor) -> None:
+        grads = [p.grad for p in parameters if p.grad is not None]
+        with _connected():
+            for bucket in _buckets([total, *(grad for grad in grads if not grad.is_sparse)]):
+                flat = self._torch.cat([tensor.flatten() for tensor in bucket])
+                self._distributed.all_reduce(flat)
+                sums = flat.split([tensor.numel() for tensor in bucket])
+                for tensor, part in zip(bucket, sums, strict=True):
+                    tensor.copy_(part.view_as(tensor))
+            for p in parameters:
+                if p.grad is not None and p.grad.is_sparse:
+                    p.grad = self._sparse_sum(p.grad.coalesce())
+
+    def _sparse_sum(self, grad: Tensor) -> Tensor:
+        """The sum of gradients that hold some rows of a table [N, C]: nccl cannot reduce sparse tensors."""
+        rows, values = grad.indices()[0], grad.values()
+        counts = [int(n) for n in self._gather(self._torch.tensor([len(rows)], device=rows.device))]
+        most = max(counts)
+        padded = self._torch.cat((rows, rows.new_zeros(most - len(rows))))
+        wide = self._torch.cat((values, values.new_zeros(most - len(values), values.shape[1])))
+        rows = self._torch.cat([part[:n] for part, n in zip(self._gather(padded), counts, strict=True)])
+        values = self._torch.cat([part[:n] for part, n in zip(self._gather(wide), counts, strict=True)])
+        return self._torch.sparse_coo_tensor(rows[None], values, grad.shape, check_invariants=False).coalesce()
+
+    def _gather(self, tensor: Tensor) -> list[Tensor]:
+        parts = [self._torch.empty_like(tensor) for _ in range(self.count)]
+        self._distributed.all_gather(parts, tensor.contiguous())
+        return parts
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        tensor = self._torch.tensor(values, dtype=self._torch.float64)
+        with _connected():
+            self._distributed.all_reduce(tensor)
+        return tensor.tolist()
+
+    def agree(self, code: int, clock: float) -> tuple[int, float]:
+        both = self._torch.tensor([code, clock if self.first else -math.inf], dtype=self._torch.float64)
+        with _connected():
+            self._distributed.all_reduce(both, self._distributed.ReduceOp.MAX)
+        return int(both[0]), float(both[1])
+
+    def send(self, tensors: Sequence[Tensor]) -> None:
+        with _connected():
+            for tensor in tensors:
+                there = tensor.detach().to(self._device.torch_device).contiguous()
+                self._distributed.broadcast(there, 0)
+                tensor.detach().copy_(there)
+
+    def check_equal(self, tensors: Sequence[Tensor]) -> None:
+        bits = [tensor.detach().contiguous().view(self._torch.int32).sum(dtype=self._torch.int64) for tensor in tensors]
+        with _connected():
+            parts = self._gather(self._torch.stack(bits))
+        wrong = [number for number, part in enumerate(parts) if not part.equal(parts[0])]
+        if wrong:
+            raise DfError(
+                f"the weights of process {wrong[0]} of {self.count} are no longer those of process 0",
+                "this should not happen: resume from the last checkpoint, and check that machine's memory",
+            )
+
+    def leave(self) -> None:
+        self._distributed.destroy_process_group()
+
+
+def join(device: Device) -> Processes:
+    """Connect the processes that torchrun started; `ALONE` where it started one, or none.
+
+    Raises UsageError where PyTorch cannot connect processes, Elsewhere where another process does not come.
+    """
+    if count() == 1:
+        return ALONE
+    import torch.distributed
+
+    distributed: Any = torch.distributed
+    if not distributed.is_available():
+        raise UsageError("this PyTorch cannot connect processes", "train in one process, without torchrun")
+    with _connected():
+        store, _, _ = next(distributed.rendezvous("env://"))
+    return Group(store, device)
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in groups of up to BUCKET numbers (or of one larger tensor)."""
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and size + tensor.numel() > BUCKET:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.numel()
+    if bucket:
+        yield bucket
+
+
+@contextmanager
+def _connected() -> Iterator[None]:
+    """A collective that fails means that another process has ended, or no longer answers."""
+    try:
+        yield
+    except RuntimeError as error:  # of which DistBackendError is one
+        raise Elsewhere(
+            f"another process of this training has ended or does not answer ({first_line(error)[:200]})",
+            "its own message says why; repeat the torchrun line with `--resume` to go on from the last checkpoint",
+        ) from None
