@@ -39,6 +39,16 @@ def prepare(
         int | None,
         typer.Option("--sample-rate", metavar="HZ", help="Of the audio; the sources' own by default."),
     ] = None,
+    levels: Annotated[
+        int | None,
+        typer.Option("--levels", metavar="N", help="Of mu-law: 256 (the default), 512, 1024, 2048 or 4096."),
+    ] = None,
+    label: Annotated[
+        str | None,
+        typer.Option(
+            "--label", metavar="folder|PATTERN", help="Labels of recordings: their folder, or a pattern's named groups."
+        ),
+    ] = None,
     normalize: Annotated[
         Literal["none", "peak", "minmax"],
         typer.Option("--normalize", help="Of each recording: its peak to 1, or its range to -1 to 1."),
@@ -62,7 +72,7 @@ def prepare(
     Examples:
       df data prepare shakespeare.txt
       df data prepare names.txt --lines --name names
-      df data prepare recordings/ --sample-rate 8000
+      df data prepare recordings/ --sample-rate 8000 --label folder
       cat *.md | df data prepare - --name notes --codec bytes
     """
     from dfcli.ingest.prepare import prepare
@@ -77,6 +87,8 @@ def prepare(
             bpe=bpe,
             lines=lines,
             sample_rate=sample_rate,
+            levels=levels,
+            label=label,
             normalize=normalize,
             val_fraction=val_fraction,
             test_fraction=test_fraction,
@@ -144,9 +156,10 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME", help="A dataset's n
             ("codec", f"{dataset.info['codec']['name']}, {counted(dataset.vocab_size, 'id')}"),
             ("documents", "one a line" if dataset.lines else "one a source"),
             ("boundary", _boundary(dataset)),
+            *(_names(label, names) for label, names in dataset.labels.items()),
         ]
         items += [
-            (name, f"{count(split.tokens_count)} tokens, documents: {count(split.documents)}")
+            (name, f"{count(split.tokens_count)} tokens, documents: {count(split.documents)}{_fidelity(dataset, name)}")
             for name, split in dataset.splits.items()
         ]
         info = dataset.info
@@ -160,6 +173,21 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME", help="A dataset's n
             ("created", info["created"]),
         ]
         output.pairs(items)
+
+
+def _names(label: str, names: list[str]) -> tuple[str, str]:
+    from dfcli.ingest.sources import list_some
+
+    return f"label {label}", f"{counted(len(names), 'name')}: {list_some(names)}"
+
+
+def _fidelity(dataset: Dataset, split: str) -> str:
+    """What the codec's noise is, and what FLAC needs, as far as the dataset says."""
+    found = dataset.info.get("fidelity", {}).get(split)
+    if found is None:
+        return ""
+    noise = "" if found["snr"] is None else f"; signal to quantisation noise {found['snr']:.1f} dB"
+    return f"{noise}; FLAC {found['flac_bits_per_sample']:.2f} bits a sample"
 
 
 def _boundary(dataset: Dataset) -> str:

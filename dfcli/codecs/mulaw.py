@@ -1,10 +1,12 @@
-"""8-bit mu-law: 256 levels, closer together near silence, as in WaveNet (van den Oord et al. 2016, 2.2).
+"""Mu-law: 256 levels or more, closer together near silence, as in WaveNet (van den Oord et al. 2016, 2.2).
 
-f(x) = sign(x) ln(1 + mu |x|) / ln(1 + mu) with mu = 255, then 256 equal steps of [-1, 1].
+f(x) = sign(x) ln(1 + mu |x|) / ln(1 + mu) with mu = 255, then equal steps of [-1, 1]: as many as there are levels. More
+levels keep mu, because a larger mu makes levels near silence that are finer than 16 bits.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,37 +17,41 @@ from dfcli.errors import CorruptError, DfError
 
 MU = 255.0
 QUANTIZERS = ("torchaudio", "s4")
+LEVELS = (256, 512, 1024, 2048, 4096)
 RATES = (100, 384_000)  # Hz; below there is nothing to hear, above no recorder works
 
 
 class MuLaw(Codec):
-    """Mono samples in [-1, 1] at `sample_rate` Hz to ids 0 ... 255 and back.
+    """Mono samples in [-1, 1] at `sample_rate` Hz to ids 0 ... `levels` - 1 and back.
 
     `quantizer` says how f(x) is rounded: "torchaudio" as torchaudio.functional.mu_law_encoding (the nearest
-    of 256 points from -1 to 1), "s4" as the audio experiments of Goel et al. 2022 (SaShiMi; state-spaces/s4,
+    of `levels` points from -1 to 1), "s4" as the audio experiments of Goel et al. 2022 (SaShiMi; state-spaces/s4,
     src/dataloaders/audio.py), whose published bits per sample it makes comparable.
     """
 
     name = "mulaw"
     kind = "audio"
-    vocab_size = 256
-    zero_level = 128
-    """The id of silence, with either quantizer."""
 
-    def __init__(self, sample_rate: int, quantizer: str = "torchaudio") -> None:
-        """Raises ValueError for an unknown quantizer, DfError for a rate outside 100 Hz ... 384 kHz."""
+    def __init__(self, sample_rate: int, quantizer: str = "torchaudio", levels: int = 256) -> None:
+        """Raises ValueError for an unknown quantizer, DfError for another number of levels or a rate outside
+        100 Hz ... 384 kHz."""
         if quantizer not in QUANTIZERS:
             raise ValueError(f"quantizer must be one of {QUANTIZERS}, not {quantizer!r}")
+        if levels not in LEVELS:
+            raise DfError(f"mu-law has no {levels} levels here", f"choose one of {', '.join(map(str, LEVELS))}")
         if not RATES[0] <= sample_rate <= RATES[1]:
             raise DfError(
                 f"{sample_rate} Hz is no usable sample rate", f"choose one from {RATES[0]} to {RATES[1]:,} Hz"
             )
         self.sample_rate = sample_rate
         self.quantizer = quantizer
-        self._levels = self._level_values()  # float32 [256]
+        self.vocab_size = self.levels = levels
+        self.zero_level = levels // 2
+        """The id of silence, with either quantizer."""
+        self._values = self._level_values()  # float32 [levels]
 
     def encode(self, samples: np.ndarray) -> np.ndarray:
-        """float32 [n] -> uint8 [n]. Clamps samples beyond [-1, 1]; raises DfError for NaN and infinity."""
+        """float32 [n] -> ids [n] of `dtype`. Clamps samples beyond [-1, 1]; raises DfError for NaN and infinity."""
         x = np.asarray(samples, np.float32)
         if not np.isfinite(x).all():
             place = int(np.argmin(np.isfinite(x)))
@@ -53,24 +59,36 @@ class MuLaw(Codec):
         x = np.clip(x, -1, 1)
         if self.quantizer == "s4":
             y = np.sign(x) * (np.log1p(MU * np.abs(x + np.float32(1e-8))) / np.log1p(np.float32(MU)))
-            y = (y + 1) / 2 * np.float32(256 - 0.01) + np.float32(0.01 / 2)
+            y = (y + 1) / 2 * np.float32(self.levels - 0.01) + np.float32(0.01 / 2)
         else:
             y = np.sign(x) * np.log1p(MU * np.abs(x)) / np.log1p(np.float32(MU))
-            y = (y + 1) / 2 * np.float32(MU) + np.float32(0.5)
-        return y.astype(np.uint8)
+            y = (y + 1) / 2 * np.float32(self.levels - 1) + np.float32(0.5)
+        return y.astype(self.dtype)
 
     def decode(self, ids: np.ndarray) -> np.ndarray:
-        """ids [n] -> float32 [n] in [-1, 1], which encode to the same ids. Raises ValueError beyond 255."""
-        return self._levels[checked_ids(ids, 256)]
+        """ids [n] -> float32 [n] in [-1, 1], which encode to the same ids. Raises ValueError beyond the levels."""
+        return self._values[checked_ids(ids, self.levels)]
+
+    @cached_property
+    def values_of_16_bits(self) -> np.ndarray:
+        """int64 [levels]: how many of the 65,536 values of 16-bit sound each id stands for. Some of 2,048 levels and
+        more near silence stand for none."""
+        every = np.arange(-(1 << 15), 1 << 15).astype(np.float32) / (1 << 15)
+        return np.bincount(self.encode(every), minlength=self.levels)
 
     def _level_values(self) -> np.ndarray:
-        levels = np.arange(256, dtype=np.float64)
+        ids = np.arange(self.levels, dtype=np.float64)
         # s4 cuts [-1, 1] into equal steps: the middle of each is what its id stands for
-        y = (levels + 0.5 - 0.005) / (256 - 0.01) * 2 - 1 if self.quantizer == "s4" else levels / MU * 2 - 1
+        if self.quantizer == "s4":
+            y = (ids + 0.5 - 0.005) / (self.levels - 0.01) * 2 - 1
+        else:
+            y = ids / (self.levels - 1) * 2 - 1
         return (np.sign(y) * np.expm1(np.abs(y) * np.log1p(MU)) / MU).astype(np.float32)
 
     def to_json(self) -> dict[str, Any]:
-        return {"name": self.name, "sample_rate": self.sample_rate, "quantizer": self.quantizer}
+        # 256 levels are left out, so that datasets of version 0.1 keep their fingerprints.
+        levels = {} if self.levels == 256 else {"levels": self.levels}
+        return {"name": self.name, "sample_rate": self.sample_rate, "quantizer": self.quantizer, **levels}
 
     @classmethod
     def from_json(cls, description: dict[str, Any], folder: Path) -> MuLaw:
@@ -80,4 +98,7 @@ class MuLaw(Codec):
         rate = field(description, "sample_rate", int)
         if not RATES[0] <= rate <= RATES[1]:
             raise CorruptError(f"the codec's sample rate of {rate} Hz is out of bounds", "prepare the data again")
-        return cls(rate, quantizer)
+        levels = field({"levels": 256} | description, "levels", int)
+        if levels not in LEVELS:
+            raise CorruptError(f"the codec's {levels} mu-law levels are unknown", "use a newer dfcli")
+        return cls(rate, quantizer, levels)

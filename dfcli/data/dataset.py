@@ -6,6 +6,7 @@ A dataset is a folder:
     <split>.tokens     little-endian ids, one document after the other
     <split>.offsets    int64 [documents + 1]: document k is tokens[offsets[k]:offsets[k + 1]]
     <split>.checksums  uint32, the CRC-32 of each MiB of <split>.tokens
+    <split>.labels     int32 [documents, labels], where there are labels: places in the names that dataset.json lists
 
 A document that has a boundary is stored as [boundary, x0, x1, ...]. In a dataset of lines one more boundary
 stands at the very end of the file, so that tokens[offsets[k + 1]] is always the target that ends document
@@ -24,7 +25,8 @@ import re
 import time
 import weakref
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -71,7 +73,17 @@ class Split:
     `documents` is their number, `shortest` and `longest` are their lengths in stored ids.
     """
 
-    def __init__(self, folder: Path, name: str, record: dict[str, Any], dtype: str, vocab_size: int, end: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        record: dict[str, Any],
+        dtype: str,
+        vocab_size: int,
+        end: int,
+        labels: Sequence[int] = (),
+    ) -> None:
+        """`labels`: how many names each label has."""
         self.name = name
         self.tokens_count = int(record["tokens"])
         self.documents = int(record["documents"])
@@ -92,6 +104,9 @@ class Split:
         self._checksums = _map(checksums_file, "<u4", blocks)
         if hashlib.sha256(self._checksums.data).hexdigest() != record["checksums_sha256"]:
             raise _changed(checksums_file)
+        self._labels_file = folder / f"{name}.labels"
+        self._labels_sha256 = record.get("labels_sha256")
+        self._labels_count = labels
         self._unread = blocks
         self._verified = bytearray(blocks)  # 1 for a block that was found good
         self._verified_array = np.frombuffer(self._verified, np.uint8)
@@ -138,9 +153,24 @@ class Split:
         """The stored ids of document k, its boundary included: a read-only view."""
         return self.read(int(self.offsets[k]), int(self.offsets[k + 1]))
 
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """int32 [documents, labels], read-only: the place of each document's names. Raises CorruptError when the file
+        was changed."""
+        counts = self._labels_count
+        if not counts:
+            return np.zeros((self.documents, 0), np.int32)
+        rows = _map(self._labels_file, "<i4", self.documents * len(counts)).reshape(-1, len(counts))
+        if hashlib.sha256(rows.data).hexdigest() != self._labels_sha256:
+            raise _changed(self._labels_file)
+        if rows.min() < 0 or (rows.max(axis=0) >= counts).any():
+            raise CorruptError(f"{self._labels_file} holds labels beyond their names", _HINT)
+        return rows
+
     def close(self) -> None:
         """Let go of the files. Views that were handed out stay valid."""
         self._tokens = self._offsets = self._checksums = np.empty(0, np.uint8)
+        self.__dict__.pop("labels", None)
 
     def _verify(self, block: int) -> None:
         ids = self._tokens[block * self._block : (block + 1) * self._block]
@@ -163,7 +193,7 @@ class SplitWriter:
         self.name = name
         self.documents = 0
         self.shortest = self.longest = 0
-        self._dtype = dtype
+        self._folder, self._dtype = folder, dtype
         self._stack = contextlib.ExitStack()
         self._tokens, self._offsets, self._checksums = (
             self._stack.enter_context((folder / f"{name}.{part}").open("wb"))
@@ -175,6 +205,7 @@ class SplitWriter:
         self._pending = bytearray()  # what is not yet in the file; a document may still be taken back from it
         self._bytes = 0  # in the file and pending
         self._start = 0  # ids before the open document
+        self._labels: list[Sequence[int]] = []
 
     @property
     def tokens(self) -> int:
@@ -188,9 +219,9 @@ class SplitWriter:
         self._pending += data
         self._bytes += len(data)
 
-    def end_document(self) -> bool:
-        """Close the open document and open the next. One of fewer than two ids has nothing to predict: it
-        is taken back, and the answer is False."""
+    def end_document(self, labels: Sequence[int] = ()) -> bool:
+        """Close the open document, which has these labels, and open the next. One of fewer than two ids has nothing to
+        predict: it is taken back, and the answer is False."""
         length = self.tokens - self._start
         if length < 2:
             size = length * self._dtype.itemsize
@@ -199,6 +230,8 @@ class SplitWriter:
             return False
         self._add_offsets(np.array([self._start]), length, length)
         self._start = self.tokens
+        if labels:
+            self._labels.append(labels)
         return True
 
     def append_documents(self, ids: np.ndarray, starts: np.ndarray) -> None:
@@ -230,7 +263,11 @@ class SplitWriter:
             for path in paths:
                 path.unlink()
             return None
+        labels = np.array(self._labels, "<i4").tobytes()
+        if labels:
+            (self._folder / f"{self.name}.labels").write_bytes(labels)
         return {
+            **({"labels_sha256": hashlib.sha256(labels).hexdigest()} if labels else {}),
             "tokens": self.tokens,
             "documents": self.documents,
             "shortest": self.shortest,
@@ -273,8 +310,8 @@ class Dataset:
     context manager.
 
     Attributes: `name`, `path` (its folder), `kind` ("text" or "audio"), `boundary` (id or None), `lines`,
-    `lead`, `fingerprint` (SHA-256 of what it holds, hex), `info` (dataset.json as a dict), `splits` (name
-    to Split).
+    `lead`, `fingerprint` (SHA-256 of what it holds, hex), `labels` (the sorted names of each label), `info`
+    (dataset.json as a dict), `splits` (name to Split).
     """
 
     def __init__(self, path: Path, info: dict[str, Any], *, discard: Callable[[], None] | None = None) -> None:
@@ -293,10 +330,12 @@ class Dataset:
             self.lead: int = info["lead"]
             self.fingerprint: str = str(info["fingerprint"])
             self.vocab_size = int(info["vocab_size"])
+            self.labels: dict[str, list[str]] = checked_labels(info.get("labels", {}))
             dtype = _one_of(info["dtype"], tuple(DTYPES))
             for split, record in info["splits"].items():
                 _one_of(split, SPLITS)
-                self.splits[split] = Split(path, split, record, dtype, self.vocab_size, int(self.lines))
+                counts = [len(names) for names in self.labels.values()]
+                self.splits[split] = Split(path, split, record, dtype, self.vocab_size, int(self.lines), counts)
             if not self.splits:
                 raise ValueError("it has no splits")
             if not is_boundary(self.boundary, self.lead, self.vocab_size):
@@ -456,6 +495,14 @@ def _is_described(info: dict[str, Any]) -> bool:
     named = all(isinstance(file[key], str) for file in skipped["files"] for key in ("name", "reason"))
     numbers = (skipped["count"], *info["facts"].values())
     return named and all(isinstance(number, int | float) for number in numbers)
+
+
+def checked_labels(labels: Any) -> dict[str, list[str]]:
+    """Labels and their names, as read from a file. Raises ValueError where that is something else."""
+    names = labels.values() if isinstance(labels, dict) else (None,)
+    if not all(isinstance(some, list) and some and all(isinstance(name, str) for name in some) for some in names):
+        raise ValueError("its labels are no lists of names")
+    return labels
 
 
 def _one_of(value: object, allowed: tuple[str, ...]) -> str:

@@ -21,6 +21,7 @@ from dfcli.codecs import Codec
 from dfcli.data.dataset import FILE, FORMAT, SplitWriter
 from dfcli.errors import DfError
 from dfcli.ingest import splits as rules
+from dfcli.ingest.labels import Labelling
 from dfcli.ingest.sources import Kind, Skipped, Source, Stamp, note_skipped, nothing_usable
 from dfcli.ingest.splits import TEST, TRAIN, VAL, Labels
 from dfcli.system.events import Choice, Note, OnEvent, Progress
@@ -47,10 +48,18 @@ class Options:
     split_rule: str
     lead: int
     whole: bool
+    levels: int | None = None
+    label: Labelling | None = None
 
     def as_json(self) -> dict[str, Any]:
         codec = self.codec.to_json() if isinstance(self.codec, Codec) else self.codec
-        return {**vars(self), "codec": codec}
+        # Those that are not given are left out, so that datasets of version 0.1 are found again.
+        label = None if self.label is None else self.label.rule
+        newer = {key: value for key, value in {"levels": self.levels, "label": label}.items() if value is not None}
+        return {key: value for key, value in vars(self).items() if key not in ("levels", "label")} | {
+            "codec": codec,
+            **newer,
+        }
 
 
 class Made(NamedTuple):
@@ -60,6 +69,10 @@ class Made(NamedTuple):
     boundary: int | None
     rule: str
     facts: dict[str, Any]
+    labels: dict[str, list[str]] | None = None
+    """The names of each label."""
+    fidelity: dict[str, dict[str, Any]] | None = None
+    """What the codec costs, by split; see `fidelity.summary`."""
 
 
 Writers = tuple[SplitWriter, ...]
@@ -121,6 +134,8 @@ class Build(ABC):
             "lines": self._options.lines,
             "lead": self._options.lead,
             "fingerprint": _fingerprint(made, self._options.lines, splits),
+            **({} if made.labels is None else {"labels": made.labels}),
+            **({} if made.fidelity is None else {"fidelity": made.fidelity}),
             "split_rule": made.rule,
             "splits": splits,
             "facts": made.facts,
@@ -226,4 +241,6 @@ class Build(ABC):
 def _fingerprint(made: Made, lines: bool, splits: dict[str, dict[str, Any]]) -> str:
     content = [made.codec.to_json(), made.boundary, lines]
     content += [[split, record["tokens_sha256"], record["offsets_sha256"]] for split, record in splits.items()]
+    if made.labels is not None:
+        content += [made.labels, [record["labels_sha256"] for record in splits.values()]]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

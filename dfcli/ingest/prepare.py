@@ -17,6 +17,7 @@ from typing import Any
 
 from dfcli.codecs import CODECS, Codec
 from dfcli.codecs.boundary import MAX_LEAD
+from dfcli.codecs.mulaw import LEVELS
 from dfcli.data.dataset import (
     FORMAT,
     Busy,
@@ -29,6 +30,7 @@ from dfcli.data.dataset import (
 from dfcli.errors import CorruptError, DfError, UsageError
 from dfcli.ingest.audio import NORMALIZE
 from dfcli.ingest.build import SOURCES, Build, Options
+from dfcli.ingest.labels import Labelling
 from dfcli.ingest.recordings import Recordings
 from dfcli.ingest.sources import (
     STDIN,
@@ -64,6 +66,8 @@ def prepare(
     test: Sequence[str] = (),
     normalize: str = "none",
     quantizer: str = "torchaudio",
+    levels: int | None = None,
+    label: str | Labelling | None = None,
     split_rule: str = "auto",
     lead: int = 1,
     whole: bool = False,
@@ -80,6 +84,8 @@ def prepare(
                  data: the last parts of one text or recording, whole documents otherwise
     normalize    "none", "peak" or "minmax", for each recording
     quantizer    of mulaw, see `codecs.MuLaw`
+    levels       of mulaw; 256 if it is None
+    label        how a recording's path says its labels, see `labels.Labelling`; None: there are none
     split_rule   "auto", or "makemore" and "makemore-transformer" for the published splits of lines
     lead         recorded: how many boundary ids stand before a document's first id when it is read
     whole        everything becomes one split `all` of a nameless dataset that is removed when it is closed
@@ -98,6 +104,8 @@ def prepare(
         split_rule=split_rule,
         lead=lead,
         whole=whole,
+        levels=levels,
+        label=Labelling(label) if isinstance(label, str) else label,
     )
     _check(options)
     if bpe is not None and codec != "gpt2":
@@ -158,9 +166,10 @@ def _check(options: Options) -> None:
         (options.codec if isinstance(options.codec, str) else "bytes", CODECS, "codec"),
         (options.normalize, NORMALIZE, "normalisation"),
         (options.split_rule, SPLIT_RULES, "split rule"),
+        (options.levels or 256, LEVELS, "number of levels"),
     ):
         if value not in known:
-            raise UsageError(f"there is no {what} {value!r}", f"known: {', '.join(known)}")
+            raise UsageError(f"there is no {what} {value!r}", f"known: {', '.join(map(str, known))}")
     if options.split_rule != "auto" and not options.lines:
         raise UsageError(f"the split rule {options.split_rule} is one of lines", "add `--lines`")
     if not 1 <= options.lead <= MAX_LEAD:
@@ -241,6 +250,8 @@ def _kind(sources: list[Source], options: Options, on_event: OnEvent) -> Kind:
         "--lines": options.lines and kind == "audio",
         "--sample-rate": options.sample_rate is not None and kind == "text",
         "--normalize": options.normalize != "none" and kind == "text",
+        "--levels": options.levels is not None and kind == "text",
+        "--label": options.label is not None and kind == "text",
     }
     for option, is_wrong in wrong.items():
         if is_wrong:
@@ -286,6 +297,8 @@ def _opened(folder: Path, item: str, options: Options, on_event: OnEvent) -> Dat
         "normalisation": options.normalize not in ("none", made["normalize"]),
         "split": options.split_rule not in ("auto", made["split_rule"]),
         "kind of document": options.lines and not dataset.lines,
+        "number of levels": options.levels not in (None, codec.get("levels", 256)),
+        "label": options.label is not None and options.label.rule != made.get("label"),
     }
     for what, conflict in conflicts.items():
         if conflict:

@@ -15,6 +15,8 @@ from dfcli.data.dataset import BLOCK
 from dfcli.errors import DfError, UsageError
 from dfcli.ingest.audio import Recording, Report
 from dfcli.ingest.build import Build, Made, Writers
+from dfcli.ingest.fidelity import Fidelity, FidelityMeter, summary
+from dfcli.ingest.labels import untrained
 from dfcli.ingest.sources import Source, list_some, nothing_usable
 from dfcli.ingest.splits import TRAIN
 from dfcli.system.events import Choice, Note
@@ -32,6 +34,8 @@ class Sound(NamedTuple):
     start: int
     samples: int
     report: Report
+    fidelity: Fidelity
+    labels: tuple[int, ...]
 
 
 class Recordings(Build):
@@ -43,6 +47,10 @@ class Recordings(Build):
         groups = [[found for source in group if (found := self._probe(source))] for group in self._groups]
         if not groups[TRAIN]:
             raise nothing_usable(self._skipped)
+        labelling = self._options.label
+        names, self._labels = (
+            (None, {}) if labelling is None else labelling.number(source for group in groups for source, _ in group)
+        )
         codec = self._audio_codec([recording.rate for group in groups for _, recording in group])
         seconds = sum((recording.frames or 0) / recording.rate for group in groups for _, recording in group)
         path = folder / "recordings.ids"
@@ -54,10 +62,15 @@ class Recordings(Build):
             if not sounds[TRAIN]:
                 raise nothing_usable(self._skipped)
             writers = self._open_writers(folder, codec.dtype)
-            rule = self._write_recordings(codec, sounds, writers, ids)
+            rule, in_split = self._write_recordings(codec, sounds, writers, ids)
         path.unlink()
         every = [sound for group in sounds for sound in group]
-        return Made(codec, codec.zero_level, self._complete(rule, "recording"), self._levels(every, codec))
+        fidelity = {split: summary(sound.fidelity for sound in found) for split, found in in_split.items()}
+        trained = [sound.labels for sound in in_split.get("train", ())]
+        if names is not None and trained and (missing := untrained(names, trained)):
+            self._on_event(Note(f"no training recording has {list_some(missing)}"))
+        rule = self._complete(rule, "recording")
+        return Made(codec, codec.zero_level, rule, self._levels(every, codec), names, fidelity)
 
     def _probe(self, source: Source) -> tuple[Source, Recording] | None:
         if source.path is None:
@@ -81,7 +94,7 @@ class Recordings(Build):
                 raise UsageError(f"the codec is one of {codec.sample_rate:,} Hz", "leave out `--sample-rate`")
             return codec
         if wanted is not None:
-            return MuLaw(wanted, self._options.quantizer)
+            return MuLaw(wanted, self._options.quantizer, self._options.levels or 256)
         counts = Counter(found)
         common = max(counts, key=lambda rate: (counts[rate], -rate))
         rate = min(common, MAX_RATE)
@@ -94,28 +107,35 @@ class Recordings(Build):
         if rate < common:
             reason = f"the highest that is chosen without --sample-rate; {have} {common:,} Hz{rest}"
         self._on_event(Choice("sample rate", f"{rate:,} Hz", reason))
-        return MuLaw(rate, self._options.quantizer)
+        return MuLaw(rate, self._options.quantizer, self._options.levels or 256)
 
     def _decode(
         self, source: Source, recording: Recording, codec: MuLaw, ids: IO[bytes], seconds: float
     ) -> Sound | None:
         """Append the ids of a recording to the file of all. None, and nothing appended, where it cannot be used."""
-        start = ids.tell()
+        start, meter = ids.tell(), FidelityMeter(codec)
         try:
             self._sha256[source] = source.sha256()
             for block in recording.stream(codec.sample_rate, self._options.normalize):
-                ids.write(codec.encode(block).tobytes())
+                encoded = codec.encode(block)
+                meter.add(block, encoded)
+                ids.write(encoded.tobytes())
                 self._progress("encoding", len(block) / codec.sample_rate, seconds, "seconds of audio")
             assert recording.report is not None
-            return Sound(source, start, ids.tell() - start, recording.report)
+            samples = (ids.tell() - start) // codec.dtype.itemsize
+            return Sound(source, start, samples, recording.report, meter.close(), self._labels.get(source, ()))
         except DfError as error:
             ids.seek(start)
             ids.truncate()
             self._refuse(source, error)
             return None
 
-    def _write_recordings(self, codec: MuLaw, sounds: list[list[Sound]], writers: list[Writers], ids: IO[bytes]) -> str:
-        """Each recording is a document; the only one is cut by position."""
+    def _write_recordings(
+        self, codec: MuLaw, sounds: list[list[Sound]], writers: list[Writers], ids: IO[bytes]
+    ) -> tuple[str, dict[str, list[Sound]]]:
+        """Each recording is a document; the only one is cut by position. The rule, and the recordings that each split
+        has (part of)."""
+        in_split: dict[str, list[Sound]] = {}
         plan, rule = self._plan(sounds, lambda sound: sound.samples, writers, "recording")
         for sound, portions in plan:
             ids.seek(sound.start)
@@ -123,12 +143,14 @@ class Recordings(Build):
                 for writer in destinations:
                     writer.append(np.array([codec.zero_level]))
                 for done in range(0, size, BLOCK):
-                    block = np.frombuffer(ids.read(min(BLOCK, size - done)), np.uint8)
+                    count = min(BLOCK, size - done)
+                    block = np.frombuffer(ids.read(count * codec.dtype.itemsize), codec.dtype)
                     for writer in destinations:
                         writer.append(block)
                 for writer in destinations:
-                    writer.end_document()
-        return rule
+                    if writer.end_document(sound.labels):
+                        in_split.setdefault(writer.name, []).append(sound)
+        return rule, in_split
 
     def _levels(self, sounds: list[Sound], codec: MuLaw) -> dict[str, Any]:
         """What the recordings sound like; what is wrong with them is told."""

@@ -69,6 +69,7 @@ class Source:
     kind: Kind
     size: int
     given: bool
+    below: str = ""  # its path below the folder that the user named, with "/"; a file that was named: its name
     spooled: IO[bytes] | None = field(default=None, compare=False)
 
     @property
@@ -128,7 +129,7 @@ def discover(items: Iterable[str]) -> tuple[list[Source], list[Skipped]]:
     skipped: list[Skipped] = []
     seen: dict[tuple[int, int], str] = {}
 
-    def add(path: Path, given: bool) -> None:
+    def add(path: Path, given: bool, below: str) -> None:
         name = shown(path)
         try:
             status = path.stat()
@@ -147,7 +148,7 @@ def discover(items: Iterable[str]) -> tuple[list[Source], list[Skipped]]:
             skipped.append(Skipped(name, f"the same file as {seen[identity]}"))
         else:
             seen[identity] = name
-            sources.append(Source(path, name, _kind(path, given), status.st_size, given))
+            sources.append(Source(path, name, _kind(path, given), status.st_size, given, below))
 
     for item in items:
         if item == STDIN:
@@ -159,9 +160,9 @@ def discover(items: Iterable[str]) -> tuple[list[Source], list[Skipped]]:
         refuse_missing(item)
         if path.is_dir():
             for file in _walk(path, skipped):
-                add(file, given=False)
+                add(file, given=False, below=file.relative_to(path).as_posix())
         elif path.exists():
-            add(path, given=True)
+            add(path, given=True, below=path.name)
         else:
             raise UsageError(f"{shown(path)} is a link that leads nowhere")
     return sources, skipped
@@ -330,4 +331,4 @@ def _spool_stdin() -> Source:
         while data := sys.stdin.buffer.read(CHUNK):
             spooled.write(data)
         spooled.flush()
-    return Source(None, "standard input", "text", spooled.tell(), True, spooled)
+    return Source(None, "standard input", "text", spooled.tell(), True, spooled=spooled)

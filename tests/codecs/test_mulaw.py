@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from dfcli.codecs import MuLaw, codec_from_json
-from dfcli.codecs.mulaw import QUANTIZERS
+from dfcli.codecs.mulaw import LEVELS, QUANTIZERS
 from dfcli.errors import DfError
 
 SAMPLES = arrays(np.float32, st.integers(0, 200), elements=st.floats(-1, 1, width=32))
@@ -17,9 +17,10 @@ quantizers = pytest.mark.parametrize("quantizer", QUANTIZERS)
 
 
 @quantizers
-def test_every_id_survives_decoding_and_encoding(quantizer: str) -> None:
-    codec = MuLaw(16_000, quantizer)
-    ids = np.arange(256, dtype=np.uint8)
+@pytest.mark.parametrize("levels", LEVELS)
+def test_every_id_survives_decoding_and_encoding(quantizer: str, levels: int) -> None:
+    codec = MuLaw(16_000, quantizer, levels)
+    ids = np.arange(levels).astype(codec.dtype)
     samples = codec.decode(ids)
     assert samples.dtype == np.float32
     assert (np.diff(samples) > 0).all()
@@ -107,3 +108,14 @@ def test_json_rebuilds_the_codec(tmp_path: Path) -> None:
     assert isinstance(again, MuLaw)
     assert again.to_json() == codec.to_json() == {"name": "mulaw", "sample_rate": 22_050, "quantizer": "s4"}
     assert (again.kind, again.vocab_size, again.dtype) == ("audio", 256, np.uint8)
+
+
+def test_levels_count_the_values_of_16_bits_they_stand_for(tmp_path: Path) -> None:
+    codec = codec_from_json(MuLaw(8000, levels=1024).to_json(), tmp_path)
+    assert isinstance(codec, MuLaw)
+    assert (codec.levels, codec.zero_level, codec.dtype) == (1024, 512, np.dtype("<u2"))
+    assert codec.values_of_16_bits.sum() == 1 << 16
+    assert codec.values_of_16_bits.min() == 1
+    # ln(256) (1 + 255 |x|) / 255 is the slope of f's inverse: here at x = 0.5, for steps of 2 / 1023
+    width = np.log(256) * (1 + 255 * 0.5) / 255 * 2 / 1023 * (1 << 15)
+    assert codec.values_of_16_bits[codec.encode(np.array([0.5]))[0]] == pytest.approx(width, rel=0.01)
