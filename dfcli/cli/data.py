@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 app = typer.Typer(cls=Group, no_args_is_help=True, help="Prepare, list, show, fetch and remove data.")
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The dataset's name.")]
+MEASURED = 500_000  # tokens that `df data show` measures an encoding on
 
 
 @app.command(cls=Command)
@@ -27,12 +28,20 @@ def prepare(
     sources: Annotated[list[str], typer.Argument(metavar="SOURCE", help="Files and folders; `-` is standard input.")],
     name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="What to call it.")] = None,
     codec: Annotated[
-        Literal["chars", "bytes", "gpt2", "mulaw"] | None,
+        Literal["chars", "bytes", "gpt2", "bpe", "mulaw"] | None,
         typer.Option("--codec", help="How it becomes token ids; characters for text, mulaw for audio."),
     ] = None,
     bpe: Annotated[
         str | None,
         typer.Option("--bpe", metavar="DIR", help="Folder of GPT-2's encoder.json and vocab.bpe."),
+    ] = None,
+    vocab_size: Annotated[
+        int | None,
+        typer.Option("--vocab-size", metavar="N", help="Ids of the bpe codec; by default they follow the corpus."),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option("--tokenizer", metavar="FILE", help="A tokenizer.json to use as the bpe codec."),
     ] = None,
     lines: Annotated[bool, typer.Option("--lines", metavar="", help="Each line is one document.")] = False,
     sample_rate: Annotated[
@@ -72,6 +81,7 @@ def prepare(
     Examples:
       df data prepare shakespeare.txt
       df data prepare names.txt --lines --name names
+      df data prepare book.txt --codec bpe --vocab-size 4096
       df data prepare recordings/ --sample-rate 8000 --label folder
       cat *.md | df data prepare - --name notes --codec bytes
     """
@@ -85,6 +95,8 @@ def prepare(
             name=name,
             codec=codec,
             bpe=bpe,
+            vocab_size=vocab_size,
+            tokenizer=tokenizer,
             lines=lines,
             sample_rate=sample_rate,
             levels=levels,
@@ -172,7 +184,29 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME", help="A dataset's n
             ("skipped", f"{count(info['skipped']['count'])}{': ' if skipped else ''}{', '.join(skipped)}"),
             ("created", info["created"]),
         ]
-        output.pairs(items)
+        output.pairs(items + _tokens(dataset))
+
+
+def _tokens(dataset: Dataset) -> list[tuple[str, object]]:
+    """How much text a token of a byte-pair encoding holds, beside GPT-2's where its files are at hand."""
+    from dfcli.codecs import BPE, GPT2, TextCodec
+    from dfcli.ingest.download import corpus_path
+
+    codec = dataset.codec
+    if not isinstance(codec, BPE | GPT2):
+        return []
+    split = dataset.splits.get("val") or next(iter(dataset.splits.values()))
+    ids = split.read(0, min(split.tokens_count, MEASURED))
+    text = codec.decode(ids)
+    folder = corpus_path("gpt2-bpe")
+    codecs: dict[str, TextCodec] = {codec.name: codec}
+    if folder is not None:
+        codecs["gpt2"] = GPT2(folder)
+    figures = (f"{name} {len(text.encode()) / len(each.encode(text)):.3f}" for name, each in codecs.items())
+    items: list[tuple[str, object]] = [("bytes a token", f"{', '.join(figures)} ({split.name} split)")]
+    if isinstance(codec, BPE):
+        items.append(("longest tokens", " ".join(map(repr, codec.longest(20)))))
+    return items
 
 
 def _names(label: str, names: list[str]) -> tuple[str, str]:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from dfcli.codecs.base import StreamDecoder, TextCodec, checked_ids, field
-from dfcli.codecs.bytelevel import byte_and_character_lengths, printable_to_byte, text_pieces
+from dfcli.codecs.bytelevel import PIECE, byte_and_character_lengths, printable_to_byte, text_pieces
 from dfcli.codecs.text import Utf8Decoder, utf8
 from dfcli.errors import CorruptError, DfError, UsageError
 from dfcli.system.files import os_errors, strict_json
@@ -53,6 +53,12 @@ def default_vocab_size(size: int) -> int:
     2004.02334)."""
     exponent = 10 + 0.4 * math.log2(max(1, size) / 1e6)
     return 2 ** min(15, max(9, round(exponent)))
+
+
+def check_vocab_size(size: int) -> None:
+    """Raise UsageError where an encoding cannot have `size` ids."""
+    if not MIN_VOCAB <= size <= MAX_VOCAB:
+        raise UsageError(f"--vocab-size must be from {MIN_VOCAB} to {MAX_VOCAB:,}, not {size}")
 
 
 class BPE(TextCodec):
@@ -90,16 +96,16 @@ class BPE(TextCodec):
         self._newline = self._pieces.index(b"\n")
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> BPE:
-        """The encoding of `vocab_size` ids, the last of which ends a text, that merges the most frequent pairs of
-        `texts` (chunks of any length); fewer ids where the texts hold fewer pairs that occur twice.
+    def train(cls, chunks: Iterable[str], vocab_size: int, *, lines: bool = False) -> BPE:
+        """The encoding of `vocab_size` ids, the last of which ends a text, that merges the most frequent pairs of the
+        text that comes in `chunks`; fewer ids where it holds fewer pairs that occur twice. With `lines` no token
+        reaches over a line's end.
 
         Time and memory follow from the number of different words, not from the length of the text. Errors of the
         iterator pass through. Raises UsageError for a size that is out of range."""
         from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-        if not MIN_VOCAB <= vocab_size <= MAX_VOCAB:
-            raise UsageError(f"--vocab-size must be from {MIN_VOCAB} to {MAX_VOCAB:,}, not {vocab_size}")
+        check_vocab_size(vocab_size)
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
             [
@@ -114,7 +120,9 @@ class BPE(TextCodec):
             show_progress=False,
             initial_alphabet=sorted(printable_to_byte()),
         )
-        pieces = (piece for piece, _ in text_pieces(texts, breaks=" "))
+        pieces = (piece for piece, _ in text_pieces(chunks, breaks=" "))
+        if lines:
+            pieces = (line for piece in pieces for line in piece.split("\n"))
         tokenizer.train_from_iterator(pieces, trainer)
         tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True)])
         return cls(tokenizer.to_str().encode("utf-8"))
@@ -136,6 +144,13 @@ class BPE(TextCodec):
                 utf8(text, start)  # refuses lone surrogates, which tokenizers would not name
             found = self._tokenizer.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)
             yield np.concatenate([np.array(encoding.ids, self.dtype) for encoding in found])
+
+    def encode_lines(self, lines: list[str]) -> list[np.ndarray]:
+        """Ids of each line, as if it were alone."""
+        if sum(map(len, lines)) > PIECES_AT_ONCE * PIECE:
+            return [self.encode(line) for line in lines]
+        found = self._tokenizer.encode_batch_fast(lines, add_special_tokens=False)
+        return [np.array(encoding.ids, self.dtype) for encoding in found]
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         pieces = self._pieces

@@ -50,15 +50,16 @@ class Options:
     whole: bool
     levels: int | None = None
     label: Labelling | None = None
+    vocab_size: int | None = None  # of the bpe codec alone; None: as the corpus asks for
 
     def as_json(self) -> dict[str, Any]:
         codec = self.codec.to_json() if isinstance(self.codec, Codec) else self.codec
-        # Those that are not given are left out, so that datasets of version 0.1 are found again.
         label = None if self.label is None else self.label.rule
-        newer = {key: value for key, value in {"levels": self.levels, "label": label}.items() if value is not None}
-        return {key: value for key, value in vars(self).items() if key not in ("levels", "label")} | {
+        # Those that are not given are left out, so that datasets of version 0.1 are found again.
+        newer = {"levels": self.levels, "label": label, "vocab_size": self.vocab_size}
+        return {key: value for key, value in vars(self).items() if key not in newer} | {
             "codec": codec,
-            **newer,
+            **{key: value for key, value in newer.items() if value is not None},
         }
 
 
@@ -77,6 +78,7 @@ class Made(NamedTuple):
 
 Writers = tuple[SplitWriter, ...]
 D = TypeVar("D")
+W = TypeVar("W")
 
 
 class Build(ABC):
@@ -179,11 +181,11 @@ class Build(ABC):
         return rules.constant(TRAIN), f"the only {what} trains" if n == 1 else f"all {n:,} {what}s train"
 
     def _plan(
-        self, groups: list[list[D]], size: Callable[[D], int], writers: list[Writers], what: str
-    ) -> tuple[list[tuple[D, list[tuple[Writers, int]]]], str]:
-        """Which part of each document goes where, in order, and the rule as a sentence. Documents are dealt out whole,
-        but cut by position where there is only one, or where so few of unequal size would not give the shares that were
-        asked for."""
+        self, groups: list[list[D]], size: Callable[[D], int], writers: list[W], what: str
+    ) -> tuple[list[tuple[D, list[tuple[W, int]]]], str]:
+        """Which part of each document goes to which of `writers` (one a label), in order, and the rule as a sentence.
+        Documents are dealt out whole, but cut by position where there is only one, or where so few of unequal size
+        would not give the shares that were asked for."""
         main = groups[TRAIN]
         if len(main) == 1 and not self._options.whole and (self._val or self._test):
             sizes, rule = rules.by_position(size(main[0]), self._val, self._test)

@@ -15,8 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dfcli.codecs import CODECS, Codec
+from dfcli.codecs import BPE, CODECS, Codec
 from dfcli.codecs.boundary import MAX_LEAD
+from dfcli.codecs.bpe import check_vocab_size
 from dfcli.codecs.mulaw import LEVELS
 from dfcli.data.dataset import (
     FORMAT,
@@ -58,6 +59,8 @@ def prepare(
     name: str | None = None,
     codec: str | Codec | None = None,
     bpe: str | None = None,
+    vocab_size: int | None = None,
+    tokenizer: str | None = None,
     lines: bool = False,
     sample_rate: int | None = None,
     val_fraction: float = 0.1,
@@ -77,8 +80,10 @@ def prepare(
     are the name of a prepared dataset. What was prepared before from the same sources and options is used
     again.
 
-    codec        "chars", "bytes", "gpt2" (its files in the folder `bpe`), "mulaw", or a Codec, which is taken as it
-                 is; None: chars for text, mulaw for audio
+    codec        "chars", "bytes", "gpt2" (its files in the folder `bpe`), "bpe" (trained on the training split: to
+                 `vocab_size` ids, or as many as suit its size), "mulaw", or a Codec, which is taken as it is; None:
+                 chars for text, mulaw for audio
+    tokenizer    a tokenizer.json whose encoding is used (codec "bpe")
     lines        each line that is not blank is a document
     val, test    sources of their own for these splits; otherwise they are `val_fraction` and `test_fraction` of the
                  data: the last parts of one text or recording, whole documents otherwise
@@ -92,6 +97,8 @@ def prepare(
 
     Raises DfError where a source cannot be used, UsageError where options make no sense.
     """
+    if tokenizer is not None:
+        codec = _given_tokenizer(tokenizer, codec, vocab_size)
     options = Options(
         codec=codec,
         bpe=None,
@@ -106,6 +113,7 @@ def prepare(
         whole=whole,
         levels=levels,
         label=Labelling(label) if isinstance(label, str) else label,
+        vocab_size=vocab_size,
     )
     _check(options)
     if bpe is not None and codec != "gpt2":
@@ -160,6 +168,15 @@ def check_sources(items: Sequence[str]) -> None:
             refuse_missing(path)
 
 
+def _given_tokenizer(file: str, codec: str | Codec | None, vocab_size: int | None) -> BPE:
+    """The encoding of `--tokenizer FILE`. Raises UsageError where other options contradict it."""
+    if codec not in (None, "bpe"):
+        raise UsageError("`--tokenizer` is for the bpe codec", "leave out `--codec`, or make it `--codec bpe`")
+    if vocab_size is not None:
+        raise UsageError("`--tokenizer` fixes the vocabulary", "leave out `--vocab-size`")
+    return BPE.open(Path(file))
+
+
 def _check(options: Options) -> None:
     """Raises UsageError for values that are unknown, out of range or contradict each other."""
     for value, known, what in (
@@ -170,6 +187,10 @@ def _check(options: Options) -> None:
     ):
         if value not in known:
             raise UsageError(f"there is no {what} {value!r}", f"known: {', '.join(map(str, known))}")
+    if options.vocab_size is not None:
+        if options.codec != "bpe":
+            raise UsageError("`--vocab-size` is for the bpe codec", "add `--codec bpe`, or leave it out")
+        check_vocab_size(options.vocab_size)
     if options.split_rule != "auto" and not options.lines:
         raise UsageError(f"the split rule {options.split_rule} is one of lines", "add `--lines`")
     if not 1 <= options.lead <= MAX_LEAD:
@@ -292,6 +313,7 @@ def _opened(folder: Path, item: str, options: Options, on_event: OnEvent) -> Dat
     asked = options.codec.to_json() if isinstance(options.codec, Codec) else options.codec
     conflicts = {
         "codec": asked not in (None, codec["name"], codec),
+        "vocabulary size": options.vocab_size not in (None, made.get("vocab_size")),
         "quantizer": options.quantizer not in ("torchaudio", codec.get("quantizer")),
         "sample rate": options.sample_rate not in (None, codec.get("sample_rate")),
         "normalisation": options.normalize not in ("none", made["normalize"]),

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dfcli.codecs import GPT2, Bytes, Chars, TextCodec
+from dfcli.codecs import BPE, GPT2, Bytes, Chars, TextCodec
+from dfcli.codecs.bpe import default_vocab_size
 from dfcli.errors import DfError
 from dfcli.ingest.build import Build, Made, Writers
 from dfcli.ingest.sources import CHUNK, BadText, Lines, Source, list_some, nothing_usable, read_text
@@ -46,7 +47,7 @@ class Texts(Build):
         texts = [[text for text in group if text is not None] for group in scanned]
         if not texts[TRAIN]:
             raise nothing_usable(self._skipped)
-        codec = self._text_codec(alphabet)
+        codec = self._trained(texts, total) if options.codec == "bpe" else self._text_codec(alphabet)
         boundary = codec.id_of_newline if options.lines else None
         if options.lines and boundary is None:
             raise DfError("the alphabet lacks the line break that ends a line", "use a model that was made of lines")
@@ -118,6 +119,41 @@ class Texts(Build):
             return chars
         return Bytes() if self._options.bpe is None else GPT2(Path(self._options.bpe))
 
+    def _trained(self, texts: list[list[Text]], total: int) -> BPE:
+        """A byte-pair encoding of the training split."""
+        size, reason = self._options.vocab_size, "as asked"
+        if size is None:
+            share = 1.0 if self._options.whole else 1 - self._val - self._test
+            bytes_ = int(share * sum(text.source.size for text in texts[TRAIN]))
+            size, reason = default_vocab_size(bytes_), f"for {counted(bytes_, 'byte')} to learn from"
+        self._begin()
+        codec = BPE.train(self._training_text(texts, total), size, lines=self._options.lines)
+        if codec.vocab_size < size:
+            reason += f", {size:,} at most: no more pairs occur twice"
+        self._on_event(Choice("codec", f"bpe, {codec.vocab_size:,} ids", reason))
+        return codec
+
+    def _training_text(self, texts: list[list[Text]], total: int) -> Iterator[str]:
+        """The text of the training split in chunks; of lines, each begins with a line break."""
+        if self._options.lines:
+            labels, _ = self._deal(sum(text.lines for text in texts[TRAIN]), "line")
+            begun, mine = 0, False
+            for text in texts[TRAIN]:
+                for chunk in Lines().of(self._read(text.source, total, "learning pairs")):
+                    rest, *lines = chunk.split("\n")
+                    found = labels(begun, begun + len(lines)) == TRAIN
+                    kept = [line for line, kept in zip(lines, found, strict=True) if kept]
+                    yield "\n".join([rest if mine else "", *kept])
+                    begun, mine = begun + len(lines), bool(found[-1]) if lines else mine
+            return
+        plan, _ = self._plan(texts, lambda text: text.characters, [TRAIN, VAL, TEST], "text")
+        for text, portions in plan:
+            characters = _Characters(self._read(text.source, total, "learning pairs"))
+            for label, size in portions:
+                for chunk in characters.take(size):
+                    if label == TRAIN:
+                        yield chunk
+
     def _write_texts(
         self,
         codec: TextCodec,
@@ -160,14 +196,14 @@ class Texts(Build):
                     dealer.add(ids, np.flatnonzero(ids == boundary))
         return rule
 
-    def _read(self, source: Source, total: int) -> Iterator[str]:
-        return read_text(source, lambda data: self._progress("encoding", len(data), total, "bytes"))
+    def _read(self, source: Source, total: int, what: str = "encoding") -> Iterator[str]:
+        return read_text(source, lambda data: self._progress(what, len(data), total, "bytes"))
 
     def _ids(
         self, codec: TextCodec, source: Source, chunks: Iterable[str], lines: bool = False
     ) -> Iterator[np.ndarray]:
         try:
-            if lines and isinstance(codec, GPT2):
+            if lines and isinstance(codec, GPT2 | BPE):
                 yield from _merge_lines(codec, chunks)
             else:
                 yield from codec.encode_stream(chunks)
@@ -242,7 +278,7 @@ class _Dealer:
         self._open = int(labels[-1])
 
 
-def _merge_lines(codec: GPT2, chunks: Iterable[str]) -> Iterator[np.ndarray]:
+def _merge_lines(codec: GPT2 | BPE, chunks: Iterable[str]) -> Iterator[np.ndarray]:
     """Ids of lines (as `Lines` gives them) such that no merge reaches over a line's end."""
     rest = ""
     for chunk in chunks:
@@ -256,10 +292,14 @@ def _merge_lines(codec: GPT2, chunks: Iterable[str]) -> Iterator[np.ndarray]:
     yield _merge(codec, rest)
 
 
-def _merge(codec: GPT2, text: str) -> np.ndarray:
-    """Ids of whole lines, each as if it were alone. Between visible characters a line break is never
-    merged, so lines without blanks at their ends can be encoded together, which is much faster."""
+def _merge(codec: GPT2 | BPE, text: str) -> np.ndarray:
+    """Ids of whole lines, each as if it were alone. GPT-2's expression never merges a line break between visible
+    characters, so lines without blanks at their ends can be encoded together, which is much faster."""
     first, *lines = text.split("\n")
+    if isinstance(codec, BPE):
+        newline = np.array([codec.id_of_newline], codec.dtype)
+        begun, *ids = codec.encode_lines([first, *lines])
+        return np.concatenate([begun, *(part for line in ids for part in (newline, line))])
     parts = [codec.encode(first)]
     for plain, group in groupby(lines, key=lambda line: line == line.strip()):
         if plain:

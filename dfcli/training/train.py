@@ -345,7 +345,8 @@ def _dataset_of(run: Run, on_event: OnEvent) -> Dataset:
     elif find_dataset(record["path"]) is not None:
         dataset = Dataset.open(record["path"])
     else:
-        codec = run.codec if run.info["init"] else None  # else the data give the same one again, and the same name
+        # Else the data give the same codec again, and the same name.
+        codec = run.codec if run.info["init"] or run.codec.name == "bpe" else None
         dataset = plans.prepare_for(record["sources"], record["protocol"], codec, on_event)
     if dataset.fingerprint != record["fingerprint"]:
         dataset.close()

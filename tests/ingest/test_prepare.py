@@ -12,13 +12,14 @@ import tracemalloc
 from functools import cache
 from itertools import chain, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dfcli.codecs import GPT2, Bytes, Chars, MuLaw, TextCodec
+from dfcli.codecs import BPE, GPT2, Bytes, Chars, MuLaw, TextCodec
 from dfcli.data.dataset import Dataset, Split, datasets_folder, list_datasets, remove_dataset
 from dfcli.errors import CorruptError, DfError, UsageError
 from dfcli.ingest import splits
@@ -801,3 +802,50 @@ def test_groups_of_lines_are_dealt_out_alike(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_shuffle_is_the_same_everywhere() -> None:
     labels, _ = splits.by_shuffle(20, 0.1, 0.2, "text")
     assert "".join(map(str, labels(0, 20).tolist())) == "00101200000022000002"
+
+
+# Byte-pair encodings -------------------------------------------------------------------------------------------------
+
+
+def test_a_vocabulary_is_learned_from_the_training_split_alone(tmp_path: Path) -> None:
+    text = "the cat sat on the mat. " * 90 + "zyx " * 60
+    (tmp_path / "a.txt").write_text(text)
+    events: list[object] = []
+    dataset = prepare([str(tmp_path / "a.txt")], codec="bpe", vocab_size=300, on_event=events.append)
+    assert isinstance(dataset.codec, BPE)
+    assert decoded(dataset, "train") + decoded(dataset, "val") == [text[:2160], text[2160:]]
+    assert not any("zy" in token for token in dataset.codec.longest(300))
+    assert " cat" in dataset.codec.longest(300)
+    assert (dataset.path / "tokenizer.json").is_file()
+    assert any(isinstance(event, Choice) and event.value == f"bpe, {dataset.vocab_size} ids" for event in events)
+    again = prepare([str(tmp_path / "a.txt")], codec="bpe", vocab_size=300, on_event=events.append)
+    assert (again.fingerprint, "prepared before" in notes(events)) == (dataset.fingerprint, True)
+    with pytest.raises(UsageError, match="another vocabulary size"):
+        prepare([dataset.name], vocab_size=301, codec="bpe")
+    given = prepare([str(tmp_path / "a.txt")], tokenizer=str(dataset.path / "tokenizer.json"))
+    assert ids(given.splits["train"]).tolist() == ids(dataset.splits["train"]).tolist()
+
+
+def test_lines_are_encoded_one_by_one(tmp_path: Path) -> None:
+    lines = [f"word{i % 7}. and... (word)" for i in range(200)]
+    (tmp_path / "a.txt").write_text("\n".join(lines) + "\n\n")
+    dataset = prepare([str(tmp_path / "a.txt")], codec="bpe", lines=True)
+    codec = dataset.codec
+    assert isinstance(codec, BPE)
+    assert sorted(decoded(dataset, "train") + decoded(dataset, "val")) == sorted(lines)
+    assert not any("\n" in token for token in codec.longest(600) if token != "\n")
+    assert dataset.splits["val"].document(0).tolist()[1:] == codec.encode(decoded(dataset, "val")[0]).tolist()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"vocab_size": 300}, "`--vocab-size` is for the bpe codec"),
+        ({"vocab_size": 12, "codec": "bpe"}, "--vocab-size must be from 257"),
+        ({"tokenizer": "x.json", "codec": "gpt2"}, "`--tokenizer` is for the bpe codec"),
+        ({"tokenizer": "x.json", "vocab_size": 300}, "`--tokenizer` fixes the vocabulary"),
+    ],
+)
+def test_options_of_a_vocabulary_that_contradict_each_other(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        prepare(["a.txt"], **options)
