@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
+from dfcli.system.words import size as size
+
 
 def count(n: float) -> str:
     """1234567 -> "1,234,567"."""
@@ -26,14 +28,6 @@ def si(n: float) -> str:
         if abs(n) >= limit:
             return f"{n / limit:.1f} {prefix}"
     return f"{n:.1f} "
-
-
-def size(n: float) -> str:
-    """Bytes as a person reads them: 1536000 -> "1.5 MB" (powers of 1000)."""
-    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if n >= limit:
-            return f"{n / limit:.1f} {unit}"
-    return f"{n:.0f} B"
 
 
 def duration(seconds: float) -> str:

@@ -86,7 +86,7 @@ def gpt(
     from dfcli.runs import Run, newest
 
     with output.Listener() as listener:
-        found = Run.open(run) if run else newest("gpt", listener)
+        found = Run.open(run) if run else newest("text", listener)
         if found.codec.kind != "text":
             raise UsageError(f"the run `{found.name}` makes sound, not text", f"type `{_sound_line(found)}`")
         _write_text(
@@ -144,7 +144,7 @@ def wavenet(
     from dfcli.runs import Run, newest
 
     with output.Listener() as listener:
-        found = Run.open(run) if run else newest("wavenet", listener)
+        found = Run.open(run) if run else newest("audio", listener)
         options: dict[str, Any] = {
             "num": num, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed,
             "device": device, "engine": engine, "checkpoint": checkpoint,

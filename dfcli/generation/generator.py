@@ -48,14 +48,14 @@ class Model:
 
 
 def load(
-    run: Run | str | Path | None, kind: str, checkpoint: str | int, device: str, on_event: OnEvent
+    run: Run | str | Path | None, makes: str, checkpoint: str | int, device: str, on_event: OnEvent
 ) -> tuple[Run, int, Model]:
-    """A run, the step of the checkpoint that is used, and its model. `run` None is the newest run of
-    `kind`, "gpt" or "wavenet"; it is named in a Note."""
+    """A run, the step of the checkpoint that is used, and its model. `run` None is the newest run that makes "text" or
+    "audio"; a Note names it."""
     where = resolve(device)
     if run is None:
-        run = newest(kind)
-        on_event(Note(f"the newest {kind} run is {run.name}"))
+        run = newest(makes)
+        on_event(Note(f"the newest run that makes {'text' if makes == 'text' else 'sound'} is {run.name}"))
     elif not isinstance(run, Run):
         run = Run.open(run)
     core, loaded = run.build(checkpoint, where.torch_device)

@@ -82,7 +82,7 @@ def sample_text(
     on_text: Callable[[int, str], None] = lambda number, piece: None,
     on_event: OnEvent = ignore,
 ) -> SampleResult:
-    """Continues `prompt` with the model of a run; the newest GPT's, if `run` is None.
+    """Continues `prompt` with the model of a run; the newest that makes text, if `run` is None.
 
     A model of lines writes one line, of at most `tokens` ids (500 by default); any other writes `tokens`
     ids. Both end before the text `stop`, if it comes. Without a prompt a text begins at the model's
@@ -101,11 +101,11 @@ def sample_text(
         raise UsageError(f"the number of tokens must be at least 1, not {tokens}")
     if stop == "":
         raise UsageError("the stop text is empty", "leave it out to stop at no text")
-    run, step, model = load(run, "gpt", checkpoint, device, on_event)
+    run, step, model = load(run, "text", checkpoint, device, on_event)
     codec = model.codec
     if not isinstance(codec, TextCodec):
         raise UsageError(f"run {run.name} makes sound, not text", "use `df sample wavenet -o out.wav`")
-    filters.numbers(codec.vocab_size)
+    _note_top_k(top_k, codec.vocab_size, on_event)
     if model.lines:
         prompt = prompt.removesuffix("\n")
         if "\n" in prompt:
@@ -151,7 +151,7 @@ def sample_audio(
     checkpoint: str | int = "best",
     on_event: OnEvent = ignore,
 ) -> SampleResult:
-    """Writes `seconds` of sound by the model of a run (the newest WaveNet's, if `run` is None) as 16-bit
+    """Writes `seconds` of sound by the model of a run (the newest that makes sound, if `run` is None) as 16-bit
     mono wav.
 
     `out` is a path: the file is replaced when the first samples are ready, grows while more are made, and
@@ -173,11 +173,11 @@ def sample_audio(
     target = out_paths(Path(out), num, kept_file) if isinstance(out, str | Path) else out
     if not isinstance(target, list) and num != 1:
         raise UsageError("only one clip can be streamed", "give a file to write with `-o out.wav`")
-    run, step, model = load(run, "wavenet", checkpoint, device, on_event)
+    run, step, model = load(run, "audio", checkpoint, device, on_event)
     codec = model.codec
     if not isinstance(codec, MuLaw):
         raise UsageError(f"run {run.name} makes text, not sound", "use `df sample gpt`")
-    filters.numbers(codec.vocab_size)
+    _note_top_k(top_k, codec.vocab_size, on_event)
     rate = codec.sample_rate
     total = round(seconds * rate) if math.isfinite(seconds) else 0
     if total < 1:
@@ -231,6 +231,11 @@ def sample_audio(
         times_real_time=made / rate / took,
         leading_silence=None if recording is not None else [clip.silent / rate for clip in clips],
     )
+
+
+def _note_top_k(top_k: int | None, vocab_size: int, on_event: OnEvent) -> None:
+    if top_k is not None and top_k > vocab_size:
+        on_event(Note(f"top-k {top_k:,} keeps every token: the model has {vocab_size:,}"))
 
 
 def _text_opening(model: Model, prompt: str, on_event: OnEvent) -> NDArray[np.int64]:

@@ -31,7 +31,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfcli.errors import UsageError
-from dfcli.system.words import counted
 
 
 @dataclass(frozen=True)
@@ -60,14 +59,9 @@ class Filters:
             raise UsageError(f"min-p must be from 0 to 1, not {self.min_p}")
 
     def numbers(self, vocab_size: int) -> tuple[float, int, float, float]:
-        """(temperature, top_k, top_p, min_p) for a compiled loop: what is left out gets the value that
-        filters nothing.
-
-        Raises UsageError if top-k asks for more ids than there are.
-        """
-        top_k = vocab_size if self.top_k is None else self.top_k
-        if top_k > vocab_size:
-            raise UsageError(f"top-k is {top_k}, but the model knows only {counted(vocab_size, 'id')}")
+        """(temperature, top_k, top_p, min_p) for a compiled loop: a filter that is left out gets the value that
+        filters nothing. A top-k above the vocabulary keeps every id."""
+        top_k = vocab_size if self.top_k is None else min(self.top_k, vocab_size)
         return (
             float(self.temperature),
             top_k,
@@ -80,7 +74,7 @@ def pick(logits: NDArray[np.float32], filters: Filters, uniforms: NDArray[np.flo
     """Picks one id a row, by the rules at the head of this module: logits [B, V], uniforms [B] in [0, 1) -> ids [B].
 
     In NumPy, because for one row of a small vocabulary its calls cost half of what PyTorch's do, and its sort of a
-    large one a tenth. Raises UsageError if top-k asks for more than V ids.
+    large one a tenth.
     """
     size = logits.shape[-1]
     temperature, top_k, top_p, min_p = filters.numbers(size)

@@ -21,6 +21,7 @@ import numba
 import platformdirs
 
 from dfcli.system.events import Note, OnEvent
+from dfcli.system.files import data_home
 
 # Sums keep their order, so that a clip does not depend on how its steps were cut into calls; a product and
 # a sum may be fused.
@@ -46,8 +47,7 @@ class Compiled:
         shared = [Path(__file__), Path(__file__).with_name("ops.py")]
         code = b"".join(Path(source).read_bytes() for source in [*shared, *sources])
         digest = hashlib.sha256(code).hexdigest()
-        base = os.environ.get("NUMBA_CACHE_DIR") or platformdirs.user_cache_path("dfcli") / "compiled"
-        self.folder = Path(base) / f"{function.__name__}{variant}-{digest[:16]}"
+        self.folder = _cache() / f"{function.__name__}{variant}-{digest[:16]}"
         self._keep = False
         self._dispatcher: Any = None
 
@@ -82,6 +82,15 @@ class Compiled:
             return njit(cache=keep, **OPTIONS)(self._function)
         finally:
             numba.config.CACHE_DIR = before  # type: ignore[attr-defined]
+
+
+def _cache() -> Path:
+    if base := os.environ.get("NUMBA_CACHE_DIR"):
+        return Path(base)
+    try:
+        return platformdirs.user_cache_path("dfcli") / "compiled"
+    except RuntimeError:  # the user has no home folder
+        return data_home() / "compiled"
 
 
 def _usable(folder: Path) -> bool:

@@ -104,6 +104,11 @@ class Run:
         return self.info["kind"]
 
     @property
+    def makes(self) -> str:
+        """ "text" or "audio": what its ids stand for."""
+        return "audio" if self.info["codec"].get("name") == "mulaw" else "text"
+
+    @property
     def dataset(self) -> dict[str, Any]:
         """What `run.json` says of the data: name, path, fingerprint, boundary, lead, lines, ... CorruptError where that
         is wrong."""
@@ -298,12 +303,14 @@ def list_runs(on_event: OnEvent = ignore) -> list[Run]:
     return runs
 
 
-def newest(kind: str | None = None, on_event: OnEvent = ignore) -> Run:
-    """The run (of a kind) created last, among those with a checkpoint. UsageError if there is none."""
-    runs = [run for run in list_runs(on_event) if kind in (None, run.kind) and run.steps()]
+def newest(makes: str | None = None, on_event: OnEvent = ignore) -> Run:
+    """The run created last, among those that have a checkpoint and make "text" or "audio" (None: either). UsageError if
+    there is none."""
+    runs = [run for run in list_runs(on_event) if makes in (None, run.makes) and run.steps()]
     if not runs:
-        what = f"{kind} run" if kind else "run"
-        raise UsageError(f"there is no {what} with a checkpoint yet", f"train one first: `df train {kind or 'gpt'}`")
+        what = {None: "run", "text": "run that makes text", "audio": "run that makes sound"}[makes]
+        kind = "wavenet" if makes == "audio" else "gpt"
+        raise UsageError(f"there is no {what} yet", f"train one first: `df train {kind}`")
     return max(runs, key=lambda run: (str(run.info.get("created")), run.name))
 
 

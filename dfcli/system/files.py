@@ -48,9 +48,9 @@ TEMPORARY = re.compile(
 CHECKSUM_LINE = re.compile(rb'(?P<body>\{.*)"checksum": "(?P<sha256>[0-9a-f]{64})"\n\}\n', re.DOTALL)
 DAMAGED = "it was changed or cut off after it was written; restore it from a copy or make it again"
 HINTS = {
-    errno.ENOSPC: "free some space, or use another disk (DFCLI_HOME sets where dfcli keeps its data)",
-    errno.EIO: "check the disk, or use another one (DFCLI_HOME sets where dfcli keeps its data)",
-    errno.EACCES: "use a folder that you have the rights to (DFCLI_HOME sets where dfcli keeps its data)",
+    errno.ENOSPC: "free some space, or use another disk",
+    errno.EIO: "check the disk, or use another one",
+    errno.EACCES: "check the permissions, or use another place",
 }
 HINTS |= {errno.EDQUOT: HINTS[errno.ENOSPC]} if hasattr(errno, "EDQUOT") else {}
 HINTS |= {errno.EPERM: HINTS[errno.EACCES], errno.EROFS: HINTS[errno.EACCES]}
@@ -62,18 +62,24 @@ _temporaries: set[str] = set()  # names made by this process and not yet done wi
 def data_home() -> Path:
     """Where datasets, runs and downloads are kept: `$DFCLI_HOME`, else the system's place. Not created. UsageError
     where something else than a folder is there, DfError where it may not be entered."""
-    chosen = os.environ.get("DFCLI_HOME")
-    if chosen:
-        home = Path(os.path.expanduser(chosen)).absolute()
-    else:
-        import platformdirs
-
-        home = platformdirs.user_data_path("dfcli", appauthor=False)
+    home = _home()
     with os_errors("read", home), suppress(FileNotFoundError):
         if not stat.S_ISDIR(os.stat(home).st_mode):
             raise UsageError(f"{home} is not a folder", "set DFCLI_HOME to a folder; it is made if it is not there")
         os.stat(home / "runs")  # fails where the folder may be seen, but not what is in it
     return home
+
+
+def _home() -> Path:
+    chosen = os.environ.get("DFCLI_HOME")
+    try:
+        if chosen:
+            return Path(os.path.expanduser(chosen)).absolute()
+        import platformdirs
+
+        return platformdirs.user_data_path("dfcli", appauthor=False)
+    except RuntimeError:  # the user has no home folder, as with `docker run -u 12345`
+        raise UsageError("this user has no home folder", "set DFCLI_HOME to a folder for data and runs") from None
 
 
 def check_name(name: str, what: str) -> str:
@@ -109,7 +115,16 @@ def os_errors(verb: str, path: Path) -> Iterator[None]:
     except OSError as error:
         family = CorruptError if verb == "read" and error.errno == errno.EIO else DfError
         reason = error.strerror or str(error) or type(error).__name__
-        raise family(f"could not {verb} {path}: {reason}", HINTS.get(error.errno or 0, "")) from error
+        raise family(f"could not {verb} {path}: {reason}", _hint(error.errno or 0, path)) from error
+
+
+def _hint(number: int, path: Path) -> str:
+    """What to do about an OSError; names DFCLI_HOME only where `path` lies among dfcli's own files."""
+    hint = HINTS.get(number, "")
+    with suppress(UsageError):
+        if hint and Path(os.path.abspath(path)).is_relative_to(_home()):
+            return f"{hint} (DFCLI_HOME sets where dfcli keeps its data)"
+    return hint
 
 
 @contextmanager

@@ -8,6 +8,14 @@ def counted(n: int, thing: str) -> str:
     return f"{n:,} {thing}" if n == 1 else f"{n:,} {thing}s"
 
 
+def size(n: float) -> str:
+    """Bytes as a person reads them: 1536000 -> "1.5 MB" (powers of 1000)."""
+    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if n >= limit:
+            return f"{n / limit:.1f} {unit}"
+    return f"{n:.0f} B"
+
+
 def first_line(error: Exception) -> str:
     """The first line of what an error says, after its kind; compilers say many lines."""
     return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]

@@ -22,6 +22,7 @@ from dfcli.runs.run import Run, runs_home
 from dfcli.system.device import Device, resolve
 from dfcli.system.events import Choice, OnEvent, ignore
 from dfcli.system.files import free_bytes, same_name
+from dfcli.system.words import size
 from dfcli.training import recipes
 from dfcli.training.presets import preset
 from dfcli.training.request import Request, corpus_file
@@ -173,7 +174,7 @@ def check_fits(plan: Plan) -> None:
     _, total = plan.device.memory_bytes()
     if plan.memory > total:
         raise DfError(
-            f"training would take about {_size(plan.memory)} of memory, and there are {_size(total)}", fitting(plan)
+            f"training would take about {size(plan.memory)} of memory, and there are {size(total)}", fitting(plan)
         )
     tensors = {"sgd": 1 + bool(plan.recipe.momentum), "adamw": 3, "muon": 3}[plan.recipe.optimizer]
     wanted = 4 * 4 * plan.parameters * tensors  # the best, the last two, and the one being written
@@ -182,7 +183,7 @@ def check_fits(plan: Plan) -> None:
         home = home.parent
     if free_bytes(home) < wanted:
         raise DfError(
-            f"the checkpoints would take about {_size(wanted)}, and {home} has {_size(free_bytes(home))} free",
+            f"the checkpoints would take about {size(wanted)}, and {home} has {size(free_bytes(home))} free",
             "free some space, or put DFCLI_HOME on another disk",
         )
 
@@ -196,7 +197,7 @@ def fitting(plan: Plan) -> str:
         if memory < SHARE * plan.device.memory_bytes()[0]:
             rows, parts = recipe.batch_size, recipe.accumulate
             about = "" if rows * parts == plan.recipe.batch_size * plan.recipe.accumulate else "about "
-            return f"`--batch-size {rows} --set accumulate={parts}` learns {about}the same in about {_size(memory)}"
+            return f"`--batch-size {rows} --set accumulate={parts}` learns {about}the same in about {size(memory)}"
     return {
         "gpt": "choose a smaller model: lower `--set layers=...` or `--set channels=...`, or `--set context=...`",
         "wavenet": "lower `--set window=...`, or choose a smaller model: `--set residual=...`, `--set skip=...`",
@@ -212,17 +213,13 @@ def _fitted(core: str, config: cores.CoreConfig, recipe: Recipe, device: Device,
     if recipes.memory_bytes(core, config, recipe, device) > SHARE * free:
         return whole  # no batch is small enough
     if recipe is not whole:
-        reason = f"parts of a step, {recipe.batch_size} sequences each, as {_size(free)} of memory are free"
+        reason = f"parts of a step, {recipe.batch_size} sequences each, as {size(free)} of memory are free"
         choices.append(Choice("accumulate", str(recipe.accumulate), reason))
     return recipe
 
 
 def _halved(recipe: Recipe) -> Recipe:
     return change(recipe, {"batch_size": -(-recipe.batch_size // 2), "accumulate": 2 * recipe.accumulate})
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB"
 
 
 def _config(core: str, values: dict[str, Any]) -> cores.CoreConfig:

@@ -24,6 +24,7 @@ from dfcli.runs.run import Run
 from dfcli.system.device import resolve
 from dfcli.system.events import Choice, Note, OnEvent, ignore
 from dfcli.system.files import DAMAGED, read_json, same_name, write_json
+from dfcli.system.words import size
 from dfcli.training import plan as plans
 from dfcli.training.events import Finished, Started
 from dfcli.training.plan import Plan
@@ -312,6 +313,7 @@ def _info(plan: Plan, dataset: Dataset) -> dict[str, Any]:
             "lead": dataset.lead,
             "normalize": dataset.info["options"]["normalize"],
             "sources": [identity(source) for source in plan.data],
+            "splits": {name: split.tokens_count for name, split in dataset.splits.items()},
             "protocol": plan.protocol,
         },
         "choices": [asdict(choice) for choice in plan.choices],
@@ -360,7 +362,7 @@ def _dataset_of(run: Run, on_event: OnEvent) -> Dataset:
 def _warn(plan: Plan, on_event: OnEvent) -> None:
     free, _ = plan.device.memory_bytes()
     if plan.memory > free:
-        text = f"training takes about {plan.memory / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
+        text = f"training takes about {size(plan.memory)} of memory, and {size(free)} are free"
         on_event(Note(f"{text}: {plans.fitting(plan)}"))
 
 

@@ -157,8 +157,8 @@ def test_what_the_disk_tool_would_take_gets_a_hint_to_it(here, words: list[str])
         ("data prepare", "missing argument 'SOURCE'", "`df data prepare --help`"),
         ("runs show nothing-here", "there is no run `nothing-here`", "df train gpt"),
         ("runs remove ../x", "cannot be the name of a run", "letters"),
-        ("sample gpt", "there is no gpt run", "df train gpt"),
-        ("sample wavenet", "there is no wavenet run", "df train wavenet"),
+        ("sample gpt", "there is no run that makes text", "df train gpt"),
+        ("sample wavenet", "there is no run that makes sound", "df train wavenet"),
     ],
 )
 def test_what_is_asked_wrongly_is_a_sentence_with_exit_2(here, line: str, message: str, hint: str):

@@ -80,9 +80,11 @@ def test_empty_samples_count(capfd):
 
 
 def test_the_newest_run_is_used_and_named(here):
-    assert "talk" in here("sample", "gpt", "--tokens", 1).err
-    assert "call" in here("sample", "wavenet").err
-    assert json.loads(here("sample", "gpt", "--tokens", 1, "--json").out)["run"] == "talk"
+    shown = here("sample", "gpt", "--tokens", 1, "--json")
+    assert json.loads(shown.out)["run"] == "call"  # a WaveNet of text, made after the GPT
+    assert "run call" in shown.err
+    shown = here("sample", "wavenet", "--seconds", 0.1, "-o", "x.wav", "--json")
+    assert json.loads(shown.out)["run"] == "tune"
 
 
 def test_an_unknown_character_is_named(here):
@@ -99,7 +101,7 @@ def test_an_unknown_character_is_named(here):
         ["--top-p", "1.5"], ["--min-p", "-0.1"], ["--min-p", "nan"], ["--tokens", "0"], ["--num", "0"], ["--num", "-3"],
         ["--seed", "-1"], ["--seed", "9" * 30], ["--stop", ""], ["--engine", "warp"], ["--device", "quantum"],
         ["--checkpoint", "next"], ["--checkpoint", "7"], ["--run", "none"], ["--run", "tune"], ["--run", "../talk"],
-        ["--run", "a\x00b"], ["--top-k", "1000000000"],
+        ["--run", "a\x00b"],
     ],
 )  # fmt: skip
 def test_values_out_of_range_are_refused(here, words: list[str]):
@@ -107,6 +109,13 @@ def test_values_out_of_range_are_refused(here, words: list[str]):
     assert shown.code == 2, shown.err
     assert shown.out == ""
     assert "unexpected" not in shown.err
+
+
+def test_a_top_k_beyond_the_vocabulary_keeps_every_token(here):
+    words = ["sample", "gpt", "--prompt", "It", "--tokens", 30, "--seed", 2]
+    shown = here(*words, "--top-k", 200)
+    assert (shown.code, shown.out) == (0, here(*words).out)
+    assert re.search(r"^top-k 200 keeps every token: the model has \d+$", shown.err, re.MULTILINE)
 
 
 def test_temperature_0_is_greedy(here):

@@ -163,7 +163,7 @@ def test_ctrl_c_keeps_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"tokens": 0}, UsageError, "number of tokens"), ({"num": 0}, UsageError, "number of samples"),
         ({"num": 10**30}, UsageError, "number of samples"),
-        ({"top_k": 5}, UsageError, "knows only 4 ids"), ({"temperature": -1}, UsageError, "temperature"),
+        ({"temperature": -1}, UsageError, "temperature"),
         ({"seed": -1}, UsageError, "seed"), ({"engine": "fast"}, UsageError, "no fast engine"),
         ({"device": "abacus"}, UsageError, "abacus"), ({"checkpoint": 7}, UsageError, "7"),
         ({"prompt": "a?"}, DfError, r"'\?'"),
@@ -183,7 +183,7 @@ def test_the_newest_run_of_the_kind_is_used_and_named() -> None:
     wavenet_run("sound")
     events: list[Any] = []
     assert text(run=None, on_event=events.append).run == "new"
-    assert Note("the newest gpt run is new") in events
+    assert Note("the newest run that makes text is new") in events
     with pytest.raises(UsageError, match="makes sound, not text"):
         text(run="sound")
 
@@ -361,7 +361,7 @@ def test_the_file_is_a_wav_all_along(tmp_path: Path) -> None:
         ({"seconds": float("inf")}, UsageError, "one sample"), ({"seconds": -1}, UsageError, "one sample"),
         ({"seconds": 1e9}, UsageError, "at most"), ({"num": 0}, UsageError, "number of samples"),
         ({"num": 10**30}, UsageError, "number of samples"),
-        ({"top_k": 257}, UsageError, "knows only 256 ids"), ({"top_p": 7}, UsageError, "top-p"),
+        ({"top_p": 7}, UsageError, "top-p"),
         ({"seed": 2**63}, UsageError, "seed"), ({"engine": "fast"}, UsageError, "no fast engine"),
         ({"out": "out.mp3"}, UsageError, "wav"), ({"out": "missing/out.wav"}, UsageError, "no folder missing"),
         ({"out": "folder.wav"}, UsageError, "not a file"), ({"run": "text"}, UsageError, "makes text, not sound"),

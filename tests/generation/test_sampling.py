@@ -128,8 +128,7 @@ def test_wrong_options(options: dict[str, Any], message: str) -> None:
 def test_top_k_beyond_the_vocabulary() -> None:
     assert Filters(0.5, 10, 0.9, 0.1).numbers(10) == (0.5, 10, 0.9, 0.1)
     assert Filters().numbers(10) == (1.0, 10, 1.0, 0.0)
-    with pytest.raises(UsageError, match="top-k is 11, but the model knows only 10"):
-        Filters(top_k=11).numbers(10)
+    assert Filters(top_k=11).numbers(10) == Filters().numbers(10)  # it keeps every id
 
 
 def test_dice_are_the_same_on_every_machine_and_version() -> None:

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from dfcli import cores
-from dfcli.codecs import Chars
+from dfcli.codecs import Chars, Codec
 from dfcli.runs import Run
 
 CONFIG = cores.GPTConfig(vocab_size=3, context=4, layers=1, heads=1, channels=2)  # its head is tied
 
 
-def make_run(name: str = "r", **info: Any) -> Run:
+def make_run(name: str = "r", codec: Codec | None = None, **info: Any) -> Run:
     core = {"name": "gpt", "config": asdict(CONFIG)}
-    return Run.create(name, {"kind": "gpt", "core": core, "seed": 1, **info}, Chars("abc"))
+    return Run.create(name, {"kind": "gpt", "core": core, "seed": 1, **info}, codec or Chars("abc"))
 
 
 def weights(seed: int) -> dict[str, Tensor]:

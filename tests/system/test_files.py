@@ -42,6 +42,12 @@ def test_the_data_home_is_the_environment_s_or_the_system_s(tmp_path: Path, monk
     monkeypatch.delenv("DFCLI_HOME")
     assert files.data_home().is_absolute()
     assert "dfcli" in files.data_home().parts
+    pwd = pytest.importorskip("pwd")  # a user without a home folder, as with `docker run -u 12345`
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])
+    with pytest.raises(UsageError, match="no home folder") as error:
+        files.data_home()
+    assert "DFCLI_HOME" in error.value.hint
 
 
 def test_a_data_home_that_is_no_folder_or_is_locked_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -525,7 +531,15 @@ def test_a_folder_without_rights(tmp_path: Path):
             files.write_atomic(tmp_path / "x", b"1")
     finally:
         tmp_path.chmod(0o700)
-    assert "rights" in error.value.hint
+    assert "permissions" in error.value.hint
+
+
+def test_a_hint_names_the_data_home_only_for_files_in_it(home: Path, tmp_path: Path):
+    for place, own in ((home / "runs" / "r", True), (tmp_path / "out.wav", False)):
+        with pytest.raises(DfError) as error, files.os_errors("write", place):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        assert ("DFCLI_HOME" in error.value.hint) == own
+        assert "check the permissions" in error.value.hint
 
 
 def test_what_a_disk_cannot_read_back_is_damage():
