@@ -54,6 +54,8 @@ def run(arguments: list[str]) -> int:
             raise
         if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):  # PyTorch's
             _report(*_OUT_OF_MEMORY)
+        elif "failed to map segment" in str(error) or "annot allocate memory" in str(error):  # the dynamic linker's
+            _report(*_LIMITED)
         else:
             _report(
                 f"an unexpected {type(error).__name__}: {error}",
@@ -66,6 +68,12 @@ _OUT_OF_MEMORY = (
     "the device's memory ran out",
     "lower `--batch-size`, or take a smaller model (`--set context=...`, `--set layers=...`); "
     "when sampling, lower `--num`",
+)
+
+
+_LIMITED = (
+    "this process may not take the memory that PyTorch needs",
+    "raise the limit: `ulimit -v` shows it in kB, and a container or a batch system may set one too",
 )
 
 
@@ -83,6 +91,8 @@ def _command(arguments: list[str]) -> int:
 
     program = "dfcli" if Path(sys.argv[0]).stem == "dfcli" else "df"
     command = build(completion=program == "dfcli")
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:], "--help"]
     try:
         if len(arguments) > 1 and arguments[0] == "-h" and arguments[1] not in command.commands:
             raise typer.BadParameter(f"`{arguments[1]}` is no command")  # `df -h /home` means the other df
@@ -95,27 +105,50 @@ def _command(arguments: list[str]) -> int:
     except typer.TyperException as error:  # asked wrongly: an unknown option, a missing or bad value
         if type(error).__name__ == "NoArgsIsHelpError":  # it has printed the help
             return error.exit_code
-        message = _number_expected(error) or error.format_message().replace("Value error, ", "")
+        message, hint = _number_expected(error)
+        message = message or error.format_message().replace("Value error, ", "")
         message = " ".join(message.split()).removesuffix(".")
-        _report(message[:1].lower() + message[1:], _hint(error, message, program, arguments, command.commands))
+        hint = hint or _hint(error, message, program, arguments, command.commands)
+        _report(message[:1].lower() + message[1:], hint)
         return error.exit_code
 
 
-def _number_expected(error: Exception) -> str:
-    """The sentence for an option whose value is no number; "" for any other error."""
+def _number_expected(error: Exception) -> tuple[str, str]:
+    """Sentence and hint for an option whose value is no number; empty for any other error."""
+    from dfcli.cli import guess
+
     option, cause = getattr(error, "param", None), error.__cause__
     for problem in getattr(cause, "errors", list)():  # pydantic's, whose own words are a library's
         kind = {"int": "a whole number", "float": "a number"}.get(problem["type"].partition("_")[0])
         if option is not None and kind:
-            return f"{option.opts[0]} takes {kind}, not `{problem['input']}`"
-    return ""
+            name = option.opts[0]
+            kind = {"--minutes": "minutes, for example 5", "--seconds": "seconds, for example 1.5"}.get(name, kind)
+            meant = guess.number(name, str(problem["input"]), kind == "a whole number")
+            return f"{name} takes {kind}, not `{problem['input']}`", f"type `{name} {meant}`" if meant else ""
+    return "", ""
 
 
 def _hint(error: Exception, message: str, program: str, arguments: list[str], commands: Container[str]) -> str:
-    option = {"train": "--data", "sample": "--run", "eval": "--run"}.get(arguments[0])
-    if option and (extra := re.search(r"extra argument\S* \((\S+)", message)):
-        return f"name it by its option: `{option} {extra[1].rstrip(')')}`"
+    from dfcli.cli import guess
+
     context = getattr(error, "ctx", None)
+    path = context.command_path.split()[1:] if context is not None else []
+    rest = arguments[len(path) :]
+    if "Did you mean" not in message:
+        line = ""
+        if rest and message.startswith("No such command"):
+            line = guess.command_line(program, " ".join(path), rest)
+        elif path == ["train"] and (bad := re.search(r": '(.+)' is not one of 'gpt', 'wavenet'", message)):
+            at = rest.index(bad[1]) if bad[1] in rest else 0
+            line = guess.command_line(program, "train", [bad[1], *rest[:at], *rest[at + 1 :]])
+        elif path == ["train"] and message.startswith("Missing argument"):
+            line = shlex.join([program, "train", "gpt", *rest])
+        if line and path:
+            return f"type `{line}`"
+        if line:
+            return (
+                f"to use it type `{line}`; for the disk tool type `{shlex.join(['command', '-p', 'df', *arguments])}`"
+            )
     if context is not None and context.parent is not None:
         return f"`{context.command_path} --help` shows what there is"
     if arguments[0] in commands:

@@ -10,7 +10,7 @@ import typer
 from dfcli.cli import output
 from dfcli.cli.figures import count, size
 from dfcli.cli.layout import Command, Group
-from dfcli.cli.options import Yes, confirmed, mention_terminal
+from dfcli.cli.options import Yes, confirmed, mention_stdin
 from dfcli.system.files import check_name
 from dfcli.system.words import counted
 
@@ -29,7 +29,9 @@ def prepare(
     name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="What to call it.")] = None,
     codec: Annotated[
         Literal["chars", "bytes", "gpt2", "bpe", "mulaw"] | None,
-        typer.Option("--codec", help="How it becomes token ids; characters for text, mulaw for audio."),
+        typer.Option(
+            "--codec", case_sensitive=False, help="How it becomes token ids; characters for text, mulaw for audio."
+        ),
     ] = None,
     bpe: Annotated[
         str | None,
@@ -60,7 +62,9 @@ def prepare(
     ] = None,
     normalize: Annotated[
         Literal["none", "peak", "minmax"],
-        typer.Option("--normalize", help="Of each recording: its peak to 1, or its range to -1 to 1."),
+        typer.Option(
+            "--normalize", case_sensitive=False, help="Of each recording: its peak to 1, or its range to -1 to 1."
+        ),
     ] = "none",
     val_fraction: Annotated[
         float, typer.Option("--val-fraction", metavar="F", help="Share held out to validate.")
@@ -87,7 +91,7 @@ def prepare(
     """
     from dfcli.ingest.prepare import prepare
 
-    mention_terminal(sources)
+    mention_stdin(sources)
     with (
         output.Listener() as listener,
         prepare(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import shlex
+import stat
 import sys
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, cast
 
@@ -15,7 +15,7 @@ import typer
 from dfcli.cli import output
 from dfcli.cli.figures import short
 from dfcli.cli.layout import Command, Group
-from dfcli.cli.options import Checkpoint, Device, Json, RunName
+from dfcli.cli.options import Checkpoint, Device, Json, RunName, reading_stdin
 from dfcli.cli.signals import INTERRUPTED
 from dfcli.errors import DfError, UsageError
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 app = typer.Typer(cls=Group, no_args_is_help=True, help="Let a trained model write text or make sound.")
 
 MAX_PROMPT = 16 << 20  # bytes: far beyond every context, and a device or a pipe may have no end
-STDIN_SECONDS = 1.0  # of silence on standard input before saying that it is being read
 
 Num = Annotated[int, typer.Option("--num", metavar="N", help="How many samples.")]
 Temperature = Annotated[
@@ -46,17 +45,20 @@ Seed = Annotated[
     typer.Option("--seed", metavar="N", help="The same seed gives the same samples."),
 ]
 Engine = Annotated[
-    Literal["auto", "plain", "fast"], typer.Option("--engine", help="What runs the model; auto says its choice.")
+    Literal["auto", "plain", "fast"],
+    typer.Option("--engine", case_sensitive=False, help="What runs the model; auto says its choice."),
 ]
 
 
 @app.command(cls=Command)
 def gpt(
     run: RunName = None,
-    prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="What to go on from.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", metavar="TEXT", help="Text to continue; `-` is standard input.")
+    ] = None,
     prompt_file: Annotated[
         Path | None,
-        typer.Option("--prompt-file", metavar="FILE", help="Go on from this file; `-` is standard input."),
+        typer.Option("--prompt-file", metavar="FILE", help="File to continue; `-` is standard input."),
     ] = None,
     tokens: Annotated[int | None, typer.Option("--tokens", metavar="N", help="How much to write, at most.")] = None,
     stop: Annotated[str | None, typer.Option("--stop", metavar="TEXT", help="End before this text.")] = None,
@@ -73,14 +75,14 @@ def gpt(
 ) -> None:
     """Write text with a trained GPT, on stdout, as it is made.
 
-    The prompt may also come through a pipe; one final line break of a file or a
-    pipe is dropped. Several samples are divided by a line of `---`, except where
-    each is one line.
+    `--prompt -` reads the prompt from a pipe. One final line break of a file or
+    a pipe is dropped. A line of `---` stands between several samples, unless
+    each sample is one line.
 
     Examples:
       df sample gpt
       df sample gpt --prompt "ROMEO:" --tokens 300 --temperature 0.8
-      echo "To be" | df sample gpt --run shakespeare --seed 1
+      echo "To be" | df sample gpt --run shakespeare --prompt -
       df sample gpt --run names --num 20
     """
     from dfcli.runs import Run, newest
@@ -266,10 +268,17 @@ class Texts:
 
 
 def _prompt(text: str | None, file: Path | None) -> str:
-    """The prompt, from the one place where it is given; empty where it is not."""
+    """The prompt, from the one place where it is given; empty where it is not.
+
+    Standard input is read only where `-` asks for it: inside `while read`, it is the loop's list.
+    """
     if text is not None and file is not None:
         raise UsageError("`--prompt` and `--prompt-file` exclude each other")
-    if text is not None:
+    if text is None and file is None:
+        if _stdin_has_data():
+            output.say("standard input is not read; `--prompt -` takes the prompt from it", style="dim")
+        return ""
+    if text is not None and text != "-":
         return text
     if file is not None and str(file) != "-":
         try:
@@ -277,19 +286,30 @@ def _prompt(text: str | None, file: Path | None) -> str:
                 return _decode(stream, str(file))
         except OSError as error:
             raise DfError(f"could not read {file}: {error.strerror}") from None
-    if sys.stdin is None or (file is None and sys.stdin.isatty()):
-        return ""
-    waiting = threading.Timer(
-        STDIN_SECONDS, output.say, ["reading the prompt from standard input; end it, or give --prompt"]
-    )
-    waiting.daemon = True
-    waiting.start()
+    if sys.stdin is None:
+        raise UsageError("standard input is closed", "give the prompt with `--prompt TEXT`")
+    with reading_stdin("the prompt"):
+        try:
+            return _decode(sys.stdin.buffer, "standard input")
+        except OSError as error:
+            raise DfError(f"could not read standard input: {os.strerror(error.errno or 0)}") from None
+
+
+def _stdin_has_data() -> bool:
+    """Whether a pipe or a file on standard input has something that could be meant as the prompt."""
     try:
-        return _decode(sys.stdin.buffer, "standard input")
-    except OSError as error:
-        raise DfError(f"could not read standard input: {os.strerror(error.errno or 0)}") from None
-    finally:
-        waiting.cancel()
+        number = sys.stdin.fileno()
+        if stat.S_ISREG(mode := os.fstat(number).st_mode):
+            return os.lseek(number, 0, os.SEEK_CUR) < os.fstat(number).st_size
+        if not stat.S_ISFIFO(mode) or os.name == "nt":
+            return False
+        import fcntl
+        import termios
+
+        waiting = fcntl.ioctl(number, termios.FIONREAD, b"\0" * 4)
+        return int.from_bytes(waiting, sys.byteorder) > 0
+    except (AttributeError, OSError, ValueError):  # there is no standard input
+        return False
 
 
 def _decode(stream: BinaryIO, source: str) -> str:

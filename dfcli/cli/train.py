@@ -13,7 +13,7 @@ import typer
 
 from dfcli.cli import output
 from dfcli.cli.figures import count, duration, short, size
-from dfcli.cli.options import Device, Json, mention_terminal
+from dfcli.cli.options import Device, Json, mention_stdin
 from dfcli.cli.signals import Stop
 from dfcli.errors import UsageError
 from dfcli.system.words import counted
@@ -27,7 +27,9 @@ def train(
     context: typer.Context,
     kind: Annotated[
         Literal["gpt", "wavenet"],
-        typer.Argument(metavar="KIND", help="What to train: a GPT on text, a WaveNet on audio or text."),
+        typer.Argument(
+            metavar="KIND", case_sensitive=False, help="What to train: a GPT on text, a WaveNet on audio or text."
+        ),
     ],
     data: Annotated[
         list[str] | None,
@@ -56,7 +58,12 @@ def train(
     init: Annotated[str | None, typer.Option("--init", metavar="RUN", help="Start from another run's weights.")] = None,
     on_nonfinite: Annotated[
         Literal["stop", "skip"] | None,
-        typer.Option("--on-nonfinite", metavar="stop|skip", help="At a loss that is not finite: stop, or skip it."),
+        typer.Option(
+            "--on-nonfinite",
+            metavar="stop|skip",
+            case_sensitive=False,
+            help="At a loss that is not finite: stop, or skip it.",
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None,
@@ -94,7 +101,7 @@ def train(
     if show and resume:
         raise UsageError("`--show` and `--resume` exclude each other")
     Request(kind, tuple(data or ()), **options).check(show=show, resume=resume)  # before PyTorch is imported
-    mention_terminal(data or [])
+    mention_stdin(data or [])
     if show:
         _show(kind, data or [], json, quiet, options)
     else:

@@ -19,10 +19,15 @@ SILENCE = 0.01  # the amplitude (-40 dB) that a clip must exceed to count as beg
 
 
 class AudioClip:
-    """Ids in, samples out to `wav`, which is closed after `total` of them; before them it holds `kept` of a prime."""
+    """Ids in, samples out to `wav`, which is closed after `total` of them; before them it holds `kept` of a prime.
 
-    def __init__(self, wav: Wav, codec: MuLaw, total: int, kept: int = 0) -> None:
-        self._wav, self._codec = wav, codec
+    `gain` and `shift` are those by which the prime was normalised; they are undone, so that both parts of the file have
+    the level of the recording."""
+
+    def __init__(
+        self, wav: Wav, codec: MuLaw, total: int, kept: int = 0, gain: float = 1.0, shift: float = 0.0
+    ) -> None:
+        self._wav, self._codec, self._gain, self._shift = wav, codec, gain, shift
         self._total, self._kept = total, kept
         self._begun = False
         self.silent = 0  # samples before the first sound
@@ -39,7 +44,7 @@ class AudioClip:
             loud = np.abs(samples) > SILENCE
             self._begun = bool(loud.any())
             self.silent += int(loud.argmax()) if self._begun else len(samples)
-        self._wav.append(pcm(samples))
+        self._wav.append(pcm((samples - self._shift) / self._gain))
         if self.samples == self._total:
             self.close()
 
@@ -58,6 +63,7 @@ class Prime:
     def __init__(self, path: Path, codec: MuLaw, normalize: str, context: int) -> None:
         self._path, self._codec, self._normalize = path, codec, normalize
         self.samples = 0
+        self.gain, self.shift = 1.0, 0.0  # by which the recording was normalised
         self.newest = np.empty(0, np.uint8)
         for ids in self.blocks():
             self.samples += len(ids)
@@ -66,15 +72,17 @@ class Prime:
     def blocks(self) -> Iterator[NDArray[np.uint8]]:
         """Its ids, in blocks [n]."""
         try:
-            for samples in Recording(self._path).stream(self._codec.sample_rate, self._normalize):
+            recording = Recording(self._path)
+            for samples in recording.stream(self._codec.sample_rate, self._normalize):
+                self.gain, self.shift = recording.gain, recording.shift
                 yield self._codec.encode(samples)
         except DfError as error:
             raise DfError(f"the prime {self._path} cannot be used: {error.message}", error.hint) from None
 
     def copy(self, wav: Wav) -> None:
-        """Writes it, as the model hears it, to `wav`."""
+        """Writes it, as the model hears it but at its own level, to `wav`."""
         for ids in self.blocks():
-            wav.append(pcm(self._codec.decode(ids)))
+            wav.append(pcm((self._codec.decode(ids) - self.shift) / self.gain))
 
 
 def out_paths(out: Path, num: int, kept: Path | None) -> list[Path]:

@@ -202,7 +202,8 @@ def sample_audio(
             if len(clips) == group.start:  # the first samples are ready: now there is something to write
                 for i in group:
                     wav = WavFile(target[i], rate) if isinstance(target, list) else WavStream(target, rate)
-                    clips.append(AudioClip(wav, codec, total, kept))
+                    level = (recording.gain, recording.shift) if recording is not None and keep_prime else (1.0, 0.0)
+                    clips.append(AudioClip(wav, codec, total, kept, *level))
                     if recording is not None and keep_prime:
                         recording.copy(wav)
             for clip, row in zip(clips[group.start :], ids, strict=True):

@@ -92,6 +92,7 @@ class Recording:
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self.report: Report | None = None
+        self.gain, self.shift = 1.0, 0.0  # by which the last stream was normalised
         with _decoder(self.path) as decoder:
             self.rate, self.channels, self.frames = decoder.rate, decoder.channels, decoder.frames
 
@@ -117,6 +118,7 @@ class Recording:
                 shift = -1 - low * gain
             elif self.report and not self.report.silent:
                 gain = 1 / max(high, -low)
+        self.gain, self.shift = gain, shift
         for block in self._resampled(rate):
             yield block if normalize == "none" else block * np.float32(gain) + np.float32(shift)
 

@@ -24,6 +24,7 @@ from dfcli.system.words import counted
 
 MAX_RATE = 16_000  # Hz that are chosen without being asked for
 CLIPPED = 0.001  # share of samples at full scale from which on a recording is reported
+QUIET = 0.1  # peak of the loudest recording below which a usual level is recommended
 OFF_CENTRE = 0.01  # mean level from which on a recording is reported, full scale being 1
 
 
@@ -171,5 +172,9 @@ class Recordings(Build):
                 names = list_some([sound.source.name for sound in found])
                 share = f"{len(found):,} of {counted(len(sounds), 'recording')} {'is' if len(found) == 1 else 'are'}"
                 self._on_event(Note(f"{share} {words[what]}: {names}"))
+        peak = max(sound.report.peak for sound in sounds)
+        if self._options.normalize == "none" and peak < QUIET and len(odd["silent"]) < len(sounds):
+            quiet = f"the recordings are quiet: the loudest reaches {peak:.1%} of full scale, and samples will too"
+            self._on_event(Note(f"{quiet}; `df data prepare SOURCE --normalize peak` raises each to full scale"))
         seconds = sum(sound.samples for sound in sounds) / codec.sample_rate
         return {"recordings": len(sounds), "seconds": seconds, **{what: len(found) for what, found in odd.items()}}

@@ -82,7 +82,7 @@ TEXT = "It was the best of times, it was the worst of times.\nIt was the age of 
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data home with the runs `talk` (a GPT), `tune` (a WaveNet) and `call` (a WaveNet of text)."""
+    """A data home with the runs `call` (a WaveNet of text), `talk` (a GPT) and `tune` (a WaveNet), in order of age."""
     folder = tmp_path_factory.mktemp("made")
     (folder / "talk.txt").write_text(TEXT)
     (folder / "names.txt").write_text("\n".join(f"{a}n{b}" for a in "abcdefghij" for b in ("na", "nie", "o")) + "\n")
@@ -96,12 +96,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = {"steps": 12, "batch_size": 4, "seed": 1}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DFCLI_HOME", str(folder / "home"))
-        dfcli.train("gpt", [str(folder / "talk.txt")], name="talk", overrides=TINY, **options)
-        dfcli.train("wavenet", [str(folder / "tones")], name="tune", overrides=TINY_WAVENET, **options)
         dfcli.train(
             "wavenet", [str(folder / "names.txt")], name="call", preset="makemore", steps=12,
             overrides={"hidden": "8", "embedding": "4"},
         )  # fmt: skip
+        dfcli.train("gpt", [str(folder / "talk.txt")], name="talk", overrides=TINY, **options)
+        dfcli.train("wavenet", [str(folder / "tones")], name="tune", overrides=TINY_WAVENET, **options)
     return folder
 
 

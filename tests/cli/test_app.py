@@ -27,6 +27,9 @@ def test_help_by_every_name(df):
     positions = [whole.out.index(f"│ {command} ") for command in ("train", "sample", "eval", "data", "runs")]
     assert positions == sorted(positions)
     assert "command -p df" in whole.out
+    assert df("help").out == whole.out
+    assert df("help", "train").out == df("train", "--help").out
+    assert df("SAMPLE", "Gpt", "-h").out == df("sample", "gpt", "-h").out
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -137,19 +140,40 @@ def test_what_the_disk_tool_would_take_gets_a_hint_to_it(here, words: list[str])
     ("line", "message", "hint"),
     [
         ("trian", "Did you mean 'train'?", "`df --help`"),
-        ("train", "missing argument 'KIND'. Choose from: gpt, wavenet", "`df train --help`"),
-        ("train mlp", "'mlp' is not one of 'gpt', 'wavenet'", "`df train --help`"),
+        ("train", "missing argument 'KIND'. Choose from: gpt, wavenet", "`df train gpt`"),
+        ("train mlp", "'mlp' is not one of 'gpt', 'wavenet'", "`df train gpt --data mlp`"),
         ("train gpt --foo", "no such option: --foo", "`df train --help`"),
-        ("train gpt book.txt", "extra argument(s) (book.txt)", "`--data book.txt`"),
-        ("train gpt --data a.txt b.txt c.txt", "extra argument(s) (b.txt c.txt)", "`--data b.txt`"),
-        ("sample gpt first", "extra argument(s) (first)", "`--run first`"),
-        ("data show a b", "extra argument(s) (b)", "`df data show --help`"),
-        ("help", "no such command 'help'", "see `df --help`"),
+        ("train gpt book.txt", "no place for the word `book.txt`", "`df train gpt --data book.txt`"),
+        (
+            "train gpt --data a.txt b.txt c.txt",
+            "no place for the words `b.txt c.txt`",
+            "`df train gpt --data a.txt --data b.txt --data c.txt`",
+        ),
+        (
+            "train wavenet --data=rec/1.wav rec/2.wav rec/3.wav rec/4.wav rec/5.wav --minutes 1",
+            "no place for the words",
+            "`df train wavenet --minutes 1 --data rec/`",
+        ),
+        ("train book.txt --minutes 1", "'book.txt' is not one of", "`df train gpt --minutes 1 --data book.txt`"),
+        ("train nano-cpu", "'nano-cpu' is not one of", "`df train gpt --preset nano-cpu`"),
+        ("train --minutes 1", "missing argument 'KIND'", "`df train gpt --minutes 1`"),
+        ("sample gpt ROMEO:", "no place for the word `ROMEO:`", "`df sample gpt --prompt ROMEO:`"),
+        ("sample gpt --prompt To be or", "no place for the words", "`df sample gpt --prompt 'To be or'`"),
+        ("sample ROMEO:", "no such command 'ROMEO:'", "`df sample gpt --prompt ROMEO:`"),
+        ("sample out.wav", "no such command", "`df sample wavenet -o out.wav --seconds 4`"),
+        ("sample wavenet out.wav", "no place for", "`df sample wavenet -o out.wav --seconds 4`"),
+        ("sample wavenet 2", "no place for", "`df sample wavenet --seconds 2 -o out.wav`"),
+        ("eval val", "no place for the word `val`", "`df eval --split val`"),
+        ("data shakespeare", "no such command", "`df data get shakespeare`"),
+        ("data show a b", "no place for the word `b`", "`df data show --help`"),
+        ("train gpt --minutes 5m", "--minutes takes minutes, for example 5, not `5m`", "`--minutes 5`"),
+        ("train gpt --minutes 2h", "--minutes takes minutes", "`--minutes 120`"),
+        ("train gpt --steps 10k", "--steps takes a whole number, not `10k`", "`--steps 10000`"),
         ("train gpt --data", "option '--data' requires an argument", "`df train --help`"),
         ("train gpt --steps many", "--steps takes a whole number, not `many`", "`df train --help`"),
-        ("train gpt --minutes abc", "--minutes takes a number, not `abc`", "`df train --help`"),
-        ("train gpt --steps 1e9", "--steps takes a whole number, not `1e9`", "`df train --help`"),
-        ("sample wavenet -o x.wav --seconds 4s", "--seconds takes a number, not `4s`", "`df sample wavenet --help`"),
+        ("train gpt --minutes abc", "--minutes takes minutes, for example 5, not `abc`", "`df train --help`"),
+        ("train gpt --steps 1e9", "--steps takes a whole number, not `1e9`", "`--steps 1000000000`"),
+        ("sample wavenet -o x.wav --seconds 4s", "--seconds takes seconds, for example 1.5, not `4s`", "`--seconds 4`"),
         ("train gpt --set layers", "`--set layers` is not key=value", "--set layers=4"),
         ("train gpt --set a=1 --set a=2", "`--set a` is given twice", ""),
         ("train gpt --show --resume", "`--show` and `--resume` exclude each other", ""),
@@ -170,11 +194,40 @@ def test_what_is_asked_wrongly_is_a_sentence_with_exit_2(here, line: str, messag
     assert hint in shown.err
 
 
+def test_of_two_values_the_last_is_used_and_said(here):
+    shown = here("sample", "gpt", "--run", "a", "--run=b", "--seed", 1)
+    assert shown.err.startswith("--run is given twice: `b` is used\nerror: there is no run `b`")
+    assert "twice" not in here("train", "gpt", "--data", "a", "--data", "b").err
+
+
 def test_control_characters_of_arguments_are_made_inert(here):
     shown = here("runs", "show", "a\x1b[2J\nb")
     assert shown.code == 2
     assert "\x1b" not in shown.err
     assert "a\\x1b[2J\\x0ab" in shown.err
+
+
+def test_words_are_guessed_by_what_they_are(here, trained, tmp_path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "book.txt").write_text("a book")
+    soundfile = pytest.importorskip("soundfile")
+    soundfile.write(tmp_path / "clip.wav", [0.0] * 100, 4000)
+    for line, hint in (
+        ("sample gpt talk", "df sample gpt --run talk"),
+        ("sample talk --tokens 3", "df sample gpt --tokens 3 --run talk"),
+        ("sample tune", "df sample wavenet --run tune --seconds 4 -o out.wav"),
+        ("sample gpt book.txt", "df sample gpt --prompt-file book.txt"),
+        ("sample wavenet clip.wav -o x.wav", "df sample wavenet -o x.wav --prime clip.wav --seconds 4"),
+        ("eval talk", "df eval --run talk"),
+        ("eval book.txt --run talk", "df eval --run talk --data book.txt"),
+        ("runs talk", "df runs show talk"),
+        ("data book.txt", "df data prepare book.txt"),
+        ("train clip.wav", "df train wavenet --data clip.wav"),
+        ("train gpt talk", "df train gpt --init talk"),
+        ("book.txt", "df train gpt --data book.txt"),
+        ("talk", "df sample gpt --run talk"),
+    ):
+        shown = here(*line.split())
+        assert (shown.code, f"`{hint}`" in shown.err) == (2, True), (line, shown.err)
 
 
 @pytest.mark.parametrize(
@@ -186,6 +239,7 @@ def test_control_characters_of_arguments_are_made_inert(here):
         (MemoryError(), 1, "lower `--batch-size`"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "lower `--batch-size`"),
         (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), 1, "lower `--batch-size`"),
+        (ImportError("libtorch.so: failed to map segment from shared object"), 1, "raise the limit: `ulimit -v`"),
         (ValueError("seven"), 1, "an unexpected ValueError: seven"),
         (KeyboardInterrupt(), 130, ""),
     ],

@@ -58,7 +58,7 @@ def test_other_data_splits_and_strides(here, trained):
     train = json.loads(here("eval", "--run", "talk", "--split", "train", "--json").out)
     assert train["split"] == "train"
     assert json.loads(here("eval", "--run", "talk", "--stride", 1, "--json").out)["stride"] == 1
-    assert json.loads(here("eval", "--json").out)["run"] == "call"  # the newest of any kind
+    assert json.loads(here("eval", "--json").out)["run"] == "tune"  # the newest of any kind
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,10 @@ def test_list(here, trained):
     shown = here("runs", "list")
     header, *rows = shown.out.splitlines()
     assert header.split() == ["NAME", "KIND", "DATA", "STATE", "STEPS", "VAL", "LOSS", "AGE", "SIZE"]
-    assert [row.split()[:2] for row in rows] == [["talk", "gpt"], ["tune", "wavenet"], ["call", "wavenet"]]
+    assert [row.split()[:2] for row in rows] == [["call", "wavenet"], ["talk", "gpt"], ["tune", "wavenet"]]
     run = dfcli.Run.open("talk")
     best = run.state(run.resolve("best"))["val_loss"]
-    assert rows[0].split()[3:6] == ["finished", "12", f"{best:.4f}"]
+    assert rows[1].split()[3:6] == ["finished", "12", f"{best:.4f}"]
 
 
 def test_the_loss_is_that_of_the_whole_split_or_marked(here, trained):
@@ -66,7 +66,7 @@ def test_a_damaged_run_is_said_and_the_others_are_listed(here, trained):
     shown = here("runs", "list")
     assert shown.code == 0
     assert "talk" in shown.err
-    assert [row.split()[0] for row in shown.out.splitlines()] == ["NAME", "tune", "call"]
+    assert [row.split()[0] for row in shown.out.splitlines()] == ["NAME", "call", "tune"]
     assert here("runs", "show", "talk").code == 1
     step = next((trained / "home" / "runs" / "tune").glob("step-*"))
     for state in step.parent.glob("step-*/state.json"):
@@ -93,7 +93,9 @@ def test_show_and_path(here, trained):
 
 
 def test_remove(here, trained):
-    assert here("runs", "remove", "tune").code == 0  # nobody sits there to be asked
+    shown = here("runs", "remove", "tune")  # nobody sits there to be asked
+    assert (shown.code, "repeat it with `--yes`" in shown.err) == (2, True)
+    assert here("runs", "remove", "tune", "--yes").code == 0
     assert not (trained / "home" / "runs" / "tune").exists()
     assert here("runs", "remove", "tune", "--yes").code == 2
     assert here("runs", "remove", "talk", "--yes").code == 0
@@ -102,7 +104,8 @@ def test_remove(here, trained):
 
 def test_removing_data_names_the_runs_that_need_it(here, trained):
     name = dfcli.Run.open("talk").dataset["name"]
-    removed = here("data", "remove", name)
+    assert here("data", "remove", name).code == 2  # nobody sits there to be asked
+    removed = here("data", "remove", name, "--yes")
     assert removed.code == 0
     assert f"removed the dataset `{name}`, which `df eval` needs for `talk`" in removed.err
 

@@ -32,14 +32,14 @@ def test_the_prompt_comes_from_an_option_a_file_or_a_pipe(here, tmp_path):
     assert len(told.out) == len("It was") + 30 + (told.out[-2] != "\n")
     (tmp_path / "prompt.txt").write_bytes("\ufeffIt was\n".encode())  # an editor's
     assert here("sample", "gpt", *options, "--prompt-file", "prompt.txt").out == told.out
-    assert here("sample", "gpt", *options, stdin=b"It was\r\n").out == told.out
+    assert here("sample", "gpt", *options, "--prompt", "-", stdin=b"It was\r\n").out == told.out
     assert here("sample", "gpt", *options, "--prompt-file", "-", stdin=b"It was").out == told.out
     assert here("sample", "gpt", *options, "--prompt", "It was", stdin=b"best").out == told.out
     both = here("sample", "gpt", "--prompt", "a", "--prompt-file", "prompt.txt")
     assert both.code == 2
     assert "exclude each other" in both.err
     assert here("sample", "gpt", "--prompt-file", "none.txt").code == 1
-    broken = here("sample", "gpt", stdin=b"It\xffwas")
+    broken = here("sample", "gpt", "--prompt", "-", stdin=b"It\xffwas")
     assert broken.code == 1
     assert "standard input is not UTF-8 text: see byte 2" in broken.err
 
@@ -81,8 +81,10 @@ def test_empty_samples_count(capfd):
 
 def test_the_newest_run_is_used_and_named(here):
     shown = here("sample", "gpt", "--tokens", 1, "--json")
-    assert json.loads(shown.out)["run"] == "call"  # a WaveNet of text, made after the GPT
-    assert "run call" in shown.err
+    assert json.loads(shown.out)["run"] == "talk"
+    assert "run talk" in shown.err
+    dfcli.runs.remove("talk")
+    assert json.loads(here("sample", "gpt", "--json").out)["run"] == "call"  # a WaveNet of text
     shown = here("sample", "wavenet", "--seconds", 0.1, "-o", "x.wav", "--json")
     assert json.loads(shown.out)["run"] == "tune"
 
@@ -249,6 +251,7 @@ def test_a_full_disk_behind_stdout_is_told():
 def test_an_open_pipe_is_not_waited_for_in_silence():
     pipe = subprocess.PIPE
     command = [sys.executable, "-m", "dfcli", "sample", "gpt", "--tokens", "2", "--engine", "plain"]
+    command += ["--prompt", "-"]
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
         assert process.stderr is not None
         assert process.stdin is not None
@@ -257,6 +260,18 @@ def test_an_open_pipe_is_not_waited_for_in_silence():
         out, _ = process.communicate(timeout=100)
     assert process.returncode == 0
     assert out.startswith("It")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell as on POSIX")
+@pytest.mark.parametrize("source", ["done < list.txt", "done"])
+def test_a_loop_keeps_its_list(tmp_path, source: str):
+    (tmp_path / "list.txt").write_text("talk\ncall\n")
+    loop = f"while read r; do '{sys.executable}' -m dfcli sample gpt --run $r --tokens 1 >/dev/null; {source}"
+    loop = loop if "<" in source else f"cat list.txt | {loop}"
+    done = subprocess.run(["bash", "-c", loop], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=100)
+    assert re.findall(r"^run (\w+)", done.stderr, re.MULTILINE) == ["talk", "call"]
+    told = "standard input is not read; `--prompt -` takes the prompt from it"
+    assert done.stderr.count(told) == 1  # the last call finds nothing left
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")

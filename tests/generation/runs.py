@@ -14,7 +14,16 @@ from dfcli.runs.run import Run
 RATE = 1000  # Hz
 
 
-def save(name: str, core: Any, codec: Codec, *, boundary: int | None = None, lines: bool = False, lead: int = 1) -> Run:
+def save(
+    name: str,
+    core: Any,
+    codec: Codec,
+    *,
+    boundary: int | None = None,
+    lines: bool = False,
+    lead: int = 1,
+    normalize: str = "none",
+) -> Run:
     name_of_core = next(known for known, (_, kind) in CORES.items() if isinstance(core, kind))
     info = {
         "kind": "gpt" if name_of_core == "gpt" else "wavenet",
@@ -22,7 +31,7 @@ def save(name: str, core: Any, codec: Codec, *, boundary: int | None = None, lin
         "recipe": {},
         "dataset": {
             "name": "none", "path": "none", "fingerprint": "", "boundary": boundary, "lines": lines, "lead": lead,
-            "normalize": "none",
+            "normalize": normalize,
         },
         "seed": 0,
     }  # fmt: skip
@@ -39,7 +48,7 @@ def gpt_run(name: str = "gpt", alphabet: str = "\nabc", context: int = 16, **lay
     return save(name, core, codec, **layout)
 
 
-def wavenet_run(name: str = "wavenet") -> Run:
+def wavenet_run(name: str = "wavenet", normalize: str = "none") -> Run:
     torch.manual_seed(4)
     core = WaveNet(WaveNetConfig(256, dilations=(1, 2, 4), cycles=1, residual=8, skip=8, head=8))
-    return save(name, core, MuLaw(RATE), boundary=128)
+    return save(name, core, MuLaw(RATE), boundary=128, normalize=normalize)

@@ -269,6 +269,20 @@ def test_a_prime_is_continued(tmp_path: Path) -> None:
     assert np.array_equal(read(out), np.concatenate([pcm(codec.decode(heard)), continuation]))
 
 
+@pytest.mark.parametrize("normalize", ["peak", "minmax"])
+def test_a_kept_prime_has_its_own_level(normalize: str, tmp_path: Path) -> None:
+    run = wavenet_run(normalize=normalize)
+    quiet = tmp_path / "quiet.wav"
+    soundfile.write(quiet, soundfile.read(tone(tmp_path / "p.wav"))[0] / 38 + 0.01, RATE, subtype="FLOAT")
+    audio(tmp_path / "out.wav", run=run, prime=quiet, keep_prime=True)
+    kept, made = np.split(read(tmp_path / "out.wav") / 32767, [300])
+    assert np.abs(kept - soundfile.read(quiet)[0]).max() < 0.001
+    audio(tmp_path / "out.wav", run=run, prime=quiet)  # alone it is as loud as the model makes it
+    loud = read(tmp_path / "out.wav") / 32767
+    assert np.corrcoef(made, loud)[0, 1] > 0.99
+    assert np.ptp(loud) / np.ptp(made) == pytest.approx(2 / np.ptp(kept) if normalize == "minmax" else 43, rel=0.05)
+
+
 def test_a_prime_of_another_rate_is_resampled(tmp_path: Path) -> None:
     result = audio(tmp_path / "out.wav", run=wavenet_run(), prime=tone(tmp_path / "p.wav", 8000), keep_prime=True)
     samples = read(result.samples[0])

@@ -458,6 +458,18 @@ def test_what_is_wrong_with_recordings_is_told(tmp_path: Path) -> None:
         prepare([str(folder / "broken.wav")])
 
 
+def test_quiet_recordings_are_told_how_to_become_louder(tmp_path: Path) -> None:
+    for k in range(2):
+        wav(tmp_path / "r" / f"{k}.wav", tone(400, level=0.02 * (k + 1)))
+    events: list[object] = []
+    prepare([str(tmp_path / "r")], on_event=events.append)
+    assert "the loudest reaches 4.0% of full scale" in notes(events)
+    assert "--normalize peak`" in notes(events)
+    events.clear()
+    prepare([str(tmp_path / "r")], normalize="peak", name="loud", on_event=events.append)
+    assert "quiet" not in notes(events)
+
+
 def test_normalisation_and_quantiser_reach_the_codec(tmp_path: Path) -> None:
     wav(tmp_path / "a.wav", tone(1000, level=0.1))
     quiet = prepare([str(tmp_path / "a.wav")], val_fraction=0)
