@@ -48,7 +48,7 @@ class Group(TyperGroup):
     def get_help_option(self, ctx: Context) -> TyperOption | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         return _plain(super().get_help_option(ctx))
 
-    def resolve_command(self, ctx: Context, args: list[str]) -> Any:
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and args[0].lower() in self.commands:
             args = [args[0].lower(), *args[1:]]
         return super().resolve_command(ctx, args)

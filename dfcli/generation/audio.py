@@ -44,7 +44,7 @@ class AudioClip:
             loud = np.abs(samples) > SILENCE
             self._begun = bool(loud.any())
             self.silent += int(loud.argmax()) if self._begun else len(samples)
-        self._wav.append(pcm((samples - self._shift) / self._gain))
+        self._wav.append(pcm((samples - np.float32(self._shift)) / np.float32(self._gain)))
         if self.samples == self._total:
             self.close()
 
@@ -82,7 +82,7 @@ class Prime:
     def copy(self, wav: Wav) -> None:
         """Writes it, as the model hears it but at its own level, to `wav`."""
         for ids in self.blocks():
-            wav.append(pcm((self._codec.decode(ids) - self.shift) / self.gain))
+            wav.append(pcm((self._codec.decode(ids) - np.float32(self.shift)) / np.float32(self.gain)))
 
 
 def out_paths(out: Path, num: int, kept: Path | None) -> list[Path]:
