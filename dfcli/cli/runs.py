@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -134,13 +135,39 @@ def remove(name: Annotated[str, typer.Argument(metavar="NAME", help="The run's n
     output.say(f"removed the run `{name}`")
 
 
+@app.command("import", cls=Command)
+def import_(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="config.json, safetensors files and a tokenizer.")],
+    name: Annotated[
+        str | None, typer.Option("--name", metavar="NAME", help="What to call the run; as the folder by default.")
+    ] = None,
+) -> None:
+    """Make a run of a GPT-2 that was trained elsewhere, from its Hugging Face folder.
+
+    It can be sampled, measured and trained on like any other run.
+
+    Examples:
+      df runs import gpt2/
+      df sample gpt --run gpt2 --prompt "Once upon a time"
+      df train gpt --init gpt2 --data shakespeare.txt
+    """
+    with output.loading():
+        from dfcli.runs.huggingface import import_folder
+
+    run = import_folder(folder, name)
+    output.say(f"run {run.name}: {count(run.info['parameters'])} parameters, {counted(run.codec.vocab_size, 'id')}")
+    output.say(f"next: df sample gpt --run {run.name}", style="bold")
+
+
 def state(run: Run) -> str:
-    """Whether a run is finished, in training, or stopped before its budget was used."""
+    """Whether a run is finished, in training, stopped before its budget was used, or imported."""
     from dfcli.runs.lock import holder
     from dfcli.runs.run import RESULT
 
     if (run.path / RESULT).exists():
         return "finished"
+    if "imported" in run.info:
+        return "imported"
     return "training" if holder(run.path) else "stopped"
 
 

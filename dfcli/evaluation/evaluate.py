@@ -138,6 +138,8 @@ def _own_dataset(run: Run) -> Dataset:
     """The dataset a run was trained on, by name or where it was then. Raises DfError if it is gone or
     another one."""
     record = run.dataset
+    if not record["name"]:
+        raise DfError(f"run {run.name} was imported without the data it was trained on", "give text with `--data`")
     hint = "evaluate on files with `--data`, or prepare it again"
     folder = find_dataset(record["name"]) or find_dataset(record["path"])
     if folder is None:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -96,6 +96,25 @@ def read(path: Path, sha256: str, expected: Mapping[str, Kind] | None = None) ->
     if digest.hexdigest() != sha256:
         _damaged(path, "its checksum is not the one that state.json holds")
     return tensors
+
+
+def kinds(path: Path) -> dict[str, Kind]:
+    """What the header of a file made elsewhere says. Errors as of `read`."""
+    with reading(path) as file:
+        return _read_header(file, path, hashlib.sha256())
+
+
+def each(path: Path, wanted: Container[str]) -> Iterator[tuple[str, Tensor]]:
+    """Those tensors of a file made elsewhere that are `wanted`, one at a time, on the CPU. Errors as of `read`."""
+    with reading(path) as file:
+        for name, (dtype, shape) in _read_header(file, path, hashlib.sha256()).items():
+            if name not in wanted:
+                file.seek(math.prod(shape) * dtype.itemsize, os.SEEK_CUR)
+                continue
+            tensor = torch.empty(shape, dtype=dtype)
+            if file.readinto(_bytes(tensor)) != tensor.nbytes:
+                _damaged(path, "it is cut off")
+            yield name, tensor
 
 
 def finite(tensors: Mapping[str, Tensor]) -> bool:

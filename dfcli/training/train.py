@@ -223,6 +223,9 @@ def _existing(request: Request, on_event: OnEvent) -> Run | None:
 
 
 def _resume(run: Run, request: Request, session: Session) -> TrainResult:
+    if "imported" in run.info:
+        hint = f"start a new run from its weights with `--init {run.name}`"
+        raise UsageError(f"run `{run.name}` was imported: there is no training to go on with", hint)
     made = _plan_of(run, request)
     if option := changed_option(run, request):
         raise UsageError(
