@@ -108,9 +108,8 @@ class Folder:
     @property
     def info(self) -> dict[str, Any]:
         """What `run.json` would say of it."""
-        boundary = self.codec.end_of_text if isinstance(self.codec, BPE) else None
-        data = {
-            "name": "", "path": "", "fingerprint": "", "boundary": boundary, "lines": False, "lead": 1,
+        data = {  # no boundary: a prompt is read as transformers reads it
+            "name": "", "path": "", "fingerprint": "", "boundary": None, "lines": False, "lead": 1,
             "normalize": "none", "sources": [], "protocol": {},
         }  # fmt: skip
         core = {"name": "gpt", "config": asdict(self.config)}
