@@ -13,10 +13,13 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from dfcli.cores.wavenet import Condition
+from dfcli.data.conditions import Conditions
 from dfcli.data.dataset import Split
 from dfcli.errors import DfError, UsageError
 
@@ -27,11 +30,23 @@ IGNORED = -100  # the target of a position that is not scored (PyTorch's default
 class Batch:
     """`ids` and `targets` int64 [B, T]; a target of -100 is not scored. `positions` int64 [B, T]: the place
     of each id within its piece, so that what lies before the piece can be masked; None where a row is one
-    piece."""
+    piece. `condition`: what a conditioned model is told, else None."""
 
     ids: torch.Tensor
     targets: torch.Tensor
     positions: torch.Tensor | None
+    condition: Condition | None = None
+
+
+class _Drawn(NamedTuple):
+    """Ids and targets [B, T], with positions (see `Batch`), and which pairs of which documents they are: `start` (where
+    the document is stored) and `place` (which of its pairs; below zero in a lead), both broadcast to [B, T]."""
+
+    ids: np.ndarray
+    targets: np.ndarray
+    positions: np.ndarray | None
+    start: np.ndarray
+    place: np.ndarray
 
 
 class Batches:
@@ -60,14 +75,16 @@ class Batches:
         boundary: int | None = None,
         lines: bool = False,
         lead: int = 1,
+        conditions: Conditions | None = None,
     ) -> None:
+        """`conditions` are those of `split`."""
         if batch_size < 1 or window < 1:
             raise UsageError("a batch has at least one row of at least one id")
         draw = {"packed": self._packed, "documents": self._documents, "last": self._last}
         if packing not in draw:
             raise UsageError(f"there is no packing {packing!r}", f"known: {', '.join(draw)}")
         self._draw = draw[packing]
-        self._split, self._offsets = split, split.offsets
+        self._split, self._offsets, self._conditions = split, split.offsets, conditions
         self._rows, self._window = batch_size, window
         self._key = seed % 2**128
         self._unpaired = 0 if lines else 1  # ids at a document's end that are a target only
@@ -91,19 +108,23 @@ class Batches:
         # Philox counts: each (seed, step, micro) has a stream of 2**128 numbers of its own.
         counter = np.array([0, 0, micro, step], np.uint64)
         random = np.random.Generator(np.random.Philox(counter=counter, key=self._key))
-        ids, targets, positions = self._draw(random)
+        drawn = self._draw(random)
+        condition = None
+        if self._conditions is not None:
+            documents = np.searchsorted(self._offsets, drawn.start, side="right") - 1
+            condition = self._conditions.at(documents, drawn.place)
         return Batch(
-            torch.from_numpy(ids),
-            torch.from_numpy(targets),
-            None if positions is None else torch.from_numpy(positions),
+            torch.from_numpy(drawn.ids),
+            torch.from_numpy(drawn.targets),
+            None if drawn.positions is None else torch.from_numpy(drawn.positions),
+            condition,
         )
 
-    def _packed(self, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    def _packed(self, random: np.random.Generator) -> _Drawn:
         B, T = self._rows, self._window
         start, length, place = self._pieces(random, self._count)
         if self._whole_rows:
-            ids, targets = self._gather(start[:, None], place[:, None] + np.arange(T))
-            return ids, targets, None
+            return self._gather(start[:, None], place[:, None] + np.arange(T))
 
         while (filled := _fill(length, B, T)) is None:
             more = self._pieces(random, B)
@@ -111,19 +132,20 @@ class Batches:
         first = np.cumsum(filled) - filled
         positions = np.arange(B * T) - np.repeat(first, filled)
         start, place = start[: len(filled)], place[: len(filled)]
-        ids, targets = self._gather(np.repeat(start, filled), np.repeat(place, filled) + positions)
-        return ids.reshape(B, T), targets.reshape(B, T), positions.reshape(B, T)
+        place = np.repeat(place, filled) + positions
+        drawn = self._gather(np.repeat(start, filled).reshape(B, T), place.reshape(B, T))
+        return drawn._replace(positions=positions.reshape(B, T))
 
-    def _documents(self, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray, None]:
+    def _documents(self, random: np.random.Generator) -> _Drawn:
         k = random.integers(self._split.documents, size=self._rows)
         start = self._offsets[k]
         length = np.minimum(self._offsets[k + 1] - start - self._unpaired + self._extra, self._window)
         column = np.arange(int(length.max()))
-        ids, targets = self._gather(start[:, None], np.minimum(column, length[:, None] - 1))
-        targets[column >= length[:, None]] = IGNORED
-        return ids, targets, None
+        drawn = self._gather(start[:, None], np.minimum(column, length[:, None] - 1))
+        drawn.targets[column >= length[:, None]] = IGNORED
+        return drawn
 
-    def _last(self, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray, None]:
+    def _last(self, random: np.random.Generator) -> _Drawn:
         drawn = random.integers(self._targets[-1], size=self._rows)
         k = np.searchsorted(self._targets, drawn, side="right") - 1
         start = self._offsets[k]
@@ -133,7 +155,7 @@ class Batches:
         ids = self._split.take(places).astype(np.int64)
         targets = np.full_like(ids, IGNORED)
         targets[:, -1] = self._split.take(last + 1)
-        return ids, targets, None
+        return _Drawn(ids, targets, None, start[:, None], places - start[:, None])
 
     def _pieces(self, random: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """`count` pieces, int64 each: where their documents are stored, how many pairs a piece has, and which
@@ -145,16 +167,14 @@ class Batches:
         length = np.minimum(pairs, self._window)
         return start, length, random.integers(pairs - length + 1) if self._any_longer else np.zeros_like(start)
 
-    def _gather(self, start: np.ndarray, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _gather(self, start: np.ndarray, place: np.ndarray) -> _Drawn:
         """Inputs and targets (int64) at the `place`-th pairs of the documents stored from `start`."""
-        if not self._extra:
-            stored = start + place
-            return self._split.take(stored).astype(np.int64), self._split.take(stored + 1).astype(np.int64)
         place = place - self._extra
-        stored = start + np.maximum(place, 0)  # the pairs of the lead repeat the stored boundary
+        stored = start + (np.maximum(place, 0) if self._extra else place)  # a lead's pairs repeat the stored boundary
         targets = self._split.take(stored + 1).astype(np.int64)
-        targets[place < 0] = IGNORED
-        return self._split.take(stored).astype(np.int64), targets
+        if self._extra:
+            targets[place < 0] = IGNORED
+        return _Drawn(self._split.take(stored).astype(np.int64), targets, None, start, place)
 
     def _cumulative_targets(self) -> np.ndarray:
         """int64 [documents + 1]: how many targets stand in the documents before each."""

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from dfcli.cores import GPTConfig
 from dfcli.data.batches import IGNORED
+from dfcli.data.conditions import Conditioning, Conditions, moved
 from dfcli.data.dataset import Dataset
 from dfcli.errors import DfError, UsageError
 from dfcli.system.device import Device
@@ -59,14 +60,15 @@ def sweep(
     *,
     stride: int | None = None,
     limit: int | None = None,
+    conditioning: Conditioning | None = None,
     on_event: OnEvent = ignore,
 ) -> Loss:
     """The loss of `core` (on `device`) over a split of `dataset`.
 
     `stride` (a GPT's only): from 1 to the context; each target then sees at least context - stride ids,
     where its document has them. `limit`: about this many targets instead of all, in whole windows spread
-    evenly over the split, always the same. Losses are summed in float64; the core is put into eval mode and
-    back.
+    evenly over the split, always the same. `conditioning`: what the core is told beside the ids. Losses are summed in
+    float64; the core is put into eval mode and back.
     Raises UsageError for a stride out of range, DfError if the split has nothing to score, CorruptError
     from the data.
     """
@@ -89,13 +91,19 @@ def sweep(
     chosen = np.arange(wanted) * plan.count // wanted
     total = plan.targets if wanted == plan.count else None
     rows = _rows_at_once(config.vocab_size, device)
+    conditions = None if conditioning is None else Conditions(conditioning, dataset, split)
     nats, tokens = 0.0, 0
     training = core.training
     core.eval()
     try:
         with torch.inference_mode(), device.autocast():
-            for ids, targets in plan.batches(chosen, rows):
-                logits = core(torch.from_numpy(ids).to(device.torch_device))
+            for ids, targets, documents, places in plan.batches(chosen, rows):
+                told = (
+                    {}
+                    if conditions is None
+                    else {"condition": moved(conditions.at(documents, places), device.torch_device)}
+                )
+                logits = core(torch.from_numpy(ids).to(device.torch_device), **told)
                 nats += _nats(logits, torch.from_numpy(targets).to(device.torch_device))
                 tokens += int((targets != IGNORED).sum())
                 on_event(Progress("evaluation", tokens, total, "tokens"))
@@ -145,9 +153,10 @@ class _Windows:
 
     def batches(
         self, chosen: NDArray[np.int64], positions: int
-    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]:
         """The chosen windows as ids and targets [B, T] int64, B T <= positions (or B = 1), padded to the
-        right, which a causal model does not see. Windows of similar length stand together."""
+        right, which a causal model does not see, with the documents [B, 1] that they are of and the place [B, T] of
+        each input in its document. Windows of similar length stand together."""
         for at in range(0, len(chosen), _BLOCK):
             numbers = chosen[at : at + _BLOCK]
             documents = np.searchsorted(self.ends, numbers, side="right")
@@ -167,4 +176,6 @@ class _Windows:
                 stored = np.where(inside, self.starts[documents[rows], None] + place, 0)
                 targets = self.split.take(stored + 1).astype(np.int64)
                 targets[~inside | (column < scores[rows, None])] = IGNORED
-                yield self.split.take(stored).astype(np.int64), targets
+                ids = self.split.take(stored).astype(np.int64)
+                last = self.inputs[documents[rows], None] - 1
+                yield ids, targets, documents[rows, None], np.minimum(column, last) - self.extra
