@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dfcli.codecs import Codec
+from dfcli.errors import DfError
 from dfcli.generation.engines import choose
 from dfcli.generation.sampling import Dice, Filters
 from dfcli.runs.run import Run, newest
@@ -92,8 +93,10 @@ class Generator:
         """Yields `tokens` ids after `opening` for each clip, as they come: (clips, their ids [clips, n]).
 
         A chunk is about `seconds` of work and at most `longest` ids; where the cuts fall changes no id.
-        Clips end early when `done` says so after one of their chunks.
+        Clips end early when `done` says so after one of their chunks. Raises DfError where the model's output is not
+        finite.
         """
+        picking = filters.picking()
         for start in range(0, self._num, self._at_once):
             clips = range(start, min(self._num, start + self._at_once))
             dice = Dice(seed, clips)
@@ -103,8 +106,13 @@ class Generator:
             while made < tokens and not (made and done(clips)):
                 size = min(size, tokens - made, longest or tokens)
                 began = time.perf_counter()
-                ids = self.engine.generate(dice.draw(size), filters)
+                ids = self.engine.generate(dice.draw(size), picking)
                 took = time.perf_counter() - began
+                if not self.engine.finite():  # once a chunk: weights that were loaded are known to be finite
+                    raise DfError(
+                        "the model's output is not finite",
+                        "its training may have diverged: try an earlier `--checkpoint`",
+                    )
                 yield clips, ids
                 made += size
                 size = max(1, min(2 * size, int(size * seconds / max(took, 1e-9))))

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from dfcli.cores.protocols import Picking
 from dfcli.errors import UsageError
 
 
@@ -58,26 +59,27 @@ class Filters:
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise UsageError(f"min-p must be from 0 to 1, not {self.min_p}")
 
-    def numbers(self, vocab_size: int) -> tuple[float, int, float, float]:
-        """(temperature, top_k, top_p, min_p) for a compiled loop: a filter that is left out gets the value that
-        filters nothing. A top-k above the vocabulary keeps every id."""
-        top_k = vocab_size if self.top_k is None else min(self.top_k, vocab_size)
-        return (
+    def picking(self) -> Picking:
+        """The same for engines: a filter that is left out gets the value that filters nothing. A top-k above the
+        vocabulary keeps every id."""
+        everything = Picking()
+        return Picking(
             float(self.temperature),
-            top_k,
+            everything.top_k if self.top_k is None else min(self.top_k, everything.top_k),
             1.0 if self.top_p is None else float(self.top_p),
             0.0 if self.min_p is None else float(self.min_p),
         )
 
 
-def pick(logits: NDArray[np.float32], filters: Filters, uniforms: NDArray[np.float64]) -> NDArray[np.int64]:
+def pick(logits: NDArray[np.float32], picking: Picking, uniforms: NDArray[np.float64]) -> NDArray[np.int64]:
     """Picks one id a row, by the rules at the head of this module: logits [B, V], uniforms [B] in [0, 1) -> ids [B].
 
     In NumPy, because for one row of a small vocabulary its calls cost half of what PyTorch's do, and its sort of a
     large one a tenth.
     """
     size = logits.shape[-1]
-    temperature, top_k, top_p, min_p = filters.numbers(size)
+    temperature, top_k, top_p, min_p = picking
+    top_k = min(top_k, size)
     if temperature == 0:
         return logits.argmax(-1)
     weights = logits - logits.max(-1, keepdims=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -33,6 +34,12 @@ njit: Any = numba.njit  # its types differ between versions
 inner = njit(**OPTIONS, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 _LIST = "checksums.json"
+_SHARED = ("compile.py", "gemm.py", "ops.py", "pick.py", "threads.py")  # what every entry point may be made of
+
+
+def unsupported_cpu() -> str | None:
+    """The reason against training kernels on this processor: they have been shown to pay on x86-64 only."""
+    return None if platform.machine() in ("x86_64", "AMD64") else f"the kernels are not tested on {platform.machine()}"
 
 
 class Compiled:
@@ -44,7 +51,7 @@ class Compiled:
 
     def __init__(self, function: Callable[..., Any], sources: list[str], variant: str = "") -> None:
         self._function = function
-        shared = [Path(__file__), Path(__file__).with_name("ops.py")]
+        shared = [Path(__file__).with_name(name) for name in _SHARED]
         code = b"".join(Path(source).read_bytes() for source in [*shared, *sources])
         digest = hashlib.sha256(code).hexdigest()
         self.folder = _cache() / f"{function.__name__}{variant}-{digest[:16]}"
@@ -58,7 +65,7 @@ class Compiled:
             raise RuntimeError("NUMBA_DISABLE_JIT is set")
         if self._dispatcher is None:
             if not _sound(self.folder):
-                on_event(Note("compiling for this processor, once; it takes some seconds"))
+                on_event(Note("compiling CPU kernels (once on this machine, 5 to 15 s)"))
             self._keep = _usable(self.folder)
             self._dispatcher = self._dispatch(self._keep)
         try:

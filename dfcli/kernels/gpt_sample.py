@@ -22,16 +22,15 @@ from numpy import uintp
 from numpy.typing import NDArray
 from torch import nn
 
-from dfcli.cores.gpt import GPT, GPTState, Norm
-from dfcli.generation.engines import Unavailable
-from dfcli.kernels import pick as kernels
+from dfcli.cores.gpt import GPT, GPTConfig, GPTState, Norm
+from dfcli.cores.protocols import Picking
 from dfcli.kernels.compile import Compiled, inner
-from dfcli.kernels.ops import ONE, add, copy, exp, rotate
-from dfcli.kernels.pick import copy_to_rows, multiply, padded, pick, tiles
-from dfcli.kernels.threads import Lanes
+from dfcli.kernels.gemm import join, multiply, pad, padded, tiles
+from dfcli.kernels.ops import ONE, add, copy, copy_to_rows, exp, rotate
+from dfcli.kernels.pick import pick
+from dfcli.kernels.threads import ThreadedEngine
 from dfcli.system.device import Device
 from dfcli.system.events import OnEvent, ignore
-from dfcli.system.words import first_line
 
 FEW = 2  # cores
 LARGE = 64 * 2**20  # bytes of weights: more than most processors' caches hold
@@ -258,29 +257,30 @@ def gpt_tokens(model, state, uniforms, temperature, top_k, top_p, min_p, ids):
     return n
 
 
-_tokens = Compiled(gpt_tokens, [__file__, kernels.__file__])
+_tokens = Compiled(gpt_tokens, [__file__])
 
 
-def build(core: nn.Module, batch: int, device: Device, exact: bool = True, on_event: OnEvent = ignore) -> Lanes:
-    """The engine for a GPT in eval mode on the CPU; it is exact whether that is asked for or not. Raises Unavailable
-    for a large model, and where numba fails."""
+def supports(config: GPTConfig, device: Device) -> str | None:
+    """None where `build` takes a model of this config, else the reason, a clause."""
+    if 4 * config.parameters() > (LARGE if device.threads > FEW else LARGEST):
+        return "PyTorch reads weights of this size faster, with all CPUs"
+    return None
+
+
+def build(core: nn.Module, device: Device, exact: bool = True, on_event: OnEvent = ignore) -> ThreadedEngine:
+    """The engine for a GPT in eval mode on the CPU. It is exact whether that is asked for or not. Raises what numba
+    raises where it cannot compile."""
     assert isinstance(core, GPT)
-    size = 4 * core.config.parameters()
-    if size > (LARGE if device.threads > FEW else LARGEST):
-        raise Unavailable("PyTorch reads weights of this size faster, with all cores")
     model = _model(core)
-    try:
-        _tokens.load(
-            on_event, model, _state(model, core, 1), np.empty((1, 0)), 1.0, 1, 1.0, 0.0, np.empty((1, 0), np.int64)
-        )
-    except Exception as error:  # numba has no base class for what it raises
-        raise Unavailable(f"numba could not compile it ({first_line(error)})") from error
+    _tokens.load(
+        on_event, model, _state(model, core, 1), np.empty((1, 0)), 1.0, 1, 1.0, 0.0, np.empty((1, 0), np.int64)
+    )
     reason = "compiled for this processor, with the plain engine's picks"
-    return Lanes("numba", reason, lambda size: _Lane(core, model, size), device.threads, model.vocab_size)
+    return ThreadedEngine("numba", reason, lambda size: _Sequences(core, model, size), device.threads)
 
 
-class _Lane:
-    """Sequences that one thread advances (`lanes.Lane`)."""
+class _Sequences:
+    """Sequences that one thread advances (`threads.Sequences`)."""
 
     def __init__(self, core: GPT, model: _Model, size: int) -> None:
         self._core, self._model = core, model
@@ -294,14 +294,14 @@ class _Lane:
     def prefill(self, ids: NDArray[np.int64]) -> None:
         self._read(ids, self._core.init_state(len(ids)))
 
-    def generate(self, uniforms: NDArray[np.float64], filters: tuple[float, int, float, float]) -> NDArray[np.int64]:
+    def generate(self, uniforms: NDArray[np.float64], picking: Picking) -> NDArray[np.int64]:
         B, n = uniforms.shape
         ids = np.empty((B, n), np.int64)
         done = 0
         while done < n:
             made = np.empty((B, n - done), np.int64)
             rolls = np.ascontiguousarray(uniforms[:, done:])
-            count = _tokens(self._model, self._state, rolls, *filters, made)
+            count = _tokens(self._model, self._state, rolls, *picking, made)
             ids[:, done : done + count + 1] = made[:, : count + 1]
             end = self._state.length[0]
             self._ids[:, end - count : end] = made[:, :count]
@@ -349,8 +349,8 @@ def _model(core: GPT) -> _Model:
                 bias = bias + weight @ norm.bias.double()
             weight = weight * norm.weight.double()
         matrix = weight.float().numpy().reshape(parts, -1, weight.shape[1])
-        weights.append(tiles(kernels.pad(matrix, parts, outputs, inputs).reshape(parts * outputs, inputs)))
-        biases.append(kernels.pad(bias.float().numpy().reshape(parts, -1), parts, outputs).ravel())
+        weights.append(tiles(pad(matrix, parts, outputs, inputs).reshape(parts * outputs, inputs)))
+        biases.append(pad(bias.float().numpy().reshape(parts, -1), parts, outputs).ravel())
 
     for block in core.blocks:
         place(block.attention.qkv, block.attention_norm, 3, C, C)
@@ -363,15 +363,15 @@ def _model(core: GPT) -> _Model:
     if not rotary:
         positions[:, :channels] = core.positions.weight.numpy()
     tables = core.ngrams.tables if config.ngrams > 1 else []
-    ngrams = [kernels.pad(table.weight.numpy(), table.num_embeddings, C).ravel() for table in tables]
+    ngrams = [pad(table.weight.numpy(), table.num_embeddings, C).ravel() for table in tables]
     return _Model(
-        tokens=kernels.pad(core.tokens.weight.numpy(), V, C),
+        tokens=pad(core.tokens.weight.numpy(), V, C),
         positions=positions,
         ngrams=np.concatenate(ngrams) if ngrams else np.zeros(0, np.float32),
         ngram_rows=np.array(config.ngram_rows, np.int64),
         cos=core.cos.numpy().ravel() if rotary else np.zeros(0, np.float32),
         sin=core.sin.numpy().ravel() if rotary else np.zeros(0, np.float32),
-        weights=kernels.join(weights),
+        weights=join(weights),
         biases=np.concatenate(biases),
         channels=channels,
         inside=M,

@@ -21,16 +21,16 @@ import torch
 from numpy import uintp
 from torch import Tensor, nn
 
-from dfcli.cores.gpt import GPT, NGrams
-from dfcli.kernels.compile import Compiled, inner
+from dfcli.cores.gpt import GPT, GPTConfig, NGrams
+from dfcli.cores.protocols import Pass
+from dfcli.kernels.compile import Compiled, inner, unsupported_cpu
+from dfcli.kernels.gemm import COLUMNS, pack, panel_product, prefetch, product, round_up, row_stride, transposed
 from dfcli.kernels.ops import (
     ONE,
     TWO,
     ZERO,
-    WorkerPool,
     add,
     add_times,
-    barrier,
     copy,
     cross_entropy,
     dot,
@@ -38,18 +38,13 @@ from dfcli.kernels.ops import (
     fill,
     norm,
     norm_back,
-    pack,
-    packed_product,
-    prefetch,
-    product,
     rotate,
-    round_up,
-    row_stride,
-    transposed,
 )
+from dfcli.kernels.threads import WorkerPool, barrier
 from dfcli.system.events import OnEvent
-from dfcli.training.loss import Backward, add_gradient
 
+WIDEST = 128  # channels: PyTorch's products of wider ones are faster than ours
+LONGEST = 512  # positions: the attention weights are kept, T x T for each head
 MOST_TABLES = 7  # a GPT has no more: for 2 to 8 ids
 BLOCK = 64  # positions of the products with weights
 QUERIES = 16  # positions of attention: of a block of queries all keys up to its last are multiplied
@@ -228,7 +223,7 @@ def gpt_step(
                 for t in range(n):
                     scale1[uintp(row + t)] = norm(h1, (row + t) * Cs, stream, at + t * Cs, C)
                 fill(qkv, row * Qs, n * Qs, ZERO)
-                packed_product(qkv, row * Qs, Qs, h1, row * Cs, Cs, 1, qkv_weight, layer * 3 * C * C, n, 3 * C, C)
+                panel_product(qkv, row * Qs, Qs, h1, row * Cs, Cs, qkv_weight, layer * 3 * C * C, n, 3 * C, C)
                 for t in range(n):
                     for part in range(2 * heads):
                         i = (row + t) * Qs + part * D
@@ -240,24 +235,24 @@ def gpt_step(
                 for h in range(heads):
                     for q0 in range(t0, t0 + n, QUERIES):
                         _attend(y, shares, qkv, keys, first, q0, T, h, heads, D, positions, b * T)
-                packed_product(stream, at, Cs, y, row * Cs, Cs, 1, projection, layer * C * C, n, C, C)
+                panel_product(stream, at, Cs, y, row * Cs, Cs, projection, layer * C * C, n, C, C)
                 for t in range(n):
                     scale2[uintp(row + t)] = norm(h2, (row + t) * Cs, stream, at + t * Cs, C)
                 fill(inside, 0, n * Fs, ZERO)
-                packed_product(inside, 0, Fs, h2, row * Cs, Cs, 1, expansion, layer * C * F, n, F, C)
+                panel_product(inside, 0, Fs, h2, row * Cs, Cs, expansion, layer * C * F, n, F, C)
                 for i in range(n * Fs):
                     value = inside[uintp(i)]
                     value = ZERO if value < ZERO else value
                     r[uintp(row * Fs + i)] = value
                     inside[uintp(i)] = value * value
-                packed_product(stream, at, Cs, inside, 0, Fs, 1, contraction, layer * C * F, n, C, F)
+                panel_product(stream, at, Cs, inside, 0, Fs, contraction, layer * C * F, n, C, F)
         # The head and the loss; from here on `stream` is the gradient with respect to the residual stream.
         for t0 in range(0, T, BLOCK):
             n, at = min(BLOCK, T - t0), t0 * Cs
             for t in range(n):
                 out_scale[uintp(t0 + t)] = norm(out, at + t * Cs, stream, at + t * Cs, C)
             fill(logits, 0, n * Vs, ZERO)
-            packed_product(logits, 0, Vs, out, at, Cs, 1, head, 0, n, Vp, C)
+            panel_product(logits, 0, Vs, out, at, Cs, head, 0, n, Vp, C)
             for t in range(n):
                 target, i = targets[uintp(b * T + t0 + t)], t * Vs
                 if target < 0:
@@ -266,7 +261,7 @@ def gpt_step(
                 nats[uintp(worker)] += cross_entropy(logits, i, V, target, per_target)
             product(grads, mine + W_head, C, logits, 0, 1, Vs, out, at, Cs, V, C, n)
             fill(dh, 0, n * Cs, ZERO)
-            packed_product(dh, 0, Cs, logits, 0, Vs, 1, head_back, 0, n, C, V)
+            panel_product(dh, 0, Cs, logits, 0, Vs, head_back, 0, n, C, V)
             fill(stream, at, n * Cs, ZERO)
             for t in range(n):
                 norm_back(stream, at + t * Cs, dh, t * Cs, out, at + t * Cs, out_scale[uintp(t0 + t)], C)
@@ -276,7 +271,7 @@ def gpt_step(
             for t0 in range(0, T, BLOCK):
                 n, row, at = min(BLOCK, T - t0), first + t0, t0 * Cs
                 fill(d_inside, 0, n * Fs, ZERO)
-                packed_product(d_inside, 0, Fs, stream, at, Cs, 1, contraction_back, layer * C * F, n, F, C)
+                panel_product(d_inside, 0, Fs, stream, at, Cs, contraction_back, layer * C * F, n, F, C)
                 for i in range(n * Fs):
                     value = r[uintp(row * Fs + i)]
                     inside[uintp(i)] = value * value
@@ -286,12 +281,12 @@ def gpt_step(
                 own = mine + W_expansion + layer * F * C
                 product(grads, own, C, d_inside, 0, 1, Fs, h2, row * Cs, Cs, F, C, n)
                 fill(dh, 0, n * Cs, ZERO)
-                packed_product(dh, 0, Cs, d_inside, 0, Fs, 1, expansion_back, layer * C * F, n, C, F)
+                panel_product(dh, 0, Cs, d_inside, 0, Fs, expansion_back, layer * C * F, n, C, F)
                 for t in range(n):
                     norm_back(stream, at + t * Cs, dh, t * Cs, h2, (row + t) * Cs, scale2[uintp(row + t)], C)
                 own = mine + W_projection + layer * C * C
                 product(grads, own, C, stream, at, 1, Cs, y, row * Cs, Cs, C, C, n)
-                packed_product(dy, at, Cs, stream, at, Cs, 1, projection_back, layer * C * C, n, C, C)
+                panel_product(dy, at, Cs, stream, at, Cs, projection_back, layer * C * C, n, C, C)
             fill(d_qkv, 0, T * Qs, ZERO)
             for h in range(heads):
                 transposed(values, 0, Ts, qkv, first * Qs + 2 * C + h * D, Qs, T, D)
@@ -310,7 +305,7 @@ def gpt_step(
                 own = mine + W_qkv + layer * 3 * C * C
                 product(grads, own, C, d_qkv, t0 * Qs, 1, Qs, h1, row * Cs, Cs, 3 * C, C, n)
                 fill(dh, 0, n * Cs, ZERO)
-                packed_product(dh, 0, Cs, d_qkv, t0 * Qs, Qs, 1, qkv_back, layer * 3 * C * C, n, C, 3 * C)
+                panel_product(dh, 0, Cs, d_qkv, t0 * Qs, Qs, qkv_back, layer * 3 * C * C, n, C, 3 * C)
                 for t in range(n):
                     norm_back(stream, at + t * Cs, dh, t * Cs, h1, (row + t) * Cs, scale1[uintp(row + t)], C)
         for t in range(T):
@@ -335,8 +330,23 @@ def _noise(ngrams: NGrams, ids: Tensor) -> Tensor:
     return torch.stack([ngrams.dropout(torch.ones(*ids.shape, 1)) for _ in ngrams.tables])
 
 
-def build(core: nn.Module, workers: WorkerPool, on_event: OnEvent) -> Backward:
-    """The pass of a core that fits. Raises what numba raises where it cannot compile."""
+def supports(c: GPTConfig) -> str | None:
+    """None where `build` takes a model of this config, else the reason, a clause."""
+    if (c.position, c.norm, c.activation, c.qk_norm) != ("rotary", "rmsnorm", "relu2", True):
+        return "the GPT kernel needs rotary positions, RMSNorm, QK-norm and squared ReLU"
+    if c.bias or c.qkv_bias or c.head_bias or c.tied_head:
+        return "the GPT kernel has no biases and no tied head"
+    if c.dropout:
+        return "the GPT kernel has no dropout; a step takes two to three times as long as with `--set dropout=0`"
+    if c.channels // c.heads % COLUMNS:
+        return f"the GPT kernel needs a multiple of {COLUMNS} channels a head"
+    if c.channels > WIDEST or c.context > LONGEST:
+        return f"the GPT kernel is for at most {WIDEST} channels and a context of {LONGEST}; beyond, PyTorch is faster"
+    return unsupported_cpu()
+
+
+def build(core: nn.Module, workers: WorkerPool, on_event: OnEvent) -> Pass:
+    """The pass of a core that `supports` accepts. Raises what numba raises where it cannot compile."""
     assert isinstance(core, GPT)
     c, blocks, C = core.config, core.blocks, core.config.channels
     embeddings = list(core.ngrams.tables) if c.ngrams > 1 else []
@@ -358,7 +368,9 @@ def build(core: nn.Module, workers: WorkerPool, on_event: OnEvent) -> Backward:
     workers.load(on_event, (_step, (*ids, *inputs, ZERO, *outputs)))
 
     @torch.no_grad()
-    def backward(ids: Tensor, targets: Tensor, positions: Tensor | None, count: int) -> Tensor:
+    def backward(
+        ids: Tensor, targets: Tensor, positions: Tensor | None, condition: None, count: int
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         (B, T), N = ids.shape, ids.numel()
         positions = torch.arange(T).expand(B, T) if positions is None else positions
         noise = _noise(core.ngrams, ids) if tables else torch.empty(0)
@@ -372,15 +384,14 @@ def build(core: nn.Module, workers: WorkerPool, on_event: OnEvent) -> Backward:
             (*tables, *[torch.empty(0)] * (MOST_TABLES - many)), noise,
             np.float32(1 / max(1, count)), nats, grads, dx, rows, sorted_rows, counts, found, row_grads, count=several,
         )  # fmt: skip
-        for p, grad in zip(dense, grads[0].split(places), strict=True):
-            add_gradient(p, grad.view(p.shape))
+        found_grads = [(p, grad.view(p.shape)) for p, grad in zip(dense, grads[0].split(places), strict=True)]
         for table, n, read, grad in zip(embeddings, counts.tolist(), found, row_grads, strict=True):
             p, read, grad = table.weight, read[:n], grad[:n]
             if table.sparse:
                 grad = torch.sparse_coo_tensor(read[None], grad, p.shape, is_coalesced=True, check_invariants=False)
             else:
                 grad = torch.zeros_like(p).index_copy_(0, read, grad)
-            add_gradient(p, grad)
-        return nats.sum().float()
+            found_grads.append((p, grad))
+        return nats.sum().float(), found_grads
 
     return backward

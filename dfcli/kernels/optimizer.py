@@ -1,6 +1,6 @@
-"""Parts of the optimiser as compiled functions (numba), for small models on a CPU: Muon's products of matrices whose
-smaller side is up to `WIDEST`, and the updates of the rows of n-gram tables. PyTorch's operations on them are so short
-that starting them takes most of the time. `optim.orthogonalise_all` and `optim.update_rows` are the references (tests).
+"""Parts of the optimiser, compiled for small models on a CPU: Muon's products of matrices whose smaller side is up to
+`WIDEST`, and the updates of the rows of n-gram tables. PyTorch's operations on them are so short that starting them
+takes most of the time. `training.optim.orthogonalise_all` and `update_rows` are the references (tests).
 """
 
 from __future__ import annotations
@@ -11,28 +11,16 @@ from numpy import uintp
 from torch import Tensor
 
 from dfcli.kernels.compile import Compiled, inner
+from dfcli.kernels.gemm import COLUMNS, prefetch, product, row_stride, transposed
 from dfcli.kernels.gpt_train import MOST_TABLES
-from dfcli.kernels.ops import (
-    COLUMNS,
-    ONE,
-    ZERO,
-    WorkerPool,
-    add_times,
-    dot,
-    fill,
-    prefetch,
-    product,
-    row_stride,
-    transposed,
-)
+from dfcli.kernels.ops import ONE, ZERO, add_times, dot, fill
+from dfcli.kernels.threads import WorkerPool
 from dfcli.system.events import OnEvent
-from dfcli.training import optim
 
 WIDEST = 128  # PyTorch's products of larger matrices are faster than ours
 STEPS = 5
 AHEAD = 8  # rows of a table: so long before its update one is fetched
 
-_A, _B, _C = (np.float32(factor) for factor in optim.NEWTON_SCHULZ)
 _SMALLEST = np.float32(1e-7)
 _row_stride = inner(row_stride)
 
@@ -47,13 +35,14 @@ def _times(out, a, b, m, S):
             transposed(out, j * S + i, S, out, i * S + j, S, COLUMNS, COLUMNS)
 
 
-def newton_schulz(worker, workers, flags, yielder, matrices, places, rows, columns, out):
-    """One worker's share of U V^T, about, of matrices U S V^T: `optim.orthogonalise` of each, its steps on products of
-    the smaller side, all of them polynomials of one symmetric matrix.
+def newton_schulz(worker, workers, flags, yielder, matrices, places, rows, columns, coefficients, out):
+    """One worker's share of U V^T, about, of matrices U S V^T: `training.optim.orthogonalise` of each, its steps on
+    products of the smaller side, all of them polynomials of one symmetric matrix.
 
     matrices float32, flat: each begins at its place and has so many rows and columns (int64), multiples of COLUMNS.
     Out, zeros at first: the same way.
     """
+    a, b, c = coefficients
     for each in range(worker, places.size, workers):
         x, R, C = places[each], rows[each], columns[each]
         m, tall = min(R, C), R > C
@@ -76,9 +65,9 @@ def newton_schulz(worker, workers, flags, yielder, matrices, places, rows, colum
         for step in range(STEPS):
             _times(p, gram, gram, m, S)
             for i in range(m * S):
-                p[uintp(i)] = _B * gram[uintp(i)] + _C * p[uintp(i)]
+                p[uintp(i)] = b * gram[uintp(i)] + c * p[uintp(i)]
             for i in range(m):
-                p[uintp(i * S + i)] += _A
+                p[uintp(i * S + i)] += a
             if step == 0:
                 for i in range(m * S):
                     whole[uintp(i)] = scale * p[uintp(i)]
@@ -95,7 +84,8 @@ def newton_schulz(worker, workers, flags, yielder, matrices, places, rows, colum
 
 
 def row_rmsprop(worker, workers, flags, yielder, many, tables, rows, grads, updates, squares, lr, eps):
-    """One worker of `optim.update_rows` of `many` tables, in tuples of MOST_TABLES flat arrays; `rows` are int64."""
+    """One worker of `training.optim.update_rows` of `many` tables, in tuples of MOST_TABLES flat arrays; `rows` are
+    int64."""
     for table in range(many):
         N = rows[table].size
         C = grads[table].size // max(1, N)
@@ -112,48 +102,41 @@ def row_rmsprop(worker, workers, flags, yielder, many, tables, rows, grads, upda
             add_times(tables[table], row * C, -step, grads[table], i * C, C)
 
 
-_newton_schulz, _row_rmsprop = (Compiled(f, [__file__, optim.__file__]) for f in (newton_schulz, row_rmsprop))
+_newton_schulz, _row_rmsprop = (Compiled(f, [__file__]) for f in (newton_schulz, row_rmsprop))
 
 
-def speed_up(optimizer: optim.Optimizer, workers: WorkerPool, on_event: OnEvent) -> None:
-    """Have `optimizer` compute by these functions what they can. Raises what numba raises where it cannot compile."""
-    nothing, none = np.zeros(0, np.float32), np.zeros(0, np.int64)
-    kinds = nothing, none, nothing, nothing, nothing
-    workers.load(
-        on_event,
-        (_newton_schulz, (nothing, none, none, none, nothing)),
-        (_row_rmsprop, (0, *((empty,) * MOST_TABLES for empty in kinds), ZERO, ZERO)),
-    )
+class OptimizerKernels:
+    """Compiled versions of `training.optim.orthogonalise_all` and `update_rows`. Raises what numba raises where it
+    cannot compile."""
 
-    def orthogonalise_all(matrices: list[Tensor]) -> list[Tensor]:
-        ours = [matrix for matrix in matrices if _fits(matrix)]
-        done = {id(matrix): new for matrix, new in zip(ours, _orthogonalise(ours, workers), strict=True)}
-        others = [matrix for matrix in matrices if id(matrix) not in done]
-        done |= {id(matrix): new for matrix, new in zip(others, optim.orthogonalise_all(others), strict=True)}
-        return [done[id(matrix)] for matrix in matrices]
+    def __init__(self, workers: WorkerPool, on_event: OnEvent) -> None:
+        self._workers = workers
+        nothing, none = np.zeros(0, np.float32), np.zeros(0, np.int64)
+        self._empty = nothing, none, nothing, nothing, nothing
+        workers.load(
+            on_event,
+            (_newton_schulz, (nothing, none, none, none, np.zeros(3, np.float32), nothing)),
+            (_row_rmsprop, (0, *((empty,) * MOST_TABLES for empty in self._empty), ZERO, ZERO)),
+        )
 
-    def update_rows(tables: list[tuple[Tensor, ...]], lr: float, eps: float) -> None:
+    def fits(self, matrix: Tensor) -> bool:
+        """Whether `orthogonalise` takes a matrix [m, n]."""
+        return min(matrix.shape) <= WIDEST and not any(side % COLUMNS for side in matrix.shape)
+
+    def orthogonalise(self, matrices: list[Tensor], coefficients: tuple[float, float, float]) -> list[Tensor]:
+        """Newton-Schulz steps of each matrix [m, n] with the quintic's coefficients."""
+        if not matrices:
+            return []
+        sizes = [matrix.numel() for matrix in matrices]
+        flat, ends = torch.cat([matrix.reshape(-1) for matrix in matrices]), np.cumsum(sizes)
+        order = np.argsort(sizes, kind="stable")  # neighbours, which go to different threads, take equal times
+        rows, columns = (np.array([matrix.shape[side] for matrix in matrices])[order] for side in (0, 1))
+        out, factors = torch.zeros_like(flat), np.array(coefficients, np.float32)
+        self._workers.run(_newton_schulz, flat, (ends - sizes)[order], rows, columns, factors, out)
+        return [part.view(matrix.shape) for part, matrix in zip(out.split(sizes), matrices, strict=True)]
+
+    def update_rows(self, tables: list[tuple[Tensor, ...]], lr: float, eps: float) -> None:
         if tables:
-            columns = zip(zip(*tables, strict=True), kinds, strict=True)
+            columns = zip(zip(*tables, strict=True), self._empty, strict=True)
             arrays = [each + (empty,) * (MOST_TABLES - len(tables)) for each, empty in columns]
-            workers.run(_row_rmsprop, len(tables), *arrays, np.float32(lr), np.float32(eps))
-
-    if optimizer.muon:
-        optimizer.muon.orthogonalise_all = orthogonalise_all
-    optimizer.rows.update_rows = update_rows
-
-
-def _fits(matrix: Tensor) -> bool:
-    return min(matrix.shape) <= WIDEST and not any(side % COLUMNS for side in matrix.shape)
-
-
-def _orthogonalise(matrices: list[Tensor], workers: WorkerPool) -> list[Tensor]:
-    if not matrices:
-        return []
-    sizes = [matrix.numel() for matrix in matrices]
-    flat, ends = torch.cat([matrix.reshape(-1) for matrix in matrices]), np.cumsum(sizes)
-    order = np.argsort(sizes, kind="stable")  # neighbours, which go to different threads, take equal times
-    rows, columns = (np.array([matrix.shape[side] for matrix in matrices])[order] for side in (0, 1))
-    out = torch.zeros_like(flat)
-    workers.run(_newton_schulz, flat, (ends - sizes)[order], rows, columns, out)
-    return [part.view(matrix.shape) for part, matrix in zip(out.split(sizes), matrices, strict=True)]
+            self._workers.run(_row_rmsprop, len(tables), *arrays, np.float32(lr), np.float32(eps))

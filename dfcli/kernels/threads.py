@@ -1,21 +1,94 @@
-"""How a compiled engine uses the cores of a CPU: its sequences are split into lanes, one for each thread. Compiled code
-lets go of Python's lock, so that the lanes run at the same time."""
+"""Threads: a pool whose workers share one compiled function's work, their barrier, and an engine whose threads each
+advance some of the sequences. Compiled code releases Python's lock, so that threads run at the same time."""
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
-from dfcli.errors import DfError
-from dfcli.generation.sampling import Filters
+from dfcli.cores.protocols import Picking
+from dfcli.kernels.compile import Compiled, inner
+from dfcli.kernels.gemm import call, load_acquire, store_release
+from dfcli.system.events import OnEvent
+
+_FLAG_STRIDE = 8  # int64 of one cache line
+_SPINS = 2000  # about 10 microseconds
 
 
-class Lane(Protocol):
-    """B sequences in mid-course, which one thread advances."""
+def _yield_address() -> int:
+    """The address of the system's function by which a thread lets others run."""
+    library = ctypes.WinDLL("kernel32").SwitchToThread if os.name == "nt" else ctypes.CDLL(None).sched_yield  # type: ignore[attr-defined]
+    return ctypes.cast(library, ctypes.c_void_p).value or 0
+
+
+@inner
+def barrier(flags, worker, workers, count, yielder):
+    """Wait until all `workers` threads have come here for the `count`-th time; what they wrote before is then seen.
+    False where one never will: then stop.
+
+    `flags` and `yielder` come from `WorkerPool`."""
+    store_release(flags, worker * _FLAG_STRIDE, count)
+    for other in range(workers):
+        spins = 0
+        while load_acquire(flags, other * _FLAG_STRIDE) < count:
+            spins += 1
+            if spins > _SPINS:  # that thread may wait for this very CPU
+                if load_acquire(flags, workers * _FLAG_STRIDE):
+                    return False
+                call(yielder)
+    return True
+
+
+def _flat(argument: Any) -> Any:
+    if isinstance(argument, tuple):
+        return tuple(_flat(each) for each in argument)
+    return argument.detach().view(-1).numpy() if isinstance(argument, Tensor) else argument
+
+
+class WorkerPool:
+    """Runs a compiled function `function(worker, workers, flags, yielder, ...)` on threads, one a worker."""
+
+    def __init__(self, threads: int) -> None:
+        self.count, self._pool, self._yielder = threads, ThreadPoolExecutor(threads), _yield_address()
+
+    def run(self, function: Callable[..., None], *arguments: Any, count: int | None = None) -> None:
+        """Run `count` workers, by default as many as there are threads. Tensors among the arguments, or in tuples
+        there, must be contiguous; they are passed as flat arrays."""
+        count = count or self.count
+        flat = [_flat(a) for a in arguments]
+        flags = np.zeros((count + 1) * _FLAG_STRIDE, np.int64)
+        try:
+            running = [
+                self._pool.submit(function, worker, count, flags, self._yielder, *flat) for worker in range(count)
+            ]
+            for each in wait(running, return_when=FIRST_EXCEPTION).done:
+                each.result()
+        except BaseException:  # a worker that failed or never began, or a signal: nobody is to wait for it
+            flags[-_FLAG_STRIDE] = 1
+            raise
+
+    def load(self, on_event: OnEvent, *functions: tuple[Compiled, tuple[Any, ...]]) -> None:
+        """Compile functions or load them: `Compiled.load`, each with arguments that make it do nothing."""
+        told: list[object] = []
+
+        def once(event: object) -> None:  # that it takes some seconds
+            if not told:
+                told.append(event)
+                on_event(event)
+
+        for function, arguments in functions:
+            function.load(once, 0, 1, np.zeros(2 * _FLAG_STRIDE, np.int64), self._yielder, *arguments)
+
+
+class Sequences(Protocol):
+    """Some sequences in mid-course, which one thread advances: an engine's methods for these alone."""
 
     @property
     def logits(self) -> NDArray[np.float32]:
@@ -23,48 +96,43 @@ class Lane(Protocol):
         ...
 
     def prefill(self, ids: NDArray[np.int64]) -> None:
-        """Forgets everything and reads ids [B, T], or [1, T] where they are the same for all."""
+        """Forget everything and read ids [B, T], or [1, T] where they are the same for all."""
         ...
 
-    def generate(self, uniforms: NDArray[np.float64], filters: tuple[float, int, float, float]) -> NDArray[np.int64]:
-        """`engines.Engine.generate` of these sequences; `filters` are `Filters.numbers`."""
+    def generate(self, uniforms: NDArray[np.float64], picking: Picking) -> NDArray[np.int64]:
+        """`Engine.generate` of these sequences."""
         ...
 
 
-class Lanes:
-    """`engines.Engine` made of lanes: `lane(B)` makes one for B sequences of a model with V ids."""
+class ThreadedEngine:
+    """`Engine` whose sequences are divided among threads: `make(B)` gives one thread's part of B sequences."""
 
-    def __init__(self, name: str, reason: str, lane: Callable[[int], Lane], threads: int, vocab_size: int) -> None:
+    def __init__(self, name: str, reason: str, make: Callable[[int], Sequences], threads: int) -> None:
         self.name, self.reason = name, reason
-        self._lane, self._threads, self._vocab_size = lane, threads, vocab_size
-        self._lanes: list[Lane] = []
-        self._ends: list[int] = []  # where a lane's sequences end, of all but the last
+        self._make, self._threads = make, threads
+        self.parts: list[Sequences] = []
+        self._ends: list[int] = []  # of each part's sequences but the last's
 
     def start(self, batch: int) -> None:
         count = min(self._threads, batch)
         sizes = [(batch + number) // count for number in range(count)]
-        self._lanes = [self._lane(size) for size in sizes]
+        self.parts = [self._make(size) for size in sizes]
         self._ends = np.cumsum(sizes)[:-1].tolist()
 
     def prefill(self, ids: NDArray[np.int64]) -> None:
         same = bool((ids == ids[:1]).all())
-        for lane, part in zip(self._lanes, np.split(ids, self._ends), strict=True):
-            lane.prefill(ids[:1] if same else part)
+        for part, its in zip(self.parts, np.split(ids, self._ends), strict=True):
+            part.prefill(ids[:1] if same else its)
 
-    def generate(self, uniforms: NDArray[np.float64], filters: Filters) -> NDArray[np.int64]:
-        numbers = filters.numbers(self._vocab_size)
+    def generate(self, uniforms: NDArray[np.float64], picking: Picking) -> NDArray[np.int64]:
+        def run(part: Sequences, its: NDArray[np.float64]) -> NDArray[np.int64]:
+            return part.generate(np.ascontiguousarray(its), picking)
 
-        def run(lane: Lane, part: NDArray[Any]) -> NDArray[np.int64]:
-            return lane.generate(np.ascontiguousarray(part), numbers)
+        split = np.split(uniforms, self._ends)
+        if len(split) == 1:
+            return run(self.parts[0], split[0])
+        with ThreadPoolExecutor(len(split)) as pool:
+            return np.concatenate(list(pool.map(run, self.parts, split)))
 
-        parts = np.split(uniforms, self._ends)
-        if len(parts) == 1:
-            ids = run(self._lanes[0], parts[0])
-        else:
-            with ThreadPoolExecutor(len(parts)) as pool:
-                ids = np.concatenate(list(pool.map(run, self._lanes, parts)))
-        if not all(np.isfinite(lane.logits).all() for lane in self._lanes):
-            raise DfError(
-                "the model's output is not finite", "its training may have diverged: try an earlier `--checkpoint`"
-            )
-        return ids
+    def finite(self) -> bool:
+        return all(bool(np.isfinite(part.logits).all()) for part in self.parts)

@@ -29,17 +29,15 @@ from numpy import uintp
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dfcli.cores.wavenet import WaveNet
-from dfcli.generation.engines import Unavailable
-from dfcli.generation.plain import pieces
-from dfcli.kernels import pick as kernels
+from dfcli.cores.protocols import Picking, prefill
+from dfcli.cores.wavenet import WaveNet, WaveNetConfig
 from dfcli.kernels.compile import Compiled, inner
-from dfcli.kernels.ops import add, copy
-from dfcli.kernels.pick import copy_to_rows, multiply, padded, pick, relu, tanh_sigmoid, tiles
-from dfcli.kernels.threads import Lanes
+from dfcli.kernels.gemm import join, multiply, pad, padded, tiles, to_bfloat16
+from dfcli.kernels.ops import add, copy, copy_to_rows, relu, tanh_sigmoid
+from dfcli.kernels.pick import pick
+from dfcli.kernels.threads import ThreadedEngine
 from dfcli.system.device import Device
 from dfcli.system.events import OnEvent, ignore
-from dfcli.system.words import first_line
 
 AHEAD = 8  # samples at most whose past taps are computed at once
 ROUNDED = 2 * 2**20  # bytes of float32 weights from which on they may be rounded
@@ -150,33 +148,33 @@ def wavenet_samples(model, state, uniforms, temperature, top_k, top_p, min_p, id
         _step(model, state, B)
 
 
-_SOURCES = [__file__, kernels.__file__]
+_SOURCES = [__file__]
 _exact, _rounded = (Compiled(wavenet_samples, _SOURCES, variant) for variant in ("", "-bfloat16"))
 
 
-def build(core: nn.Module, batch: int, device: Device, exact: bool = True, on_event: OnEvent = ignore) -> Lanes:
-    """The engine for a WaveNet in eval mode on the CPU; `exact` keeps its weights in float32. Raises Unavailable where
-    numba fails."""
+def supports(config: WaveNetConfig, device: Device) -> str | None:
+    """None where `build` takes a model of this config, else the reason, a clause."""
+    return "the kernel takes no conditions yet" if config.row else None
+
+
+def build(core: nn.Module, device: Device, exact: bool = True, on_event: OnEvent = ignore) -> ThreadedEngine:
+    """The engine for a WaveNet in eval mode on the CPU; `exact` keeps its weights in float32. Raises what numba
+    raises where it cannot compile."""
     assert isinstance(core, WaveNet)
-    if core.config.row:
-        raise Unavailable("it takes no conditions yet")
     rounded = not exact and 4 * core.config.parameters() >= ROUNDED
     model, samples = _model(core, rounded), _rounded if rounded else _exact
-    try:
-        samples.load(
-            on_event, model, _state(model, core, 1), np.empty((1, 0)), 1.0, 1, 1.0, 0.0, np.empty((1, 0), np.int64)
-        )
-    except Exception as error:  # numba has no base class for what it raises
-        raise Unavailable(f"numba could not compile it ({first_line(error)})") from error
+    samples.load(
+        on_event, model, _state(model, core, 1), np.empty((1, 0)), 1.0, 1, 1.0, 0.0, np.empty((1, 0), np.int64)
+    )
     name, reason = "numba", "compiled for this processor, with the plain engine's picks"
     if rounded:
         name = "numba-bfloat16"
         reason = "compiled for this processor, weights rounded to bfloat16; `--engine fast` keeps float32"
-    return Lanes(name, reason, lambda size: _Lane(core, model, samples, size), device.threads, model.vocab_size)
+    return ThreadedEngine(name, reason, lambda size: _Sequences(core, model, samples, size), device.threads)
 
 
-class _Lane:
-    """Clips that one thread advances (`lanes.Lane`)."""
+class _Sequences:
+    """Clips that one thread advances (`threads.Sequences`)."""
 
     def __init__(self, core: WaveNet, model: _Model, samples: Compiled, size: int) -> None:
         self._core, self._model, self._samples = core, model, samples
@@ -188,18 +186,16 @@ class _Lane:
 
     @torch.inference_mode()
     def prefill(self, ids: NDArray[np.int64]) -> None:
-        state = self._core.init_state(len(ids))
-        for piece in pieces(ids):
-            logits, state = self._core.prefill(piece, state)
-            self.logits[:, : logits.shape[1]] = logits.numpy()
+        logits, state = prefill(self._core, torch.from_numpy(ids), self._core.init_state(len(ids)))
+        self.logits[:, : logits.shape[1]] = logits.numpy()
         self._state.clock[0] = 0  # now the oldest entry of each queue [B, P, R] is its first
         queues = self._state.queues.reshape(-1, len(self.logits), self._model.table.shape[1])
         for (_, _, _, place, _), queue in zip(self._model.layers, state.queues, strict=True):
             queues[place : place + queue.shape[1], :, : self._model.channels] = queue.transpose(0, 1).numpy()
 
-    def generate(self, uniforms: NDArray[np.float64], filters: tuple[float, int, float, float]) -> NDArray[np.int64]:
+    def generate(self, uniforms: NDArray[np.float64], picking: Picking) -> NDArray[np.int64]:
         ids = np.empty(uniforms.shape, np.int64)
-        self._samples(self._model, self._state, uniforms, *filters, ids)
+        self._samples(self._model, self._state, uniforms, *picking, ids)
         return ids
 
 
@@ -222,36 +218,36 @@ def _model(core: WaveNet, packed: bool) -> _Model:
 
     def bias(linear: nn.Module, size: int, width: int) -> None:
         vector = getattr(linear, "bias", None)
-        biases.append(kernels.pad(_array(torch.zeros(size) if vector is None else vector), width))
+        biases.append(pad(_array(torch.zeros(size) if vector is None else vector), width))
 
     for number, layer in enumerate(core.layers):
         # [2 R, taps R] -> halves and taps apart, each padded to whole tiles
         taps = _array(layer.dilated.weight).reshape(2, config.residual, K, config.residual)
-        taps = kernels.pad(taps, 2, R, K, R).reshape(2 * R, K, R)
+        taps = pad(taps, 2, R, K, R).reshape(2 * R, K, R)
         past += [tiles(taps[:, tap]) for tap in range(K - 1)]
         weights.append(tiles(taps[:, K - 1]))
         both = layer.dilated.bias
         both = np.zeros((2, config.residual), np.float32) if both is None else _array(both).reshape(2, -1)
-        biases.append(kernels.pad(both, 2, R).ravel())
+        biases.append(pad(both, 2, R).ravel())
         if number + 1 < L:
-            weights.append(tiles(kernels.pad(_array(layer.residual.weight), R, R)))
+            weights.append(tiles(pad(_array(layer.residual.weight), R, R)))
         bias(layer.residual, config.residual, R)
         ahead = max(n for n in range(1, AHEAD + 1) if layer.dilation % n == 0)
         length = max(layer.past, 1)  # of a kernel of 1 the queue is never read
         layers.append((layer.dilation, ahead, length, queue, sum_))
         queue, sum_ = queue + length, sum_ + ahead
-    skip = kernels.pad(_array(core.skip.weight).reshape(config.skip, L, config.residual), S, L, R)
+    skip = pad(_array(core.skip.weight).reshape(config.skip, L, config.residual), S, L, R)
     weights.append(tiles(skip.reshape(S, L * R)))
-    weights.append(tiles(kernels.pad(_array(core.head1.weight), H, S)))
-    weights.append(tiles(kernels.pad(_array(out_weight), W, H)))
+    weights.append(tiles(pad(_array(core.head1.weight), H, S)))
+    weights.append(tiles(pad(_array(out_weight), W, H)))
     bias(core.skip, config.skip, S)
     bias(core.head1, config.head, H)
-    biases.append(kernels.pad(_array(out_bias), W))
-    place = kernels.pack if packed else (lambda tiles: tiles)
+    biases.append(pad(_array(out_bias), W))
+    place = to_bfloat16 if packed else (lambda tiles: tiles)
     return _Model(
-        table=kernels.pad(_array(table), V, R),
-        weights=place(kernels.join(weights)),
-        past=place(kernels.join([*past, np.zeros(0, np.float32)])),
+        table=pad(_array(table), V, R),
+        weights=place(join(weights)),
+        past=place(join([*past, np.zeros(0, np.float32)])),
         biases=np.concatenate(biases),
         layers=np.array(layers, np.int64),
         taps=K,

@@ -22,16 +22,15 @@ import torch.nn.functional as F
 from numpy import uintp
 from torch import Tensor, nn
 
-from dfcli.cores.wavenet import WaveNet
-from dfcli.kernels.compile import Compiled, inner
+from dfcli.cores.protocols import Pass
+from dfcli.cores.wavenet import WaveNet, WaveNetConfig
+from dfcli.kernels.compile import Compiled, inner, unsupported_cpu
+from dfcli.kernels.gemm import COLUMNS, panel_product, product, round_up, row_stride
 from dfcli.kernels.ops import (
-    COLUMNS,
     ONE,
     TWO,
     ZERO,
-    WorkerPool,
     add,
-    barrier,
     clamp,
     copy,
     cross_entropy,
@@ -39,15 +38,12 @@ from dfcli.kernels.ops import (
     fill,
     norm,
     norm_back,
-    packed_product,
-    product,
-    round_up,
-    row_stride,
 )
+from dfcli.kernels.threads import WorkerPool, barrier
 from dfcli.system.events import OnEvent
-from dfcli.training.loss import Backward, add_gradient
 
 BLOCK = 64  # positions
+WIDEST = 128  # residual channels: PyTorch's products of wider ones are faster than ours
 
 _row_stride, _round_up = inner(row_stride), inner(round_up)
 
@@ -145,17 +141,17 @@ def wavenet_forward(
             for tap in range(taps):
                 back, w = (taps - 1 - tap) * dilations[layer], (layer * taps + tap) * R * 2 * R
                 if back == 0:
-                    packed_product(sums, 0, 2 * R, h, first + t * R, R, 1, dilated, w, n, 2 * R, R)
+                    panel_product(sums, 0, 2 * R, h, first + t * R, R, dilated, w, n, 2 * R, R)
                 else:
                     _shifted(past, h, first, t, -back, positions, n, R)
-                    packed_product(sums, 0, 2 * R, past, 0, R, 1, dilated, w, n, 2 * R, R)
+                    panel_product(sums, 0, 2 * R, past, 0, R, dilated, w, n, 2 * R, R)
             for r in range(n):
                 _gate(gates, sigmoids, first + (t + r) * R, sums, r * 2 * R, R)
-            packed_product(skips, t * Ss, Ss, gates, first + t * R, R, 1, skip, layer * R * S, n, S, R)
+            panel_product(skips, t * Ss, Ss, gates, first + t * R, R, skip, layer * R * S, n, S, R)
             if layer + 1 < L:
                 for r in range(n):
                     add(x, (t + r) * R, residual_bias, layer * R, R)
-                packed_product(x, t * R, R, gates, first + t * R, R, 1, residual, layer * R * R, n, R, R)
+                panel_product(x, t * R, R, gates, first + t * R, R, residual, layer * R * R, n, R, R)
                 for r in range(t, t + n):
                     _norm(h, first + (N + r) * R, scales, (layer + 1) * N + r, x, r * R, R, normed)
 
@@ -186,10 +182,10 @@ def wavenet_backward(
             n = min(BLOCK, end - t)
             z = first + t * R
             fill(dz, 0, n * R, ZERO)
-            packed_product(dz, 0, R, d_skips, t * Ss, Ss, 1, skip, layer * S * R, n, R, S)
+            panel_product(dz, 0, R, d_skips, t * Ss, Ss, skip, layer * S * R, n, R, S)
             product(d_skip, (worker * S * L + layer) * R, L * R, d_skips, t * Ss, 1, Ss, gates, z, R, S, R, n)
             if layer + 1 < L:
-                packed_product(dz, 0, R, dx, t * R, R, 1, residual, layer * R * R, n, R, R)
+                panel_product(dz, 0, R, dx, t * R, R, residual, layer * R * R, n, R, R)
                 product(d_residual, own_residual * R * R, R, dx, t * R, 1, R, gates, z, R, R, R, n)
                 for r in range(t, t + n):
                     add(d_residual_bias, own_residual * R, dx, r * R, R)
@@ -212,10 +208,10 @@ def wavenet_backward(
             for tap in range(taps):
                 back, w = (taps - 1 - tap) * dilations[layer], (layer * taps + tap) * 2 * R * R
                 if back == 0:
-                    packed_product(dh, 0, R, d_sums, sums + t * 2 * R, 2 * R, 1, dilated, w, n, R, 2 * R)
+                    panel_product(dh, 0, R, d_sums, sums + t * 2 * R, 2 * R, dilated, w, n, R, 2 * R)
                 else:
                     _shifted(future, d_sums, sums, t, back, positions, n, 2 * R)
-                    packed_product(dh, 0, R, future, 0, 2 * R, 1, dilated, w, n, R, 2 * R)
+                    panel_product(dh, 0, R, future, 0, 2 * R, dilated, w, n, R, 2 * R)
             for r in range(n):
                 if normed:
                     s, scale = first + (t + r) * R, scales[uintp(layer * N + t + r)]
@@ -251,9 +247,9 @@ def wavenet_head(
         for r in range(n):
             copy(hidden, r * Hs, bias1, 0, H)
             copy(logits, r * Vs, bias2, 0, V)
-        packed_product(hidden, 0, Hs, inputs, 0, Ss, 1, head1, 0, n, H, S)
+        panel_product(hidden, 0, Hs, inputs, 0, Ss, head1, 0, n, H, S)
         _relu(hidden, 0, hidden, 0, n * Hs)
-        packed_product(logits, 0, Vs, hidden, 0, Hs, 1, head2, 0, n, Vp, H)
+        panel_product(logits, 0, Vs, hidden, 0, Hs, head2, 0, n, Vp, H)
         for r in range(n):
             target = targets[uintp(t + r)]
             if target < 0:
@@ -263,11 +259,11 @@ def wavenet_head(
             add(d_bias2, worker * V, logits, r * Vs, V)
         product(d_head2, worker * V * H, H, logits, 0, 1, Vs, hidden, 0, Hs, V, H, n)
         fill(d_hidden, 0, n * Hs, ZERO)
-        packed_product(d_hidden, 0, Hs, logits, 0, Vs, 1, head2_back, 0, n, H, V)
+        panel_product(d_hidden, 0, Hs, logits, 0, Vs, head2_back, 0, n, H, V)
         _relu_back(d_hidden, 0, hidden, 0, n * Hs)
         product(d_head1, worker * H * S, S, d_hidden, 0, 1, Hs, inputs, 0, Ss, H, S, n)
         fill(skips, t * Ss, n * Ss, ZERO)
-        packed_product(skips, t * Ss, Ss, d_hidden, 0, Hs, 1, head1_back, 0, n, S, H)
+        panel_product(skips, t * Ss, Ss, d_hidden, 0, Hs, head1_back, 0, n, S, H)
         _relu_back(skips, t * Ss, inputs, 0, n * Ss)
         for r in range(n):
             add(d_bias1, worker * H, d_hidden, r * Hs, H)
@@ -279,13 +275,26 @@ _forward, _head, _backward = (Compiled(f, [__file__]) for f in (wavenet_forward,
 
 
 def _packed(matrices: Tensor) -> Tensor:
-    """Matrices [..., K, N] as `vectors.pack` puts each, filled up with zeros to whole columns."""
+    """Matrices [..., K, N] as `gemm.pack` puts each, filled up with zeros to whole columns."""
     matrices = F.pad(matrices, (0, round_up(matrices.shape[-1]) - matrices.shape[-1]))
     return matrices.unflatten(-1, (-1, COLUMNS)).transpose(-3, -2).contiguous()
 
 
-def build(core: nn.Module, workers: WorkerPool, on_event: OnEvent) -> Backward:
-    """The pass of a core that fits. Raises what numba raises where it cannot compile."""
+def supports(c: WaveNetConfig) -> str | None:
+    """None where `build` takes a model of this config, else the reason, a clause."""
+    if not c.bias or c.layers < 2 or c.embedding or c.decoder:
+        return "the WaveNet kernel needs biases, two layers or more, and no separate embedding or decoder"
+    if c.row:
+        return "the WaveNet kernel takes no conditions yet"
+    if any(width % COLUMNS for width in (c.residual, c.skip, c.head)):
+        return f"the WaveNet kernel needs channels in multiples of {COLUMNS}"
+    if c.residual > WIDEST:
+        return f"the WaveNet kernel is for at most {WIDEST} residual channels; beyond, PyTorch is faster"
+    return unsupported_cpu()
+
+
+def build(core: nn.Module, workers: WorkerPool, on_event: OnEvent) -> Pass:
+    """The pass of a core that `supports` accepts. Raises what numba raises where it cannot compile."""
     assert isinstance(core, WaveNet)
     c, layers = core.config, core.layers
     dilations, L, K, R, S = np.array(c.all_dilations), len(layers), c.kernel, c.residual, c.skip
@@ -306,7 +315,9 @@ def build(core: nn.Module, workers: WorkerPool, on_event: OnEvent) -> Backward:
     others = [core.skip.weight, core.skip.bias, core.head1.weight, core.head1.bias, core.head2.weight, core.head2.bias]
 
     @torch.no_grad()
-    def backward(ids: Tensor, targets: Tensor, positions: Tensor | None, count: int) -> Tensor:
+    def backward(
+        ids: Tensor, targets: Tensor, positions: Tensor | None, condition: None, count: int
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         B, T = ids.shape
         N = B * T
         positions = (torch.arange(T).expand(B, T) if positions is None else positions).contiguous()
@@ -333,13 +344,12 @@ def build(core: nn.Module, workers: WorkerPool, on_event: OnEvent) -> Backward:
             _packed(by_layer.transpose(0, 1)), h, scales, gates, sigmoids, skips, dx, d_sums,
             d_dilated, d_gate_bias, d_residual, d_residual_bias, d_skip,
         )  # fmt: skip
+        found: list[tuple[Tensor, Tensor]] = []
         for ps, grads in zip(stacked, (d_dilated, d_gate_bias, d_residual, d_residual_bias), strict=True):
-            for p, grad in zip(ps, grads.sum(0), strict=True):
-                add_gradient(p, grad)
-        for p, grads in zip(others, (d_skip, d_skip_bias, *d_head), strict=True):
-            add_gradient(p, grads.sum(0))
+            found += zip(ps, grads.sum(0), strict=True)
+        found += [(p, grads.sum(0)) for p, grads in zip(others, (d_skip, d_skip_bias, *d_head), strict=True)]
         table = core.table.weight
-        add_gradient(table, torch.zeros_like(table).index_add_(0, ids.flatten(), dx))
-        return nats.sum().float()
+        found.append((table, torch.zeros_like(table).index_add_(0, ids.flatten(), dx)))
+        return nats.sum().float(), found
 
     return backward

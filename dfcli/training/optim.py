@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
+from dfcli.cores.protocols import Backend
 from dfcli.errors import CorruptError
 from dfcli.training.settings import Recipe
 
@@ -68,10 +69,9 @@ class Muon:
     def __init__(self, parameters: dict[str, nn.Parameter], lr: float, momentum: float, weight_decay: float) -> None:
         self.parameters, self.lr, self.momentum, self.weight_decay = parameters, lr, momentum, weight_decay
         self.buffers: dict[str, Tensor] = {}
-        self.orthogonalise_all = orthogonalise_all
 
     @torch.no_grad()
-    def step(self, lr_factor: float) -> None:
+    def step(self, lr_factor: float, orthogonalise_all: Any = orthogonalise_all) -> None:
         lr = self.lr * lr_factor
         given = {name: p for name, p in self.parameters.items() if p.grad is not None}  # the loss depends on them
         if not given:
@@ -80,7 +80,7 @@ class Muon:
         buffers = [self.buffers.setdefault(name, torch.zeros_like(p)) for name, p in given.items()]
         _torch._foreach_lerp_(buffers, grads, 1 - self.momentum)
         updates = _torch._foreach_lerp(grads, buffers, self.momentum)
-        updates = self.orthogonalise_all([update.flatten(1) for update in updates])
+        updates = orthogonalise_all([update.flatten(1) for update in updates])
         # A step of one size in every output whatever the shape (Jordan's scale for tall matrices).
         sizes = [-lr * max(1, outputs / inputs) ** 0.5 for outputs, inputs in (update.shape for update in updates)]
         if self.weight_decay:
@@ -153,20 +153,14 @@ class Rows:
     number a row, as in the row-wise AdaGrad of large recommendation models (Naumov et al. 2019, arXiv 1906.00091)."""
 
     def __init__(self, tables: dict[str, nn.Embedding], recipe: Recipe) -> None:
-        self.tables, self.recipe, self.update_rows = tables, recipe, update_rows
+        self.tables, self.recipe = tables, recipe
         kept = ("row_updates", "row_square")
         self.state = {
             what: {name: table.weight.new_zeros(len(table.weight)) for name, table in tables.items()} for what in kept
         }
 
-    def sparse(self, wanted: bool) -> None:
-        """Have gradients that hold only the rows read, or whole ones: on a CPU that saves writing and reading tables of
-        megabytes, but torch.compile cannot do it."""
-        for table in self.tables.values():
-            table.sparse = wanted
-
     @torch.no_grad()
-    def step(self, lr_factor: float) -> None:
+    def step(self, lr_factor: float, update_rows: Any = update_rows) -> None:
         tables = []
         for name, table in self.tables.items():
             p = table.weight
@@ -179,14 +173,16 @@ class Rows:
                 rows = p.grad.norm(dim=1).nonzero().squeeze(1)
                 grad = p.grad[rows]
             tables.append((p, rows, grad, self.state["row_updates"][name], self.state["row_square"][name]))
-        self.update_rows(tables, self.recipe.table_lr * lr_factor, self.recipe.eps)
+        update_rows(tables, self.recipe.table_lr * lr_factor, self.recipe.eps)
 
 
 class Optimizer:
-    """The optimiser that a recipe asks for, over a core's parameters. `step` expects their gradients."""
+    """The optimiser that a recipe asks for, over a core's parameters. `step` expects their gradients, and leaves what
+    has compiled versions to the backend that `use` gives it."""
 
     def __init__(self, core: nn.Module, recipe: Recipe) -> None:
         self.named = dict(core.named_parameters())
+        self.backend: Backend | None = None
         hidden = matrices(core) if recipe.optimizer == "muon" else {}
         tables = ngram_tables(core) if hidden else {}
         rest = {name: p for name, p in self.named.items() if name not in hidden and name not in tables}
@@ -198,12 +194,19 @@ class Optimizer:
         self.base = Elementwise(rest, decays, recipe)
         self.lr = recipe.adam_lr if recipe.optimizer == "muon" else recipe.lr
 
+    def use(self, backend: Backend) -> None:
+        """Compute with this backend, whose gradients of n-gram tables may hold only the rows that were read."""
+        self.backend = backend
+        for table in self.rows.tables.values():
+            table.sparse = backend.sparse
+
     def step(self, lr_factor: float) -> None:
         """Update the parameters at `lr_factor` times the recipe's rates, and drop their gradients."""
         self.base.step(self.lr * lr_factor)
-        self.rows.step(lr_factor)
+        backend = self.backend
+        self.rows.step(lr_factor, backend.update_rows if backend else update_rows)
         if self.muon:
-            self.muon.step(lr_factor)
+            self.muon.step(lr_factor, backend.orthogonalise_all if backend else orthogonalise_all)
         self.drop_gradients()
 
     def gradient_norm(self) -> Tensor:

@@ -23,7 +23,7 @@ from dfcli.cores.wavenet import DOUBLING
 from dfcli.system.device import Device
 from dfcli.system.events import Choice
 from dfcli.system.words import counted
-from dfcli.training.fast import cpu_module
+from dfcli.training import backend
 from dfcli.training.settings import Recipe
 
 DEFAULT_MINUTES = 5.0
@@ -245,7 +245,7 @@ def _dropout(draft: Draft, corpus: Corpus, device: Device, steps: int, minutes: 
     epochs = tokens / max(1, corpus.tokens)
     # A model that is small beside its corpus cannot learn it by heart, however often it reads it.
     small = cores.config("gpt", draft.config | {"ngrams": 1}).parameters() < 2 * corpus.tokens
-    read = epochs / 3 if device.kind == "cpu" else epochs  # with dropout: it is not compiled there (training/fast.py)
+    read = epochs / 3 if device.kind == "cpu" else epochs  # with dropout: it is not compiled there
     shares = {"dropout": 0.0 if read < (20 if small else 6) else 0.1 if read < 40 else 0.2}
     if draft.config["ngrams"] > 1:  # tables can, soon
         by_epochs = ((4, 0.7), (2.2, 0.6), (1.5, 0.4), (0.7, 0.2), (0, 0.0))
@@ -289,7 +289,7 @@ def memory_bytes(core: str, config: cores.CoreConfig, recipe: Recipe, device: De
     tables = c.channels * sum(c.ngram_rows) if core == "gpt" and recipe.optimizer == "muon" else 0  # see optim.Rows
     weights = 4 * ((config.parameters() - tables) * (2 + optimizer) + 2 * tables)
     window, rows = recipe.window or config.context, recipe.batch_size
-    if core == "gpt" and cpu_module(config, recipe, device):
+    if core == "gpt" and backend.unsupported(config, recipe, device) is None:
         # Each thread: its gradients, the weights packed for both ways, what it keeps of one row. The n-grams' gradients
         # and places are the whole batch's.
         weights += 3 * 4 * device.threads * (config.parameters() - tables)
@@ -298,7 +298,7 @@ def memory_bytes(core: str, config: cores.CoreConfig, recipe: Recipe, device: De
         rows = min(rows, device.threads)
     elif core == "gpt":
         kept = c.layers * c.channels * (18 + 2 * c.qk_norm + 8 * (c.dropout > 0))
-    elif core == "wavenet" and cpu_module(config, recipe, device):
+    elif core == "wavenet" and backend.unsupported(config, recipe, device) is None:
         weights += 3 * 4 * device.threads * config.parameters()  # each thread's gradients, and weights packed both ways
         return weights + rows * window * 4 * (c.layers * (3 * c.residual + 1) + 8 * c.residual + c.skip)
     elif core == "wavenet":

@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 
 from dfcli import cores
+from dfcli.cores.protocols import Backend
 from dfcli.data.batches import IGNORED, Batch
 from dfcli.errors import DfError
 from dfcli.system.allocator import kept_memory, settled_objects
 from dfcli.system.device import Device, pytorch_threads
 from dfcli.system.events import Note, OnEvent, ignore
+from dfcli.training.backend import TorchBackend, choose, tensors
 from dfcli.training.budget import Budget
 from dfcli.training.events import Sample
-from dfcli.training.fast import by_numba, by_torch
-from dfcli.training.loss import Backward, cross_entropy
 from dfcli.training.meter import Meter
 from dfcli.training.optim import Optimizer
 from dfcli.training.saver import Saver, Store
@@ -73,8 +73,7 @@ class Trainer:
         self.budget = Budget(recipe, state, clock, validation.tokens if validation else 0)
         self.meter = Meter(recipe, state, self.budget, core.config.flops_per_token(), store.log, on_event)
         self.saver = Saver(recipe, state, self.budget, core, self.optimizer, store, on_event)
-        self.forward: Callable[..., Tensor] = core
-        self.fast_backward: Backward | None = None
+        self.backend: Backend = TorchBackend(core, recipe, device)
 
     def run(self) -> str | None:
         """Train until the budget is used; gives None then, or the reason `stop` gave.
@@ -83,15 +82,12 @@ class Trainer:
         be written."""
         if self.state.done:
             return None
-        self.fast_backward = by_numba(self.core, self.optimizer, self.recipe, self.device, self.on_event)
-        self.budget.start()
         self.core.train()
-        if self.fast_backward is None:
-            self.forward = by_torch(self.core, self.recipe, self.device, self.try_out, self.on_event)
-        self.optimizer.rows.sparse(self.forward is self.core and self.device.kind == "cpu")
-        # What compiled functions leave to PyTorch is too short to be worth waking threads for.
-        threads = 1 if self.fast_backward else self.device.threads
-        with kept_memory(), settled_objects(), pytorch_threads(threads):
+        self.backend = choose(self.core, self.recipe, self.device, self.on_event)
+        self.budget.start()
+        self.backend.warm_up(lambda: self.batches.at(self.state.step), self.on_event)
+        self.optimizer.use(self.backend)
+        with kept_memory(), settled_objects(), pytorch_threads(self.backend.threads):
             while not self.state.done:
                 if reason := self.stop():
                     self.saver.save()
@@ -136,21 +132,7 @@ class Trainer:
     def backward(self, batch: Batch, count: int) -> Tensor:
         """Add the gradients of a micro-batch to those there are, of the mean over `count` targets. Returns its
         cross-entropy in nats, summed over the targets that are scored; a scalar."""
-        ids, targets, positions = (
-            None if x is None else x.to(self.device.torch_device, non_blocking=True)
-            for x in (batch.ids, batch.targets, batch.positions)
-        )
-        assert ids is not None
-        assert targets is not None
-        if self.fast_backward:
-            return self.fast_backward(ids, targets, positions, count)
-        last = self.recipe.packing == "last"
-        with self.device.autocast():
-            logits = self.forward(ids, positions, last)
-            targets = targets[:, -1:] if last else targets
-            loss = cross_entropy(logits, targets)
-        (loss / max(1, count)).backward()
-        return loss.detach()
+        return self.backend.backward(*tensors(batch, self.device), count)
 
     def evaluate(self, validation: Validation) -> None:
         """Measure the validation loss of the model as it is, and make a preview."""
@@ -181,18 +163,6 @@ class Trainer:
                 "train again under a new name with a lower `--lr`, a longer `--set warmup=...` or `--set clip=1`",
             )
         self.on_event(Note(f"{what}: its batch is left out"))
-
-    def try_out(self, forward: Callable[..., Tensor]) -> None:
-        """One pass of a batch, forwards and backwards, that changes nothing. Raises what `forward` raises."""
-        buffers = {name: buffer.clone() for name, buffer in self.core.named_buffers()}  # BatchNorm's, which it moves
-        before, self.forward = self.forward, forward
-        try:
-            self.backward(self.batches.at(self.state.step), 1)
-        finally:
-            self.forward = before
-            self.optimizer.drop_gradients()
-            for name, buffer in self.core.named_buffers():
-                buffer.copy_(buffers[name])
 
 
 def step_seed(seed: int, step: int) -> int:

@@ -9,10 +9,11 @@ import numpy as np
 
 from dfcli import cores
 from dfcli.codecs import TextCodec
+from dfcli.cores.protocols import Picking
 from dfcli.data.dataset import Dataset
 from dfcli.evaluation.sweep import sweep
 from dfcli.generation.plain import Plain
-from dfcli.generation.sampling import Dice, Filters
+from dfcli.generation.sampling import Dice
 from dfcli.system.device import Device
 from dfcli.system.events import OnEvent
 
@@ -54,7 +55,7 @@ def preview_of(core: cores.Core, dataset: Dataset, device: Device, seed: int) ->
             engine = Plain(core, device)
             engine.start(1)
             engine.prefill(opening[:, -core.context :])
-            return codec.decode(engine.generate(Dice(seed, [0]).draw(PREVIEW_TOKENS), Filters(0.8))[0])
+            return codec.decode(engine.generate(Dice(seed, [0]).draw(PREVIEW_TOKENS), Picking(0.8))[0])
         finally:
             core.train()
 

@@ -19,12 +19,13 @@ import numpy as np
 import torch
 
 from dfcli.cores import GPT, GPTConfig
+from dfcli.cores.protocols import Picking
 from dfcli.generation import engines
 from dfcli.generation.plain import Plain
-from dfcli.generation.sampling import Dice, Filters
+from dfcli.generation.sampling import Dice
 from dfcli.system.device import Device, resolve
 from tests.benchmarks import common
-from tests.generation.engine import start
+from tests.generation.engine import picking, start
 
 MODELS = {
     "nano-cpu": GPTConfig(65, context=64, layers=4, heads=4, channels=128, bias=False, qkv_bias=False),
@@ -48,7 +49,7 @@ def copy_rate(device: Device) -> float:
     return 4 * source.numel() / best
 
 
-def best(jobs: dict[str, tuple[Any, int, Filters]], tokens: int) -> dict[str, float]:
+def best(jobs: dict[str, tuple[Any, int, Picking]], tokens: int) -> dict[str, float]:
     """Seconds a token of one sequence, for jobs (engine, sequences, filters): the best of `ROUNDS`, in turns."""
     found = dict.fromkeys(jobs, float("inf"))
     for engine, batch, _ in jobs.values():
@@ -88,13 +89,13 @@ def main() -> None:
     for name, config in MODELS.items():
         core = GPT(config).eval().to(device.torch_device)
         engine, _ = engines.choose("gpt", core, 1, device)
-        plain, bare = Plain(core, device), Filters()
+        plain, bare = Plain(core, device), picking()
         large = config.parameters() > 50_000_000
         times = best(
             {
                 "plain": (plain, 1, bare),
                 "auto": (engine, 1, bare),
-                "auto, filters": (engines.choose("gpt", core, 1, device)[0], 1, Filters(0.8, 40, 0.95)),
+                "auto, filters": (engines.choose("gpt", core, 1, device)[0], 1, picking(0.8, 40, 0.95)),
             },
             4 if large and slow else 60,
         )

@@ -16,27 +16,28 @@ from typing import Any
 import torch
 
 from dfcli.cores import WaveNet, WaveNetConfig
+from dfcli.cores.protocols import Picking
 from dfcli.cores.wavenet import DOUBLING
 from dfcli.generation.plain import Plain
-from dfcli.generation.sampling import Dice, Filters
+from dfcli.generation.sampling import Dice
 from dfcli.kernels import wavenet_sample
 from dfcli.system.device import Device, resolve
 from tests.benchmarks import common
-from tests.generation.engine import cpu, start
+from tests.generation.engine import cpu, picking, start
 
 PAPER = WaveNetConfig()
 SMALL = WaveNetConfig(dilations=DOUBLING[:8], cycles=2, residual=32, skip=64, head=128)  # the default recipe's
 FILTERS = {
-    "none": Filters(),
-    "top-k 50": Filters(1, 50),
-    "top-p 0.9": Filters(1, None, 0.9),
-    "min-p 0.05": Filters(1, None, None, 0.05),
-    "all three": Filters(0.8, 50, 0.95, 0.05),
+    "none": picking(),
+    "top-k 50": picking(1, 50),
+    "top-p 0.9": picking(1, None, 0.9),
+    "min-p 0.05": picking(1, None, None, 0.05),
+    "all three": picking(0.8, 50, 0.95, 0.05),
 }
 ROUNDS = 15
 
 
-def best(jobs: dict[str, tuple[Any, int, int, Filters]], rounds: int = ROUNDS) -> dict[str, float]:
+def best(jobs: dict[str, tuple[Any, int, int, Picking]], rounds: int = ROUNDS) -> dict[str, float]:
     """µs a sample of one clip, for jobs (engine, clips, samples, filters): the best of `rounds`, in turns."""
     found = dict.fromkeys(jobs, float("inf"))
     for engine, clips, _, _ in jobs.values():
@@ -60,9 +61,9 @@ def on_gpu(device: Device) -> dict[str, Any]:
         core = WaveNet(config).eval().to(device.torch_device)
         total: dict[int, float] = {}  # samples/s of all clips together
         for clips in (1, 16, 256, wavenet_cuda.ROWS * processors, 2 * wavenet_cuda.ROWS * processors):
-            engine = wavenet_cuda.build(core, clips, device)
-            total[clips] = 1e6 / best({"": (engine, clips, 2000 if clips == 1 else 100, Filters())})[""]
-        plain = best({"": (Plain(core, device), 1, 50, Filters())})[""]
+            engine = wavenet_cuda.build(core, device)
+            total[clips] = 1e6 / best({"": (engine, clips, 2000 if clips == 1 else 100, picking())})[""]
+        plain = best({"": (Plain(core, device), 1, 50, picking())})[""]
         most = max(total, key=lambda clips: total[clips])
         result[name] = {
             "samples_per_second_1_clip": round(total[1]),
@@ -84,19 +85,19 @@ def on_cpu() -> dict[str, Any]:
         torch.set_num_threads(1)
         one = best(
             {
-                "plain": (Plain(core, cpu(1)), 1, 100, Filters()),
-                "float32": (wavenet_sample.build(core, 1, cpu(1)), 1, 1000, Filters()),
-                "bfloat16": (wavenet_sample.build(core, 1, cpu(1), exact=False), 1, 1000, Filters()),
+                "plain": (Plain(core, cpu(1)), 1, 100, picking()),
+                "float32": (wavenet_sample.build(core, cpu(1)), 1, 1000, picking()),
+                "bfloat16": (wavenet_sample.build(core, cpu(1), exact=False), 1, 1000, picking()),
             }
         )
         many = best(
             {
-                "1 clip": (wavenet_sample.build(core, 1, cpu(threads)), 1, 1000, Filters()),
-                "16 clips": (wavenet_sample.build(core, 16, cpu(threads)), 16, 200, Filters()),
-                "16 clips, 1 thread": (wavenet_sample.build(core, 16, cpu(1)), 16, 100, Filters()),
+                "1 clip": (wavenet_sample.build(core, cpu(threads)), 1, 1000, picking()),
+                "16 clips": (wavenet_sample.build(core, cpu(threads)), 16, 200, picking()),
+                "16 clips, 1 thread": (wavenet_sample.build(core, cpu(1)), 16, 100, picking()),
             }
         )
-        engine = wavenet_sample.build(core, 1, cpu(1))
+        engine = wavenet_sample.build(core, cpu(1))
         filters = best({key: (engine, 1, 100, value) for key, value in FILTERS.items()}, 10 * ROUNDS)
         torch.set_num_threads(threads)
         result[name] = {

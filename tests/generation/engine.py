@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from dfcli.cores.protocols import Picking
+from dfcli.generation.sampling import Filters
 from dfcli.system.device import Device
 
 CUDA = Device(torch.device("cuda"), "cuda", "GPU", "bfloat16", "", 1)
@@ -22,3 +24,8 @@ def start(engine: Any, opening: list[list[int]]) -> Any:
     engine.start(len(opening))
     engine.prefill(np.array(opening, np.int64))
     return engine
+
+
+def picking(*values: Any) -> Picking:
+    """`Filters` as an engine takes them."""
+    return Filters(*values).picking()

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from dfcli.cores import WaveNet
-from dfcli.kernels import pick as kernels
+from dfcli.kernels import gemm
 
 
 def rounded(core: WaveNet) -> WaveNet:
-    """A copy of `core`, whose widths are whole tiles, with its matrices rounded as `kernels.pack` rounds them."""
+    """A copy of `core`, whose widths are whole tiles, with its matrices rounded as `gemm.to_bfloat16` rounds them."""
     core = copy.deepcopy(core)
     config = core.config
     assert not config.decoder
-    assert all(size % kernels.TILE == 0 for size in (config.residual, config.skip, config.head, config.vocab_size))
+    assert all(size % gemm.TILE == 0 for size in (config.residual, config.skip, config.head, config.vocab_size))
     with torch.no_grad():
         for layer in core.layers:
             taps = layer.dilated.weight.view(2 * config.residual, config.kernel, config.residual)
@@ -31,9 +31,9 @@ def rounded(core: WaveNet) -> WaveNet:
 
 def _round(matrix: Tensor) -> None:
     N, K = matrix.shape
-    tiles = kernels.unpack(kernels.pack(kernels.tiles(matrix.numpy())))
+    tiles = gemm.from_bfloat16(gemm.to_bfloat16(gemm.tiles(matrix.numpy())))
     matrix.copy_(torch.from_numpy(untiled(tiles, N, K)))
 
 
 def untiled(tiles: np.ndarray, N: int, K: int) -> np.ndarray:
-    return tiles.reshape(-1, K, kernels.TILE).swapaxes(1, 2).reshape(N, K)
+    return tiles.reshape(-1, K, gemm.TILE).swapaxes(1, 2).reshape(N, K)

@@ -16,15 +16,15 @@ import soundfile
 
 from dfcli.codecs import Chars, MuLaw
 from dfcli.cores import CharWaveNet, CharWaveNetConfig
+from dfcli.cores.protocols import Engine, Picking
 from dfcli.errors import DfError, UsageError
 from dfcli.generation import generator, sample
-from dfcli.generation.engines import Engine
 from dfcli.generation.plain import Plain
 from dfcli.generation.sample import AudioProgress, SampleResult, sample_audio, sample_text
-from dfcli.generation.sampling import Dice, Filters
+from dfcli.generation.sampling import Dice
 from dfcli.generation.wav import HEADER, pcm
 from dfcli.system.events import Choice, Note
-from tests.generation.engine import cpu, start
+from tests.generation.engine import cpu, picking, start
 from tests.generation.runs import RATE, gpt_run, save, wavenet_run
 
 
@@ -49,7 +49,7 @@ def test_it_is_what_the_engine_makes() -> None:
     run = gpt_run()
     core, _ = run.build()
     engine = start(Plain(core, cpu()), [[1, 2, 3]])
-    ids = engine.generate(Dice(5, [0]).draw(30), Filters(0.7, 3))
+    ids = engine.generate(Dice(5, [0]).draw(30), picking(0.7, 3))
     result = text(run=run, prompt="abc", temperature=0.7, top_k=3)
     assert result.samples == ["abc" + Chars("\nabc").decode(ids[0])]
     assert (result.run, result.checkpoint, result.seed, result.engine) == ("gpt", 1, 5, "plain")
@@ -202,7 +202,7 @@ def test_sound_is_what_the_engine_makes(tmp_path: Path) -> None:
     run = wavenet_run()
     core, _ = run.build()
     engine = start(Plain(core, cpu()), [[128]])
-    ids = engine.generate(Dice(5, [0]).draw(500), Filters(0.9))[0]
+    ids = engine.generate(Dice(5, [0]).draw(500), picking(0.9))[0]
     result = audio(tmp_path / "out.wav", run=run, temperature=0.9)
     assert np.array_equal(read(tmp_path / "out.wav"), pcm(MuLaw(RATE).decode(ids)))
     assert result.samples == [str(tmp_path / "out.wav")]
@@ -262,7 +262,7 @@ def test_a_prime_is_continued(tmp_path: Path) -> None:
     core, _ = run.build()
     # All of it: what the model does not see makes no difference.
     engine = start(Plain(core, cpu()), [[128, *heard]])
-    ids = engine.generate(Dice(5, [0]).draw(500), Filters())[0]
+    ids = engine.generate(Dice(5, [0]).draw(500), picking())[0]
     assert np.array_equal(continuation, pcm(codec.decode(ids)))
 
     audio(out, run=run, prime=prime, keep_prime=True)
@@ -309,11 +309,11 @@ def stopping(monkeypatch: pytest.MonkeyPatch, after: int, action: Callable[[], N
     """Makes every engine do `action` before it makes its chunk number `after`, in chunks of 50 ids."""
     generate, chunks = Plain.generate, []
 
-    def counted(self: Engine, uniforms: np.ndarray, filters: Filters) -> np.ndarray:
+    def counted(self: Engine, uniforms: np.ndarray, picking: Picking) -> np.ndarray:
         chunks.append(1)
         if len(chunks) == after:
             action()
-        return generate(self, uniforms, filters)  # type: ignore[arg-type]
+        return generate(self, uniforms, picking)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Plain, "generate", counted)
     monkeypatch.setattr(sample, "AUDIO_CHUNK", 0.05)
@@ -404,7 +404,7 @@ def test_no_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_memory_does_not_grow_with_the_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An hour at the rate of these tests, by an engine that costs nothing."""
 
-    def noise(self: Engine, uniforms: np.ndarray, filters: Filters) -> np.ndarray:
+    def noise(self: Engine, uniforms: np.ndarray, picking: Picking) -> np.ndarray:
         return (uniforms * 256).astype(np.int64)
 
     monkeypatch.setattr(Plain, "generate", noise)

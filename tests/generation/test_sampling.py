@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dfcli.cores.protocols import Picking
 from dfcli.errors import UsageError
 from dfcli.generation.sampling import Dice, Filters, pick
+from tests.generation.engine import picking
 
 NAN, INF = float("nan"), float("inf")
 
@@ -41,7 +43,7 @@ def by_the_rules(logits: list[float], filters: Filters, u: float) -> int:
 
 
 def picked(logits: Any, filters: Filters, uniforms: Any) -> list[int]:
-    return pick(np.array(logits, np.float32), filters, np.array(uniforms)).tolist()
+    return pick(np.array(logits, np.float32), filters.picking(), np.array(uniforms)).tolist()
 
 
 # Logits in steps of 1/4, so that there are ties, and uniforms that are not on the border of two ids.
@@ -105,7 +107,7 @@ def test_extremes() -> None:
 
 def test_frequencies_are_the_probabilities() -> None:
     logits = np.array([0.0, 1.0, 2.0, -1.0, 0.5], np.float32)
-    ids = pick(np.tile(logits, (40_000, 1)), Filters(0.8), Dice(3, [0]).draw(40_000)[0])
+    ids = pick(np.tile(logits, (40_000, 1)), picking(0.8), Dice(3, [0]).draw(40_000)[0])
     expected = np.exp(logits / 0.8) / np.exp(logits / 0.8).sum()
     assert np.bincount(ids, minlength=5) / 40_000 == pytest.approx(expected, abs=0.01)
 
@@ -126,9 +128,9 @@ def test_wrong_options(options: dict[str, Any], message: str) -> None:
 
 
 def test_top_k_beyond_the_vocabulary() -> None:
-    assert Filters(0.5, 10, 0.9, 0.1).numbers(10) == (0.5, 10, 0.9, 0.1)
-    assert Filters().numbers(10) == (1.0, 10, 1.0, 0.0)
-    assert Filters(top_k=11).numbers(10) == Filters().numbers(10)  # it keeps every id
+    assert Filters(0.5, 10, 0.9, 0.1).picking() == (0.5, 10, 0.9, 0.1)
+    assert Filters().picking() == Picking()
+    assert picked([[1.0, 0.0]], Filters(top_k=2**40), [0.9]) == picked([[1.0, 0.0]], Filters(), [0.9])
 
 
 def test_dice_are_the_same_on_every_machine_and_version() -> None:
@@ -158,7 +160,7 @@ def test_filters_are_cheap_for_a_large_vocabulary() -> None:
     """A step of GPT-2 takes about 25 ms on a CPU. Only a gross mistake is caught, such as a full argsort (5 ms)."""
     logits = np.random.default_rng(1).normal(size=(1, 50_257)).astype(np.float32)
     u = np.array([0.5])
-    for filters in (Filters(), Filters(top_k=50), Filters(min_p=0.05), Filters(top_p=0.9)):
+    for filters in (Picking(), Picking(top_k=50), Picking(min_p=0.05), Picking(top_p=0.9)):
         times = []
         for _ in range(20):
             began = time.perf_counter()

@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from dfcli.cores import WaveNet
-from dfcli.errors import DfError
+from dfcli.cores.protocols import Picking
 from dfcli.generation.plain import Plain
-from dfcli.generation.sampling import Dice, Filters, pick
+from dfcli.generation.sampling import Dice, pick
 from dfcli.kernels.cuda import wavenet as wavenet_cuda
 from dfcli.kernels.cuda.wavenet import Persistent
 from dfcli.system.device import Device
-from tests.generation.engine import start
+from tests.generation.engine import picking, start
 from tests.kernels.test_wavenet_sample import VARIANTS, build
 
 KIND = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -40,7 +40,7 @@ def same(core: WaveNet, opening: list[list[int]], samples: int, processors: int)
     """Asserts that the kernel does what the plain step does, sample by sample."""
     ours, plain = fast(core, opening, processors), start(Plain(core, DEVICE), opening)
     for uniforms in np.split(Dice(9, range(len(opening))).draw(samples), samples, axis=1):
-        np.testing.assert_array_equal(ours.generate(uniforms, Filters()), plain.generate(uniforms, Filters()))
+        np.testing.assert_array_equal(ours.generate(uniforms, picking()), plain.generate(uniforms, picking()))
         np.testing.assert_allclose(logits(ours), plain._logits, atol=1e-4)
     return ours
 
@@ -59,8 +59,8 @@ def test_programs_that_share_the_layers(processors: int, clips: int, programs: i
     assert (ours._G, ours._M) == (programs, 1 if clips < 17 else 16)
 
 
-@pytest.mark.parametrize("filters", [Filters(), Filters(0), Filters(0.8, 5), Filters(1, None, 0.9, 0.05)])
-def test_long_chunks_wherever_they_are_cut(filters: Filters) -> None:
+@pytest.mark.parametrize("filters", [picking(), picking(0), picking(0.8, 5), picking(1, None, 0.9, 0.05)])
+def test_long_chunks_wherever_they_are_cut(filters: Picking) -> None:
     core, opening, uniforms = build(), [[1, 2], [1, 2]], Dice(4, range(2)).draw(6 if FEW else 50)
     ours = fast(core, opening)
     made = np.concatenate([ours.generate(part, filters) for part in np.split(uniforms, [1, 3], axis=1)], axis=1)
@@ -71,11 +71,11 @@ def test_long_chunks_wherever_they_are_cut(filters: Filters) -> None:
 @pytest.mark.parametrize(
     "filters",
     [
-        Filters(), Filters(0), Filters(0.8, 40, 0.8, 0.05), Filters(1, None, 1e-9), Filters(1e-30),
-        Filters(0.7, 5), Filters(1.3, None, 0.9), Filters(1, 1), Filters(1, None, None, 0.3), Filters(1e30),
+        picking(), picking(0), picking(0.8, 40, 0.8, 0.05), picking(1, None, 1e-9), picking(1e-30),
+        picking(0.7, 5), picking(1.3, None, 0.9), picking(1, 1), picking(1, None, None, 0.3), picking(1e30),
     ][: 5 if FEW else None],
 )  # fmt: skip
-def test_pick_is_the_pick_of_sampling(filters: Filters, clips: int) -> None:
+def test_pick_is_the_pick_of_sampling(filters: Picking, clips: int) -> None:
     core, rng, V = build(vocab_size=200), np.random.default_rng(0), 200
     engine = fast(core, [[1]] * clips)
     for round_ in range(2 if FEW else 40 // clips):
@@ -91,15 +91,16 @@ def test_pick_is_the_pick_of_sampling(filters: Filters, clips: int) -> None:
 def test_a_start_forgets_what_was_before() -> None:
     engine = fast(build(), [[1, 2]] * 2)
     uniforms = Dice(1, [0, 1]).draw(2 if FEW else 12)
-    first = engine.generate(uniforms, Filters())
-    np.testing.assert_array_equal(start(engine, [[1, 2]] * 2).generate(uniforms, Filters()), first)
+    first = engine.generate(uniforms, picking())
+    np.testing.assert_array_equal(start(engine, [[1, 2]] * 2).generate(uniforms, picking()), first)
 
 
 def test_a_model_that_diverged_is_told() -> None:
     core = build()
     torch.nn.init.constant_(core.layers[1].residual.bias, float("nan"))
-    with pytest.raises(DfError, match="not finite"):
-        fast(core, [[1]]).generate(Dice(1, [0]).draw(3), Filters())
+    engine = fast(core, [[1]])
+    engine.generate(Dice(1, [0]).draw(3), picking())
+    assert not engine.finite()
 
 
 @pytest.mark.skipif(KIND == "cpu", reason="the interpreter cannot run programs that wait for each other in long chunks")
@@ -107,6 +108,6 @@ def test_a_model_that_diverged_is_told() -> None:
 def test_on_a_gpu(clips: int) -> None:
     core = build(dilations=(1, 2, 4, 8, 16), residual=64, skip=256, head=256, vocab_size=256)
     uniforms, opening = Dice(0, range(clips)).draw(1000), [[128]] * clips
-    engine = wavenet_cuda.build(core.to(DEVICE.torch_device), clips, DEVICE)
-    made = start(engine, opening).generate(uniforms, Filters())
-    np.testing.assert_array_equal(made, start(Plain(core, DEVICE), opening).generate(uniforms, Filters()))
+    engine = wavenet_cuda.build(core.to(DEVICE.torch_device), DEVICE)
+    made = start(engine, opening).generate(uniforms, picking())
+    np.testing.assert_array_equal(made, start(Plain(core, DEVICE), opening).generate(uniforms, picking()))

@@ -2,34 +2,49 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from dfcli.training.loss import Backward, cross_entropy
+from dfcli.cores.protocols import Pass as Kernel
+from dfcli.training.loss import cross_entropy
 
 Pass = tuple[Tensor, dict[str, Tensor]]  # the loss, and the gradients of the parameters that have one
 
 
-def plain(core: nn.Module) -> Backward:
+def plain(core: nn.Module) -> Kernel:
     """By the core's own `forward`."""
 
-    def backward(ids: Tensor, targets: Tensor, positions: Tensor | None, count: int) -> Tensor:
-        loss = cross_entropy(core(ids, positions), targets)
-        (loss / count).backward()
-        return loss.detach()
+    def backward(ids: Tensor, targets: Tensor, positions: Tensor | None, condition: Any, count: int) -> Any:
+        more = {} if condition is None else {"condition": condition}
+        loss = cross_entropy(core(ids, positions, **more), targets)
+        ps = list(core.parameters())
+        grads = torch.autograd.grad(loss / count, ps, allow_unused=True)
+        return loss.detach(), [(p, grad) for p, grad in zip(ps, grads, strict=True) if grad is not None]
 
     return backward
 
 
-def one(core: nn.Module, backward: Backward, ids: Tensor, targets: Tensor, positions: Tensor | None = None) -> Pass:
-    """A pass by `backward`, whose parameters are those of `core`, twice, as by two micro-batches; the same noise every
+def one(
+    core: nn.Module,
+    kernel: Kernel,
+    ids: Tensor,
+    targets: Tensor,
+    positions: Tensor | None = None,
+    condition: Any = None,
+) -> Pass:
+    """A pass by `kernel`, whose parameters are those of `core`, twice, as by two micro-batches; the same noise every
     time."""
-    core.zero_grad(set_to_none=True)
     torch.manual_seed(0)
-    loss = backward(ids, targets, positions, 3)
-    backward(ids.flip(0), targets, positions, 3)
-    grads = {name: p.grad for name, p in core.named_parameters() if p.grad is not None}
-    return loss, {name: grad.to_dense() if grad.is_sparse else grad for name, grad in grads.items()}
+    loss, grads = kernel(ids, targets, positions, condition, 3)
+    _, more = kernel(ids.flip(0), targets, positions, condition, 3)
+    names = {p: name for name, p in core.named_parameters()}
+    total: dict[str, Tensor] = {}
+    for p, grad in grads + more:
+        grad = grad.to_dense() if grad.is_sparse else grad
+        total[names[p]] = total[names[p]] + grad if names[p] in total else grad
+    return loss, total
 
 
 def starts(B: int, T: int) -> Tensor:
@@ -47,10 +62,10 @@ def assert_alike(found: Pass, expected: Pass, most: float) -> None:
         assert (grad - found[1][name]).norm() <= most * max(1.0, grad.norm().item()), name
 
 
-def assert_same_bits(core: nn.Module, backward: Backward, ids: Tensor, targets: Tensor) -> None:
+def assert_same_bits(core: nn.Module, kernel: Kernel, ids: Tensor, targets: Tensor) -> None:
     """21 passes over the same ids give the same bits."""
-    first = one(core, backward, ids, targets)
+    first = one(core, kernel, ids, targets)
     for _ in range(20):
-        again = one(core, backward, ids, targets)
+        again = one(core, kernel, ids, targets)
         assert torch.equal(first[0], again[0])
         assert all(torch.equal(first[1][name], again[1][name]) for name in first[1])

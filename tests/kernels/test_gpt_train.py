@@ -11,7 +11,7 @@ import torch
 from dfcli.cores import GPT, GPTConfig
 from dfcli.data.batches import IGNORED
 from dfcli.kernels.gpt_train import build
-from dfcli.kernels.ops import WorkerPool
+from dfcli.kernels.threads import WorkerPool
 from dfcli.system.events import ignore
 from tests.kernels import passes
 

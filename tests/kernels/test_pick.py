@@ -7,13 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dfcli.generation.sampling import Filters
+from dfcli.cores.protocols import Picking
 from dfcli.generation.sampling import pick as reference
-from dfcli.kernels import pick as kernels
+from dfcli.kernels import gemm
 from dfcli.kernels.compile import Compiled
-from dfcli.kernels.ops import exp
-from dfcli.kernels.pick import multiply, pick, tanh_sigmoid
+from dfcli.kernels.gemm import multiply
+from dfcli.kernels.ops import exp, tanh_sigmoid
+from dfcli.kernels.pick import pick
 from dfcli.system.events import ignore
+from tests.generation.engine import picking
 from tests.generation.rounding import untiled
 
 
@@ -39,7 +41,7 @@ def call_picks(out, logits, uniforms, temperature, top_k, top_p, min_p):
 
 
 def run(function: Any, *arguments: Any) -> Any:
-    entry = Compiled(function, [__file__, kernels.__file__])
+    entry = Compiled(function, [__file__])
     entry.load(ignore, *arguments)
     return entry
 
@@ -55,10 +57,10 @@ def test_multiply(rows: int, K: int, packed: bool, rng: np.random.Generator) -> 
     N = 96
     matrix = rng.standard_normal((N, K)).astype(np.float32)
     x = rng.standard_normal((rows, K + 1)).astype(np.float32)
-    weights: Any = kernels.join([kernels.tiles(matrix)])
+    weights: Any = gemm.join([gemm.tiles(matrix)])
     if packed:
-        weights = kernels.pack(weights)
-        matrix = untiled(kernels.unpack(weights), N, K)
+        weights = gemm.to_bfloat16(weights)
+        matrix = untiled(gemm.from_bfloat16(weights), N, K)
     out = np.ones((rows, N + 2), np.float32)
     call = run(call_multiply, np.zeros(N, np.float32), N, x.ravel(), K, 0, weights, N, 2)
     assert call(out.ravel(), N + 2, x.ravel(), K + 1, rows, weights, N, K) == N * K
@@ -71,14 +73,14 @@ def test_packed_weights_are_the_nearest(rng: np.random.Generator) -> None:
     both = [np.repeat(odd, len(odd)), np.tile(odd, len(odd))]  # each beside each in a pair
     pairs = np.concatenate([np.stack(both, 1), rng.standard_normal((1600, 2))])
     weights = pairs.reshape(-1, 8, 2).swapaxes(1, 2).ravel().astype(np.float32)
-    back = kernels.unpack(kernels.pack(weights))
+    back = gemm.from_bfloat16(gemm.to_bfloat16(weights))
     tolerance = np.maximum(2.0**-8 * np.abs(weights), 1e-38)  # bfloat16 has 8 significant bits
     assert (np.abs(back - weights) <= tolerance).all()
 
 
 def test_join_begins_a_large_page(rng: np.random.Generator) -> None:
     parts = [rng.standard_normal(size).astype(np.float32) for size in (1, 600_000, 3)]
-    whole = kernels.join(parts)
+    whole = gemm.join(parts)
     assert whole.ctypes.data % 2**21 == 0
     np.testing.assert_array_equal(whole, np.concatenate(parts))
 
@@ -105,13 +107,11 @@ def test_tanh_sigmoid(rng: np.random.Generator) -> None:
 @pytest.mark.parametrize(
     "filters",
     [
-        Filters(), Filters(0), Filters(0.7, 5), Filters(1.3, None, 0.9), Filters(0.8, 40, 0.8, 0.05), Filters(1, 1),
-        Filters(1, None, 1e-9), Filters(1, None, None, 0.3), Filters(1e-30), Filters(1e30),
+        picking(), picking(0), picking(0.7, 5), picking(1.3, None, 0.9), picking(0.8, 40, 0.8, 0.05), picking(1, 1),
+        picking(1, None, 1e-9), picking(1, None, None, 0.3), picking(1e-30), picking(1e30),
     ],
 )  # fmt: skip
-def test_pick_is_the_pick_of_sampling(V: int, filters: Filters, rng: np.random.Generator) -> None:
-    if filters.top_k and filters.top_k > V:
-        filters = Filters(filters.temperature, V, filters.top_p, filters.min_p)
+def test_pick_is_the_pick_of_sampling(V: int, filters: Picking, rng: np.random.Generator) -> None:
     logits = (3 * rng.standard_normal((300, V))).astype(np.float32)
     logits[::3] = logits[::3].round()  # with many equal ones
     if V > 1:
@@ -119,5 +119,5 @@ def test_pick_is_the_pick_of_sampling(V: int, filters: Filters, rng: np.random.G
     uniforms = rng.random(len(logits))
     uniforms[::10] = 0
     out = np.empty(len(logits), np.int64)
-    run(call_picks, out, logits, uniforms, *filters.numbers(V))
+    run(call_picks, out, logits, uniforms, *filters)
     np.testing.assert_array_equal(out, reference(logits, filters, uniforms))

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from dfcli.codecs import MuLaw
-from dfcli.cores import WaveNet, WaveNetConfig
-from dfcli.errors import DfError
-from dfcli.generation import engines, plain
+from dfcli.cores import WaveNet, WaveNetConfig, protocols
+from dfcli.cores.protocols import Picking
+from dfcli.generation import engines
 from dfcli.generation.plain import Plain
-from dfcli.generation.sampling import Dice, Filters
+from dfcli.generation.sampling import Dice
 from dfcli.kernels import wavenet_sample
-from tests.generation.engine import cpu, start
+from tests.generation.engine import cpu, picking, start
 from tests.generation.rounding import rounded
 
 VARIANTS = {
@@ -45,26 +45,26 @@ def build(**values: Any) -> WaveNet:
 
 
 def logits(engine: Any) -> np.ndarray:
-    return np.concatenate([lane.logits for lane in engine._lanes])
+    return np.concatenate([part.logits for part in engine.parts])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_and_picks_are_the_plain_steps(variant: str) -> None:
     core = build(**VARIANTS[variant])
     V, opening = core.config.vocab_size, [[1, 2, 3], [4, 5, 6], [1, 1, 1]]
-    fast = start(wavenet_sample.build(core, 3, cpu()), opening)
+    fast = start(wavenet_sample.build(core, cpu()), opening)
     plain = start(Plain(core, cpu()), opening)
     for uniforms in np.split(Dice(9, range(3)).draw(70), 70, axis=1):
-        np.testing.assert_array_equal(fast.generate(uniforms, Filters()), plain.generate(uniforms, Filters()))
+        np.testing.assert_array_equal(fast.generate(uniforms, picking()), plain.generate(uniforms, picking()))
         np.testing.assert_allclose(logits(fast)[:, :V], plain._logits, atol=1e-4)
 
 
 def test_where_the_chunks_are_cut_changes_nothing() -> None:
     uniforms = Dice(9, range(2)).draw(60)
-    engine = wavenet_sample.build(build(), 2, cpu())
-    whole = start(engine, [[1, 2], [2, 3]]).generate(uniforms, Filters())
+    engine = wavenet_sample.build(build(), cpu())
+    whole = start(engine, [[1, 2], [2, 3]]).generate(uniforms, picking())
     start(engine, [[1, 2], [2, 3]])
-    parts = [engine.generate(part, Filters()) for part in np.split(uniforms, [1, 8, 13, 40], axis=1)]
+    parts = [engine.generate(part, picking()) for part in np.split(uniforms, [1, 8, 13, 40], axis=1)]
     np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
 
 
@@ -72,10 +72,10 @@ def test_where_the_chunks_are_cut_changes_nothing() -> None:
 def test_clips_do_not_touch_each_other(threads: int) -> None:
     core, opening = build(), [[clip, 3, 5, 7] for clip in range(5)]
     uniforms = Dice(2, range(5)).draw(50)
-    together = start(wavenet_sample.build(core, 5, cpu(threads)), opening).generate(uniforms, Filters())
+    together = start(wavenet_sample.build(core, cpu(threads)), opening).generate(uniforms, picking())
     for clip in range(5):
-        alone = start(wavenet_sample.build(core, 1, cpu()), opening[clip : clip + 1])
-        np.testing.assert_array_equal(alone.generate(uniforms[clip : clip + 1], Filters())[0], together[clip])
+        alone = start(wavenet_sample.build(core, cpu()), opening[clip : clip + 1])
+        np.testing.assert_array_equal(alone.generate(uniforms[clip : clip + 1], picking())[0], together[clip])
 
 
 def test_a_long_opening_is_the_same_as_its_end() -> None:
@@ -83,7 +83,7 @@ def test_a_long_opening_is_the_same_as_its_end() -> None:
     opening = np.random.default_rng(0).integers(0, 12, (1, 3 * core.context))
     uniforms = Dice(0, [0]).draw(40)
     made = [
-        start(wavenet_sample.build(core, 1, cpu()), part.tolist()).generate(uniforms, Filters())
+        start(wavenet_sample.build(core, cpu()), part.tolist()).generate(uniforms, picking())
         for part in (opening, opening[:, -core.context :])
     ]
     np.testing.assert_array_equal(*made)
@@ -94,10 +94,10 @@ def test_an_opening_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     core = build()
     opening = np.random.default_rng(1).integers(0, 12, (2, core.context)).tolist()
     uniforms = Dice(9, range(2)).draw(40)
-    whole = start(wavenet_sample.build(core, 2, cpu()), opening).generate(uniforms, Filters())
+    whole = start(wavenet_sample.build(core, cpu()), opening).generate(uniforms, picking())
     for positions in (1, 6, 49):
-        monkeypatch.setattr(plain, "POSITIONS", positions)
-        made = start(wavenet_sample.build(core, 2, cpu()), opening).generate(uniforms, Filters())
+        monkeypatch.setattr(protocols, "CHUNK", positions)
+        made = start(wavenet_sample.build(core, cpu()), opening).generate(uniforms, picking())
         np.testing.assert_array_equal(made, whole)
 
 
@@ -139,11 +139,11 @@ def bits(core: WaveNet, ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("seed", "filters"), [(0, Filters()), (1, Filters(0.9, 50)), (2, Filters(1, None, 0.95, 0.01))]
+    ("seed", "filters"), [(0, picking()), (1, picking(0.9, 50)), (2, picking(1, None, 0.95, 0.01))]
 )
-def test_a_thousand_samples_of_a_trained_model(trained: WaveNet, seed: int, filters: Filters) -> None:
+def test_a_thousand_samples_of_a_trained_model(trained: WaveNet, seed: int, filters: Picking) -> None:
     uniforms = Dice(seed, [0]).draw(1000)
-    fast = start(wavenet_sample.build(trained, 1, cpu()), [[128]]).generate(uniforms, filters)
+    fast = start(wavenet_sample.build(trained, cpu()), [[128]]).generate(uniforms, filters)
     plain = start(Plain(trained, cpu()), [[128]]).generate(uniforms, filters)
     np.testing.assert_array_equal(fast, plain)
 
@@ -158,15 +158,15 @@ def test_rounding_the_weights_costs_no_bits(
     assert exact < 6.5
     assert abs(ours - exact) < 0.01
     opening = [song[:500].tolist()]
-    engine = start(wavenet_sample.build(trained, 1, cpu(), exact=False), opening)
+    engine = start(wavenet_sample.build(trained, cpu(), exact=False), opening)
     assert engine.name == "numba-bfloat16"
     plain = start(Plain(coarse, cpu()), opening)
-    for lane in engine._lanes:  # the opening is read by the core itself, with its own weights
+    for lane in engine.parts:  # the opening is read by the core itself, with its own weights
         queues = lane._state.queues.reshape(-1, 32)
         queues[:] = np.concatenate([queue[0].numpy() for queue in plain._state.queues])
         lane.logits[:] = plain._logits
     for uniforms in np.split(Dice(0, [0]).draw(30), 30, axis=1):
-        np.testing.assert_array_equal(engine.generate(uniforms, Filters()), plain.generate(uniforms, Filters()))
+        np.testing.assert_array_equal(engine.generate(uniforms, picking()), plain.generate(uniforms, picking()))
         np.testing.assert_allclose(logits(engine), plain._logits, atol=1e-4)
 
 
@@ -174,10 +174,10 @@ def test_weights_are_rounded_whatever_the_widths(monkeypatch: pytest.MonkeyPatch
     """Zeros that fill a tile stand beside weights in a pair."""
     monkeypatch.setattr(wavenet_sample, "ROUNDED", 0)
     core = build(residual=33, skip=40, head=70, vocab_size=65)
-    engine = start(wavenet_sample.build(core, 1, cpu(), exact=False), [[1, 2, 3]])
+    engine = start(wavenet_sample.build(core, cpu(), exact=False), [[1, 2, 3]])
     plain = start(Plain(core, cpu()), [[1, 2, 3]])
     uniforms = Dice(9, [0]).draw(1)
-    np.testing.assert_array_equal(engine.generate(uniforms, Filters()), plain.generate(uniforms, Filters()))
+    np.testing.assert_array_equal(engine.generate(uniforms, picking()), plain.generate(uniforms, picking()))
     np.testing.assert_allclose(logits(engine)[:, :65], plain._logits, atol=0.02)
 
 
@@ -187,14 +187,15 @@ def test_only_large_weights_are_rounded_and_only_unless_exactness_is_asked_for(e
     engine, reason = engines.choose("wavenet", paper, 1, cpu(), "fast" if exact else "auto")
     assert engine.name == name
     assert ("bfloat16" in reason) != exact
-    assert wavenet_sample.build(build(), 1, cpu(), exact).name == "numba"
+    assert wavenet_sample.build(build(), cpu(), exact).name == "numba"
 
 
 def test_a_model_that_diverged_is_told() -> None:
     core = build()
     torch.nn.init.constant_(core.layers[1].residual.bias, float("nan"))
-    with pytest.raises(DfError, match="not finite"):
-        start(wavenet_sample.build(core, 1, cpu()), [[1]]).generate(Dice(1, [0]).draw(3), Filters())
+    engine = start(wavenet_sample.build(core, cpu()), [[1]])
+    engine.generate(Dice(1, [0]).draw(3), picking())
+    assert not engine.finite()
 
 
 def test_without_numba_the_plain_engine_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,4 +205,4 @@ def test_without_numba_the_plain_engine_runs(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(wavenet_sample._exact, "load", broken)
     engine, reason = engines.choose("wavenet", build(), 1, cpu())
     assert engine.name == "plain"
-    assert reason == "numba could not compile it (RuntimeError: no such processor)"
+    assert reason == "the compiled engine does not work here (RuntimeError: no such processor)"

@@ -12,7 +12,7 @@ import torch
 
 from dfcli.cores import WaveNet, WaveNetConfig
 from dfcli.data.batches import IGNORED
-from dfcli.kernels.ops import WorkerPool
+from dfcli.kernels.threads import WorkerPool
 from dfcli.kernels.wavenet_train import build
 from dfcli.system.device import resolve
 from dfcli.system.events import ignore
@@ -69,7 +69,7 @@ def test_the_memory_estimate_is_what_a_pass_takes(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(torch, "empty", watched(torch.empty))
     monkeypatch.setattr(torch, "zeros", watched(torch.zeros))
-    backward(ids, ids, None, 1)
+    backward(ids, ids, None, None, 1)
     recipe = Recipe(batch_size=4, window=4096, optimizer="sgd")
     estimate = memory_bytes("wavenet", core.config, recipe, resolve("cpu"))
     embedded = ids.numel() * 4 * core.config.residual
@@ -116,7 +116,7 @@ def test_nobody_waits_for_a_piece_that_never_comes(monkeypatch: pytest.MonkeyPat
     backward = build(core, WorkerPool(2), ignore)
     monkeypatch.setattr(ThreadPoolExecutor, "submit", refuse)
     with pytest.raises(KeyboardInterrupt):
-        backward(ids, ids, None, 1)
+        backward(ids, ids, None, None, 1)
     monkeypatch.undo()
     expected, found = (
         passes.one(core, passes.plain(core), ids, ids),

@@ -162,7 +162,8 @@ def backward(core: nn.Module, seed: int) -> None:
 def test_a_row_moves_when_it_is_read_by_the_root_mean_square_of_its_own_gradients(sparse: bool) -> None:
     core = cores.build("gpt", GPT | {"ngrams": 3})
     optimizer = Optimizer(core, Recipe(optimizer="muon", lr=0.01, table_lr=0.2, eps=1e-10))
-    optimizer.rows.sparse(sparse)
+    for table in optimizer.rows.tables.values():
+        table.sparse = sparse
     tables = [table.weight for table in core.ngrams.tables]  # pyright: ignore
     expected = [table.detach().clone() for table in tables]
     history: list[dict[int, list[Tensor]]] = [{} for _ in tables]
@@ -245,7 +246,8 @@ def test_norm_and_clip_reach_sparse_gradients() -> None:
     backward(core, 0)
     whole = optimizer.gradient_norm().item()
     optimizer.drop_gradients()
-    optimizer.rows.sparse(True)
+    for table in optimizer.rows.tables.values():
+        table.sparse = True
     backward(core, 0)
     assert core.ngrams.tables[0].weight.grad.is_sparse  # pyright: ignore
     assert optimizer.gradient_norm().item() == pytest.approx(whole, rel=1e-5)

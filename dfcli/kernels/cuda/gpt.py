@@ -26,11 +26,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dfcli.cores.gpt import GPT, GPTState, rotate
-from dfcli.errors import DfError
-from dfcli.generation.engines import try_out
-from dfcli.generation.plain import Plain
-from dfcli.generation.sampling import Filters
+from dfcli.cores.gpt import GPT, GPTConfig, GPTState, rotate
+from dfcli.cores.protocols import Picking, prefill
 from dfcli.system.device import Device
 from dfcli.system.events import Note, OnEvent, ignore
 from dfcli.system.words import first_line
@@ -38,10 +35,12 @@ from dfcli.system.words import first_line
 SPAN = 128  # positions of the cache that the first graph reads; each further one reads twice as many
 
 
-def pick(logits: Tensor, filters: Filters, uniforms: Tensor) -> Tensor:
-    """`sampling.pick` without a copy to the host: logits [B, V], uniforms [B] float64 in [0, 1) -> ids [B] int64."""
+def pick(logits: Tensor, picking: Picking, uniforms: Tensor) -> Tensor:
+    """`generation.sampling.pick` without a copy to the host: logits [B, V], uniforms [B] float64 in [0, 1) -> ids
+    [B] int64."""
     size = logits.shape[-1]
-    temperature, top_k, top_p, min_p = filters.numbers(size)
+    temperature, top_k, top_p, min_p = picking
+    top_k = min(top_k, size)
     if temperature == 0:
         return logits.argmax(-1)
     weights = logits - logits.amax(-1, keepdim=True)
@@ -91,58 +90,63 @@ def step(core: GPT, ids: Tensor, position: Tensor, state: GPTState, span: int) -
     return core.head(core.norm(x[:, 0]))
 
 
-def build(core: nn.Module, batch: int, device: Device, exact: bool = True, on_event: OnEvent = ignore) -> Graphed:
-    """The engine for a GPT in eval mode on a GPU; it is exact whether that is asked for or not. Raises Unavailable
-    where PyTorch cannot capture its graph."""
+def supports(config: GPTConfig, device: Device) -> str | None:
+    """None where `build` takes a model of this config, else the reason, a clause."""
+    return None
+
+
+def build(core: nn.Module, device: Device, exact: bool = True, on_event: OnEvent = ignore) -> Graphed:
+    """The engine for a GPT in eval mode on a GPU. It is exact whether that is asked for or not."""
     assert isinstance(core, GPT)
-    engine = Graphed(core, device, on_event)
-    try_out(engine, batch, "the CUDA graph failed")
-    return engine
+    return Graphed(core, device, on_event)
 
 
-class Graphed(Plain):
+class Graphed:
     """`engines.Engine` that replays `step` and `pick`. B sequences; the cache is the core's own state."""
 
     name, reason = "cuda-graph", "one graph launch an id, with the plain engine's picks"
 
     def __init__(self, core: GPT, device: Device, on_event: OnEvent = ignore) -> None:
-        super().__init__(core, device)
+        self._core, self._device = core, device.torch_device
         self._on_event, self._proven = on_event, False  # proven: a graph was captured
 
     @torch.inference_mode()
     def start(self, batch: int) -> None:
-        super().start(batch)
+        self._state = self._core.init_state(batch)
         self._position = torch.zeros(1, dtype=torch.int64, device=self._device)  # state.length, on the GPU
         self._next = torch.zeros((batch, self._core.config.vocab_size), device=self._device)  # logits
         self._uniforms = torch.zeros(batch, dtype=torch.float64, device=self._device)
         self._ids = torch.zeros(batch, dtype=torch.int64, device=self._device)
-        self._replays: dict[tuple[int, Filters], Callable[[], object]] = {}
+        self._replays: dict[tuple[int, Picking], Callable[[], object]] = {}
 
     @torch.inference_mode()
-    def generate(self, uniforms: NDArray[np.float64], filters: Filters) -> NDArray[np.int64]:
+    def prefill(self, ids: NDArray[np.int64]) -> None:
+        self._read(prefill(self._core, torch.from_numpy(ids).to(self._device), self._state))
+
+    @torch.inference_mode()
+    def generate(self, uniforms: NDArray[np.float64], picking: Picking) -> NDArray[np.int64]:
         chances = torch.from_numpy(uniforms).to(self._device)
         picked = torch.empty(uniforms.shape, dtype=torch.int64, device=self._device)
         for j in range(uniforms.shape[1]):
             self._uniforms.copy_(chances[:, j])
             if self._state.length == self._core.context:
-                self._ids.copy_(pick(self._next, filters, self._uniforms))
+                self._ids.copy_(pick(self._next, picking, self._uniforms))
                 self._read(self._core.step(self._ids, self._state))
             else:
-                self._replay(filters)
+                self._replay(picking)
                 self._state.length += 1
             picked[:, j] = self._ids
-        if not self._next.isfinite().all():  # a look a chunk, as in `Plain`
-            raise DfError(
-                "the model's output is not finite", "its training may have diverged: try an earlier `--checkpoint`"
-            )
         return picked.cpu().numpy()
+
+    def finite(self) -> bool:
+        return bool(self._next.isfinite().all())
 
     def _read(self, result: tuple[Tensor, Any]) -> None:
         logits, self._state = result
         self._next.copy_(logits)
         self._position.fill_(self._state.length)
 
-    def _replay(self, filters: Filters) -> None:
+    def _replay(self, picking: Picking) -> None:
         """Picks an id a sequence by `_uniforms` into `_ids`, and reads it."""
         span = SPAN
         while span <= self._state.length:
@@ -150,13 +154,13 @@ class Graphed(Plain):
         span = min(span, self._core.context)
 
         def advance() -> None:
-            self._ids.copy_(pick(self._next, filters, self._uniforms))
+            self._ids.copy_(pick(self._next, picking, self._uniforms))
             self._next.copy_(step(self._core, self._ids, self._position, self._state, span))
             self._position.add_(1)
 
-        if (span, filters) not in self._replays:
-            self._replays[span, filters] = self._captured(advance)
-        self._replays[span, filters]()
+        if (span, picking) not in self._replays:
+            self._replays[span, picking] = self._captured(advance)
+        self._replays[span, picking]()
 
     def _captured(self, advance: Callable[[], None]) -> Callable[[], object]:
         """A graph's replay in place of `advance`, whose state is as it was; `advance` itself where it cannot be

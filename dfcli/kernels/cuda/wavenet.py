@@ -40,11 +40,8 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dfcli.cores.wavenet import WaveNet
-from dfcli.errors import DfError
-from dfcli.generation.engines import Unavailable, try_out
-from dfcli.generation.plain import Plain
-from dfcli.generation.sampling import Filters
+from dfcli.cores.protocols import Picking, prefill
+from dfcli.cores.wavenet import WaveNet, WaveNetConfig
 from dfcli.system.device import Device
 from dfcli.system.events import Note, OnEvent, ignore
 
@@ -200,24 +197,25 @@ def _samples(
             _raise(head_done, G)
 
 
-def build(core: nn.Module, batch: int, device: Device, exact: bool = True, on_event: OnEvent = ignore) -> Persistent:
-    """The engine for a WaveNet in eval mode on a GPU; it is exact whether that is asked for or not. Raises Unavailable
-    for a model that is too wide, for GPUs before Ampere and where Triton fails."""
-    assert isinstance(core, WaveNet)
-    config, where = core.config, torch.cuda.get_device_properties(device.torch_device)
+def supports(config: WaveNetConfig, device: Device) -> str | None:
+    """None where `build` takes a model of this config, else the reason, a clause."""
     if config.residual > WIDEST or config.vocab_size > MOST_IDS:
-        raise Unavailable(f"the kernel holds at most {WIDEST} residual channels and {MOST_IDS} ids")
+        return f"the kernel holds at most {WIDEST} residual channels and {MOST_IDS} ids"
     if config.row:
-        raise Unavailable("the kernel takes no conditions yet")
-    if where.major < 8:
-        raise Unavailable("its tensor cores are too old for the kernel")
+        return "the kernel takes no conditions yet"
+    if torch.cuda.get_device_properties(device.torch_device).major < 8:
+        return "the GPU is older than Ampere, and its tensor cores are too old for the kernel"
+    return None
+
+
+def build(core: nn.Module, device: Device, exact: bool = True, on_event: OnEvent = ignore) -> Persistent:
+    """The engine for a WaveNet in eval mode on a GPU. It is exact whether that is asked for or not."""
+    assert isinstance(core, WaveNet)
     on_event(Note("compiling the WaveNet kernel (once for this shape of model)"))
-    engine = Persistent(core, device, where.multi_processor_count)
-    try_out(engine, batch, "Triton could not run its kernel")
-    return engine
+    return Persistent(core, device, torch.cuda.get_device_properties(device.torch_device).multi_processor_count)
 
 
-class Persistent(Plain):
+class Persistent:
     """`engines.Engine` of the kernel above; openings are read by the core itself. `processors` programs at most wait
     for each other: as many as the GPU has multiprocessors, so that none waits for one that has not begun."""
 
@@ -225,7 +223,7 @@ class Persistent(Plain):
 
     @torch.no_grad()
     def __init__(self, core: WaveNet, device: Device, processors: int) -> None:
-        super().__init__(core, device)
+        self._core, self._device = core, device.torch_device
         c, self._processors = core.config, processors
         R, K, L = c.residual, c.kernel, c.layers
         P, W = max(16, triton.next_power_of_2(R)), max(TILE, triton.next_power_of_2(c.vocab_size))
@@ -293,24 +291,23 @@ class Persistent(Plain):
     @torch.inference_mode()
     def prefill(self, ids: NDArray[np.int64]) -> None:
         ids = ids[:1] if (ids == ids[:1]).all() else ids  # the same for all: read once
-        super().start(len(ids))
-        super().prefill(ids)
+        newest, state = prefill(self._core, torch.from_numpy(ids).to(self._device), self._core.init_state(len(ids)))
         queues, sums, *_, logits = (array[: self._batch] for array in self._arrays)
-        logits[:, : self._logits.shape[1]] = torch.from_numpy(self._logits).to(self._device)
+        logits[:, : newest.shape[1]] = newest
         _, _, past, *_, biases, _, layers = self._weights
         R, place = self._sizes["R"], 0
-        for number, (layer, queue) in enumerate(zip(self._core.layers, self._state.queues, strict=True)):
+        for number, (layer, queue) in enumerate(zip(self._core.layers, state.queues, strict=True)):
             place = int(layers[number, 2])
             queues[:, place : place + layer.past, :R] = queue  # the oldest entry is the first
             total = biases[number, :2]
             for tap in range(layer.kernel - 1):
                 total = total + torch.einsum("br,hrp->bhp", queue[:, tap * layer.dilation], past[number, tap, :, :R])
             sums[:, number] = total
-        self._state, self._clock = None, 0
+        self._clock = 0
 
     @torch.inference_mode()
-    def generate(self, uniforms: NDArray[np.float64], filters: Filters) -> NDArray[np.int64]:
-        temperature, top_k, top_p, min_p = filters.numbers(self._sizes["V"])
+    def generate(self, uniforms: NDArray[np.float64], picking: Picking) -> NDArray[np.int64]:
+        temperature, top_k, top_p, min_p = picking
         mode = "sorted" if top_k < self._sizes["V"] or top_p < 1 else "plain"
         n, B = uniforms.shape[1], self._groups * self._M
         chances = torch.zeros((B, n), dtype=torch.float64, device=self._device)
@@ -324,11 +321,10 @@ class Persistent(Plain):
             num_warps=8, launch_cooperative_grid=self._G > 1,
         )  # fmt: skip
         self._clock += n
-        if not self._arrays[-1][: self._batch, : self._sizes["V"]].isfinite().all():
-            raise DfError(
-                "the model's output is not finite", "its training may have diverged: try an earlier `--checkpoint`"
-            )
         return ids[: self._batch].cpu().numpy()
+
+    def finite(self) -> bool:
+        return bool(self._arrays[-1][: self._batch, : self._sizes["V"]].isfinite().all())
 
 
 def _padded(tensor: Tensor, *shape: int) -> Tensor:

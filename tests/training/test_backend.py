@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from dfcli import cores
+from dfcli import cores, kernels
 from dfcli.kernels import gpt_train, wavenet_train
 from dfcli.system.device import resolve
-from dfcli.system.events import Note
+from dfcli.system.events import Choice, Note
 from dfcli.training import recipes
-from dfcli.training.fast import cpu_module
+from dfcli.training.backend import unsupported
 from dfcli.training.settings import Recipe
 from dfcli.training.state import State
 from tests.training.test_trainer import Memory, trainer
@@ -27,9 +27,8 @@ GPT = {
 WAVENET = {"vocab_size": 11, "dilations": (1, 2), "cycles": 1, "residual": 16, "skip": 16, "head": 16}
 
 
-def module(core: str, values: dict[str, Any], **others: Any) -> str | None:
-    found = cpu_module(cores.config(core, values | others), Recipe(), resolve("cpu"))
-    return found and found.rpartition(".")[2]
+def reason(core: str, values: dict[str, Any], **others: Any) -> str | None:
+    return unsupported(cores.config(core, values | others), Recipe(), resolve("cpu"))
 
 
 @pytest.fixture(autouse=True)
@@ -38,14 +37,14 @@ def processor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_whom_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert module("gpt", GPT) == "gpt_train"
+    assert reason("gpt", GPT) is None
     for other in (
         {"position": "learned"}, {"norm": "layernorm"}, {"activation": "gelu"}, {"bias": True}, {"qkv_bias": True},
         {"qk_norm": False}, {"tied_head": True}, {"head_bias": True}, {"dropout": 0.1},
         {"channels": 24}, {"channels": 192}, {"context": 1024},
     ):  # fmt: skip
-        assert module("gpt", GPT, **other) is None, other
-    assert module("wavenet", WAVENET) == "wavenet_train"
+        assert reason("gpt", GPT, **other), other
+    assert reason("wavenet", WAVENET) is None
     for other in (
         {"residual": 20},
         {"residual": 256},
@@ -56,32 +55,32 @@ def test_whom_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
         {"decoder": 8},
         {"dilations": (3,)},
     ):
-        assert module("wavenet", WAVENET, **other) is None, other
-    assert module("charwavenet", {"vocab_size": 11}) is None
+        assert reason("wavenet", WAVENET, **other), other
+    assert reason("charwavenet", {"vocab_size": 11})
     monkeypatch.setattr(platform, "machine", lambda: "arm64")
-    assert module("gpt", GPT) is None
+    assert reason("gpt", GPT)
 
 
 def test_they_fit_what_the_recipes_choose_for_a_laptop() -> None:
     for layers, heads, channels in recipes.GPT_SIZES[:3]:
-        assert module("gpt", GPT, layers=layers, heads=heads, channels=channels) == "gpt_train"
+        assert reason("gpt", GPT, layers=layers, heads=heads, channels=channels) is None
     for _, _, R in recipes.WAVENET_SIZES:
-        assert module("wavenet", WAVENET, residual=R, skip=2 * R, head=4 * R) == "wavenet_train"
+        assert reason("wavenet", WAVENET, residual=R, skip=2 * R, head=4 * R) is None
 
 
 @pytest.mark.parametrize("core_name", ["gpt", "charwavenet"])
 def test_a_machine_whose_numba_is_broken_trains_anyway(core_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.startswith("dfcli.kernels.gpt_train")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "dfcli.kernels.ops", None)
+    monkeypatch.delattr(kernels, "gpt_train")
+    monkeypatch.setitem(sys.modules, "dfcli.kernels.gpt_train", None)
     events: list[object] = []
     core = cores.build(core_name, GPT if core_name == "gpt" else {"vocab_size": 11, "levels": 3})
     made = trainer(core, Recipe(steps=2, batch_size=2), Memory(), on_event=events.append)
     assert made.run() is None
-    assert made.fast_backward is None
-    notes = [event.text for event in events if isinstance(event, Note)]
-    assert len(notes) == (core_name == "gpt")  # who would not use it is not told
-    assert all(note.startswith("numba does not work here (ModuleNotFoundError") for note in notes)
+    assert made.backend.name == "torch"
+    reasons = [event.reason for event in events if isinstance(event, Choice)]
+    assert len(reasons) == 1
+    missing = "the compiled kernels cannot be imported (ModuleNotFoundError" if core_name == "gpt" else "there are no"
+    assert reasons[0].startswith(missing)
 
 
 def test_a_machine_without_a_compiler_trains_anyway(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +118,7 @@ def test_compiled_training_stopped_and_resumed_ends_as_one_that_never_stopped(
     whole, parts = Memory(), Memory()
     made = trainer(build(0), recipe, whole)
     assert made.run() is None
-    assert made.fast_backward is not None
+    assert made.backend.name == "compiled"
     polls = iter(range(100))
     assert trainer(build(0), recipe, parts, stop=lambda: "asked" if next(polls) == 3 else None).run() == "asked"
     model, optimizer, state = parts.saves[3]
@@ -143,7 +142,7 @@ def test_compiled_training_stopped_and_resumed_ends_as_one_that_never_stopped(
 def test_compiled_training_ends_as_training_without_it(
     core_name: str, values: dict[str, Any], optimizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weights, notes = [], []
+    weights, reasons = [], []
     for compile in ("auto", "off", "broken"):
         if compile == "broken":
             monkeypatch.setattr(wavenet_train, "build", lambda *_: 1 / 0)
@@ -154,23 +153,12 @@ def test_compiled_training_ends_as_training_without_it(
         recipe = Recipe(steps=3, batch_size=3, accumulate=2, optimizer=optimizer, lr=0.01, clip=1.0, compile=asked)
         made = trainer(core, recipe, Memory(), on_event=events.append)
         assert made.run() is None
-        assert (made.fast_backward is None) == (compile != "auto")
+        assert (made.backend.name == "torch") == (compile != "auto")
         weights.append(core.state_dict())
-        notes += [event.text for event in events if isinstance(event, Note) and "compiling" not in event.text]
-    assert len(notes) == 1
-    assert "numba does not work here (ZeroDivisionError" in notes[0]
+        reasons += [event.reason for event in events if isinstance(event, Choice)]
+    assert reasons[0] == "kernels for this model on this CPU"
+    assert reasons[1] == "`compile` is off"
+    assert reasons[2].startswith("the compiled kernels do not work here (ZeroDivisionError")
     for name, weight in weights[1].items():
         assert torch.allclose(weights[0][name], weight, atol=1e-3), name
         assert torch.allclose(weights[2][name], weight, atol=1e-3), name  # its tables' gradients lie another way
-
-
-def test_dropout_is_told_to_be_slow() -> None:
-    events: list[object] = []
-    for dropout in (0.0, 0.1):
-        recipe = Recipe(steps=1, batch_size=2, lr=0.01, optimizer="muon")
-        assert (
-            trainer(cores.build("gpt", GPT | {"dropout": dropout}), recipe, Memory(), on_event=events.append).run()
-            is None
-        )
-        notes = [event.text for event in events if isinstance(event, Note) and "dropout" in event.text]
-        assert len(notes) == (dropout > 0)

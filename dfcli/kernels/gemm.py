@@ -1,0 +1,357 @@
+"""Matrix products, and everything else here that is generated as LLVM code.
+
+Why it exists: a small model's products are so short that calling a library for each takes longer than the work, and
+no C compiler may be expected on a user's machine. numba compiles plain loops, but LLVM keeps the sums of a product in
+memory there, which costs a third of the speed or more. So the inner loop alone is generated as vector code, which LLVM
+translates for any CPU: a vector of 8 floats is one AVX2 register, two of NEON.
+
+What is generated, here for a tile of 4 rows and 2 vectors; the sums stay in registers during the loop:
+
+                          b row k:  [ vector 0 | vector 1 ]          out[m, :] += sum over k of a[m, k] * b[k, :]
+    a[0, k]  -> broadcast   x       [  sums 0  |  sums 1  ]
+    a[1, k]  -> broadcast   x       [  sums 2  |  sums 3  ]          in NumPy: out += a @ b
+    a[2, k]  -> broadcast   x       [  sums 4  |  sums 5  ]
+    a[3, k]  -> broadcast   x       [  sums 6  |  sums 7  ]
+
+One generator (`_tile`) serves two products:
+
+- `product`, for training: tiles of up to 6 rows and 16 columns. `a` may lie either way round, b by rows.
+  `panel_product` is the same for a large b that `pack` has put into panels of 16 columns, so that a tile reads b from
+  front to back.
+- `multiply`, for generation: one or two rows times a matrix in tiles of 32 outputs (`tiles`). At batch 1 each weight is
+  read once and multiplied once, so the memory or cache that holds the weights is the limit if they are read from front
+  to back. A single row has two sets of sums, because an addition waits for the one before. Two rows use each weight
+  twice. The weights may be bfloat16 in pairs, half the bytes: a word shifted left is one float32, and the same word
+  taken as a float32 is the other, whose lower 16 bits are then the first (`to_bfloat16`).
+
+Arrays are flat float32. They come with the place where to begin, not as slices, because numba counts references to
+every slice by atomic operations. Indices are unsigned, because a look at their sign forbids vector code.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import extending, types
+from numpy import uintp
+from numpy.typing import NDArray
+
+from dfcli.kernels.compile import inner
+
+WIDTH = 8  # floats of a vector
+COLUMNS = 2 * WIDTH  # of one tile of `product`
+ROWS = 6  # of its largest tile: 12 sums, 2 vectors of b and 1 of a in 16 registers
+TILE = 4 * WIDTH  # outputs of one tile of `multiply`; channels are padded to multiples of it
+_NEAR = 128  # inputs of such a tile whose weights take 16 KiB
+
+_FLOATS = ir.VectorType(ir.FloatType(), WIDTH)
+_I64, _I32 = ir.IntType(64), ir.IntType(32)
+_WORDS = ir.VectorType(_I32, WIDTH)
+_intrinsic: Any = extending.intrinsic
+_size = types.int64
+
+
+# ---- generated code
+
+
+def _pointer(context: Any, builder: Any, kind: Any, array: Any, offset: Any) -> Any:
+    """The address of an array's element."""
+    return builder.gep(context.make_array(kind)(context, builder, value=array).data, [offset])
+
+
+def _broadcast(builder: Any, value: Any) -> Any:
+    """A vector of 8 times the value."""
+    nothing = ir.Constant(_FLOATS, ir.Undefined)
+    first = builder.insert_element(nothing, value, _I32(0))
+    return builder.shuffle_vector(first, nothing, ir.Constant(_WORDS, [0] * WIDTH))
+
+
+def _vector(builder: Any, pointer: Any, index: int, kind: Any = _FLOATS) -> Any:
+    return builder.bitcast(builder.gep(pointer, [_I64(WIDTH * index)]), kind.as_pointer())
+
+
+def _b_row(builder: Any, b: Any, vectors: int, paired: bool) -> list[Any]:
+    """The vectors of one row of b, which may be bfloat16 in pairs."""
+    if not paired:
+        return [builder.load(_vector(builder, b, v), align=4) for v in range(vectors)]
+    found = []
+    for v in range(vectors // 2):
+        word = builder.load(_vector(builder, b, v, _WORDS), align=4)
+        low = builder.shl(word, ir.Constant(_WORDS, [16] * WIDTH))
+        found += [builder.bitcast(low, _FLOATS), builder.bitcast(word, _FLOATS)]
+    return found
+
+
+def _tile(rows: int, vectors: int, chains: int = 1) -> Any:
+    """Code of `out[o + m o_row + n] += sum over k < K of a[i + m a_row + k a_k] * b[j + k b_row + n]`, for m < rows and
+    n < 8 vectors, with `chains` sets of sums. K is a positive multiple of `chains`.
+
+    Its arguments: out, o, o_row, a, i, a_row, a_k, b, j, b_row, K.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kinds = signature.args
+        out, o, o_row, a, i, a_row, a_k, b, j, b_row, K = arguments
+        paired = kinds[7].dtype != types.float32
+        if paired:
+            j, b_row = (builder.lshr(value, _I64(1)) for value in (j, b_row))
+        first = _pointer(context, builder, kinds[0], out, o)
+        outs = [builder.gep(first, [builder.mul(o_row, _I64(m))]) for m in range(rows)]
+        begins = [builder.mul(a_row, _I64(m)) for m in range(rows)]
+        starts = [_I64(0), _pointer(context, builder, kinds[3], a, i), _pointer(context, builder, kinds[7], b, j)]
+        starts += [builder.load(_vector(builder, row, v), align=4) for row in outs for v in range(vectors)]
+        starts += [ir.Constant(_FLOATS, [0.0] * WIDTH)] * (rows * vectors * (chains - 1))
+
+        before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        phis = [builder.phi(start.type) for start in starts]
+        k, a, b, *totals = phis
+        sums = []
+        for _ in range(chains):
+            weights = _b_row(builder, b, vectors, paired)
+            for begin in begins:
+                value = _broadcast(builder, builder.load(builder.gep(a, [begin])))
+                for weight in weights:
+                    part = builder.fmul(weight, value, flags=("contract",))
+                    sums.append(builder.fadd(part, totals[len(sums)], flags=("contract",)))
+            a, b = builder.gep(a, [a_k]), builder.gep(b, [b_row])
+        following = [builder.add(k, _I64(chains)), a, b, *sums]
+        for phi, start, value in zip(phis, starts, following, strict=True):
+            phi.add_incoming(start, before)
+            phi.add_incoming(value, loop)
+        builder.cbranch(builder.icmp_signed("<", following[0], K), loop, after)
+
+        builder.position_at_end(after)
+        count = rows * vectors
+        for n in range(count):
+            total = sums[n]
+            for chain in range(1, chains):
+                total = builder.fadd(total, sums[chain * count + n])
+            builder.store(total, _vector(builder, outs[n // vectors], n % vectors), align=4)
+        return context.get_dummy_value()
+
+    return codegen
+
+
+def _tile_type(out: Any, a: Any, b: Any) -> Any:
+    return types.void(out, _size, _size, a, _size, _size, _size, b, _size, _size, _size)
+
+
+@_intrinsic
+def _one_row(_context, out, o, o_row, a, i, a_row, a_k, b, j, b_row, K):
+    return _tile_type(out, a, b), _tile(1, 2)
+
+
+@_intrinsic
+def _four_rows(_context, out, o, o_row, a, i, a_row, a_k, b, j, b_row, K):
+    return _tile_type(out, a, b), _tile(4, 2)
+
+
+@_intrinsic
+def _rows(_context, out, o, o_row, a, i, a_row, a_k, b, j, b_row, K):
+    return _tile_type(out, a, b), _tile(ROWS, 2)
+
+
+@_intrinsic
+def _one_wide_row(_context, out, o, o_row, a, i, a_row, a_k, b, j, b_row, K):
+    return _tile_type(out, a, b), _tile(1, 4, chains=2)
+
+
+@_intrinsic
+def _two_wide_rows(_context, out, o, o_row, a, i, a_row, a_k, b, j, b_row, K):
+    return _tile_type(out, a, b), _tile(2, 4)
+
+
+@_intrinsic
+def _prefetch_line(_context, x, i):
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = _pointer(context, builder, signature.args[0], *arguments)
+        pointer = builder.bitcast(pointer, ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [pointer.type], kind)
+        builder.call(function, [pointer, _I32(0), _I32(3), _I32(1)])  # to be read, kept in all caches, data
+        return context.get_dummy_value()
+
+    return types.void(x, _size), codegen
+
+
+@_intrinsic
+def store_release(_context, flags, i, value):
+    """flags[i] = value; a thread that reads it by `load_acquire` sees everything written before."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        flags, i, value = arguments
+        builder.store_atomic(value, _pointer(context, builder, signature.args[0], flags, i), "release", 8)
+        return context.get_dummy_value()
+
+    return types.void(flags, _size, _size), codegen
+
+
+@_intrinsic
+def load_acquire(_context, flags, i):
+    """flags[i], and what was written before it by `store_release`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.load_atomic(_pointer(context, builder, signature.args[0], *arguments), "acquire", 8)
+
+    return _size(flags, _size), codegen
+
+
+@_intrinsic
+def fetch_add(_context, flags, i):
+    """flags[i], which is 1 more afterwards; no two threads get the same number."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = _pointer(context, builder, signature.args[0], *arguments)
+        return builder.atomic_rmw("add", pointer, _I64(1), "monotonic")
+
+    return _size(flags, _size), codegen
+
+
+@_intrinsic
+def call(_context, function):
+    """Call a C function without arguments at this address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.call(builder.inttoptr(arguments[0], ir.FunctionType(_I32, []).as_pointer()), [])
+        return context.get_dummy_value()
+
+    return types.void(_size), codegen
+
+
+# ---- compiled functions
+
+
+@inner
+def product(out, o, o_row, a, i, a_row, a_k, b, j, b_row, M, N, K):
+    """out[o + m o_row + n] += sum over k < K of a[i + m a_row + k a_k] * b[j + k b_row + n], for m < M and n < N.
+
+    With a_k = 1 the rows of `a` are multiplied, with a_row = 1 its columns. N is a multiple of COLUMNS. Made for a `b`
+    of which K rows of COLUMNS stay in the nearest cache, and an `a` that does.
+    """
+    for n in range(0, N, COLUMNS):
+        m = 0
+        while m + ROWS <= M:
+            _rows(out, o + m * o_row + n, o_row, a, i + m * a_row, a_row, a_k, b, j + n, b_row, K)
+            m += ROWS
+        if m + 4 <= M:
+            _four_rows(out, o + m * o_row + n, o_row, a, i + m * a_row, a_row, a_k, b, j + n, b_row, K)
+            m += 4
+        while m < M:
+            _one_row(out, o + m * o_row + n, o_row, a, i + m * a_row, a_row, a_k, b, j + n, b_row, K)
+            m += 1
+
+
+@inner
+def panel_product(out, o, o_row, a, i, a_row, b, j, M, N, K):
+    """`product` of the rows of `a` with a `b` that `pack` has put into panels: for one too large for the nearest
+    caches."""
+    for n in range(0, N, COLUMNS):
+        product(out, o + n, o_row, a, i, a_row, 1, b, j + n * K, COLUMNS, M, COLUMNS, K)
+
+
+@inner
+def pack(out, o, x, i, x_row, x_column, K, N):
+    """The matrix x[i + k x_row + n x_column] of K rows and N columns as panels of COLUMNS columns, one after the other.
+    Columns of `out` beyond N stay as they are."""
+    for n in range(0, N, COLUMNS):
+        for k in range(K):
+            for c in range(min(COLUMNS, N - n)):
+                out[uintp(o + n * K + k * COLUMNS + c)] = x[uintp(i + k * x_row + (n + c) * x_column)]
+
+
+@inner
+def transposed(out, o, o_row, x, i, x_row, rows, columns):
+    """out[o + c o_row + r] = x[i + r x_row + c]"""
+    for r in range(rows):
+        for c in range(columns):
+            out[uintp(o + c * o_row + r)] = x[uintp(i + r * x_row + c)]
+
+
+@inner
+def multiply(out, o, out_row, x, i, x_row, rows, weights, w, N, K):
+    """out[o + r out_row + n] += the matrix [N, K] times x[i + r x_row :], for each row r.
+
+    The matrix lies at weights[w:] as `tiles` (float32, or `to_bfloat16` words, of which w counts the elements). N is a
+    multiple of TILE, K even and at least 2. Returns where the next matrix begins.
+    """
+    for n in range(o, o + N, TILE):
+        begin = 0
+        while begin < K:  # of a tile, as much as stays in the nearest cache while the rows pass
+            size = K - begin if rows <= 2 else min(K - begin, _NEAR)
+            for r in range(0, rows - 1, 2):
+                _two_wide_rows(
+                    out, n + r * out_row, out_row, x, i + begin + r * x_row, x_row, 1, weights, w, TILE, size
+                )
+            if rows % 2 == 1:
+                r = rows - 1
+                _one_wide_row(out, n + r * out_row, out_row, x, i + begin + r * x_row, x_row, 1, weights, w, TILE, size)
+            w += TILE * size
+            begin += size
+    return w
+
+
+@inner
+def prefetch(x, i, n):
+    """Have x[i : i + n] fetched while other work goes on, where it lies anywhere in a large table."""
+    for k in range(0, n, COLUMNS):
+        _prefetch_line(x, i + k)
+
+
+# ---- layout, in NumPy
+
+
+def round_up(n: int) -> int:
+    """n rounded up to a multiple of COLUMNS."""
+    return (n + COLUMNS - 1) // COLUMNS * COLUMNS
+
+
+def row_stride(width: int) -> int:
+    """Floats from the beginning of a matrix's row to that of the next, for rows of `width` floats rounded up to
+    COLUMNS: an odd number of cache lines, so that rows use all the sets of the nearest cache. Rows of 128 floats would
+    share 8 of its 64 sets."""
+    return ((width + COLUMNS - 1) // COLUMNS | 1) * COLUMNS
+
+
+def padded(size: int) -> int:
+    """`size` rounded up to a multiple of TILE."""
+    return -(-size // TILE) * TILE
+
+
+def pad(array: NDArray[np.float32], *shape: int) -> NDArray[np.float32]:
+    """`array` with zeros behind it along every axis."""
+    return np.pad(array, [(0, size - old) for size, old in zip(shape, array.shape, strict=True)])
+
+
+def tiles(matrix: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A matrix [N, K], N a multiple of TILE and K even, as the flat tiles [N / 32, K, 32] of `multiply`."""
+    N, K = matrix.shape
+    return matrix.reshape(N // TILE, TILE, K).swapaxes(1, 2).ravel()
+
+
+def join(parts: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """The parts behind each other, from an address where a large page begins: large pages spare address look-ups."""
+    size, page = sum(part.size for part in parts), 2**21 // 4
+    buffer = np.empty(size + page, np.float32)
+    start = -(buffer.ctypes.data // 4) % page
+    return np.concatenate([part.ravel() for part in parts], out=buffer[start : start + size])
+
+
+def to_bfloat16(weights: NDArray[np.float32]) -> NDArray[np.uint32]:
+    """float32 tiles as bfloat16 in pairs: a word holds elements i and i + 8 of 16 successive floats. The second is
+    rounded so that, with the first behind it, it is within half a unit of bfloat16's last place."""
+    low, high = (part.astype(np.int64) for part in weights.view(np.uint32).reshape(-1, 2, WIDTH).swapaxes(0, 1))
+    low = (low + 0x7FFF + (low >> 16 & 1)) >> 16
+    sign, high = high & 1 << 31, high & ~(1 << 31)
+    # The word nearest to `high` that ends in `low`. Nothing lies below 0, where a padding zero stands beside a weight.
+    word = np.maximum(high - low + 0x8000 & ~0xFFFF, 0) + low
+    return (sign + word).astype(np.uint32).ravel()
+
+
+def from_bfloat16(words: NDArray[np.uint32]) -> NDArray[np.float32]:
+    """The float32 tiles that `multiply` makes of such words."""
+    pairs = words.reshape(-1, 1, WIDTH)
+    return np.concatenate([pairs << 16, pairs], axis=1).view(np.float32).ravel()

@@ -1,0 +1,154 @@
+"""The backends of training: PyTorch, which is the reference, and compiled kernels for the models they support."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dfcli import cores
+from dfcli.cores.protocols import Backend, Pass
+from dfcli.data.batches import Batch
+from dfcli.system.device import Device
+from dfcli.system.events import Choice, Note, OnEvent
+from dfcli.system.words import first_line
+from dfcli.training import optim
+from dfcli.training.loss import cross_entropy
+from dfcli.training.settings import Recipe
+
+
+def choose(core: cores.Core, recipe: Recipe, device: Device, on_event: OnEvent) -> Backend:
+    """The backend for a core on its device, its kernels compiled. The choice is told; where kernels fail, training goes
+    on with PyTorch alone."""
+    reason = unsupported(core.config, recipe, device)
+    if reason is None:
+        try:
+            compiled = CompiledBackend(core, recipe, device, on_event)
+            on_event(Choice("backend", "compiled", "kernels for this model on this CPU"))
+            return compiled
+        except Exception as error:  # numba's errors have no base class
+            reason = f"the compiled kernels do not work here ({first_line(error)[:200]})"
+    on_event(Choice("backend", "PyTorch", reason))
+    return TorchBackend(core, recipe, device)
+
+
+def unsupported(config: cores.CoreConfig, recipe: Recipe, device: Device) -> str | None:
+    """None where compiled kernels train a model of this config, else the reason, a clause."""
+    if recipe.compile != "auto":
+        return f"`compile` is {recipe.compile}"
+    if device.kind != "cpu":
+        return "the compiled kernels are for a CPU"
+    if recipe.packing == "last":
+        return "the compiled kernels score every position"
+    try:
+        kernel = _kernel(config)
+        return "there are no kernels for this core" if kernel is None else kernel.supports(config)
+    except Exception as error:  # a missing or broken numba raises ImportError, OSError and others
+        return f"the compiled kernels cannot be imported ({first_line(error)[:200]})"
+
+
+def _kernel(config: cores.CoreConfig) -> Any:
+    """The module of `kernels/` that trains such a core, or None."""
+    if isinstance(config, cores.GPTConfig):
+        from dfcli.kernels import gpt_train as kernel
+    elif isinstance(config, cores.WaveNetConfig):
+        from dfcli.kernels import wavenet_train as kernel
+    else:
+        return None
+    return kernel
+
+
+def tensors(batch: Batch, device: Device) -> tuple[Tensor, Tensor, Tensor | None, Any]:
+    """A batch's ids, targets, positions and condition on a device."""
+    where = device.torch_device
+    positions = None if batch.positions is None else batch.positions.to(where, non_blocking=True)
+    condition = getattr(batch, "condition", None)
+    if condition is not None:
+        condition = type(condition)(*(None if x is None else x.to(where, non_blocking=True) for x in condition))
+    ids, targets = (x.to(where, non_blocking=True) for x in (batch.ids, batch.targets))
+    return ids, targets, positions, condition
+
+
+class TorchBackend:
+    """`Backend` of PyTorch's autograd, with torch.compile where that is asked for."""
+
+    name = "torch"
+
+    def __init__(self, core: cores.Core, recipe: Recipe, device: Device) -> None:
+        self._core, self._forward, self._device = core, core, device
+        self._recipe, self._last = recipe, recipe.packing == "last"
+        self.threads = device.threads
+        self.sparse = device.kind == "cpu"  # saves writing and reading tables of megabytes
+
+    def backward(self, ids: Tensor, targets: Tensor, positions: Tensor | None, condition: Any, count: int) -> Tensor:
+        with self._device.autocast():
+            more = {} if condition is None else {"condition": condition}
+            logits = self._forward(ids, positions, self._last, **more)
+            loss = cross_entropy(logits, targets[:, -1:] if self._last else targets)
+        (loss / max(1, count)).backward()
+        return loss.detach()
+
+    def orthogonalise_all(self, matrices: list[Tensor]) -> list[Tensor]:
+        return optim.orthogonalise_all(matrices)
+
+    def update_rows(self, tables: list[tuple[Tensor, ...]], lr: float, eps: float) -> None:
+        optim.update_rows(tables, lr, eps)
+
+    def warm_up(self, batch: Callable[[], Batch], on_event: OnEvent) -> None:
+        """torch.compile where the recipe asks for it or it pays: on CUDA for budgets of more than two minutes or 2,000
+        steps, because it takes half a minute in each process. On a CPU it has not been shown to pay. A pass of a batch
+        tries it, and changes nothing; where that fails it is told, and the core stays as it is."""
+        r, kind = self._recipe, self._device.kind
+        wanted = r.compile == "auto" and kind == "cuda" and (r.minutes > 2 or r.steps > 2000)
+        if not (r.compile == "on" or wanted):
+            return
+        buffers = {name: buffer.clone() for name, buffer in self._core.named_buffers()}  # BatchNorm's, which it moves
+        try:
+            self._forward, self.sparse = torch.compile(self._core), False  # it cannot compile sparse gradients
+            self.backward(*tensors(batch(), self._device), 1)
+        except Exception as error:  # whatever the compiler of this machine raises
+            on_event(Note(f"torch.compile does not work here ({first_line(error)[:200]}); training uncompiled"))
+            self._forward, self.sparse = self._core, kind == "cpu"
+        finally:
+            self._core.zero_grad()
+            for name, buffer in self._core.named_buffers():
+                buffer.copy_(buffers[name])
+
+
+class CompiledBackend(TorchBackend):
+    """`Backend` of the kernels for a CPU. Raises what numba raises where it cannot compile."""
+
+    name = "compiled"
+
+    def __init__(self, core: cores.Core, recipe: Recipe, device: Device, on_event: OnEvent) -> None:
+        from dfcli.kernels.optimizer import OptimizerKernels
+        from dfcli.kernels.threads import WorkerPool
+
+        super().__init__(core, recipe, device)
+        workers = WorkerPool(device.threads)
+        self._pass: Pass = _kernel(core.config).build(core, workers, on_event)
+        self._kernels = OptimizerKernels(workers, lambda _: None)
+        self.threads = 1  # what is left to PyTorch is too short to be worth waking threads for
+
+    def backward(self, ids: Tensor, targets: Tensor, positions: Tensor | None, condition: Any, count: int) -> Tensor:
+        nats, grads = self._pass(ids, targets, positions, condition, count)
+        for p, grad in grads:
+            p.grad = grad if p.grad is None else p.grad + grad
+        return nats
+
+    def warm_up(self, batch: Callable[[], Batch], on_event: OnEvent) -> None:
+        pass
+
+    def orthogonalise_all(self, matrices: list[Tensor]) -> list[Tensor]:
+        ours = [self._kernels.fits(matrix) for matrix in matrices]
+        small = self._kernels.orthogonalise(
+            [m for m, fits in zip(matrices, ours, strict=True) if fits], optim.NEWTON_SCHULZ
+        )
+        large = optim.orthogonalise_all([m for m, fits in zip(matrices, ours, strict=True) if not fits])
+        small_, large_ = iter(small), iter(large)
+        return [next(small_ if fits else large_) for fits in ours]
+
+    def update_rows(self, tables: list[tuple[Tensor, ...]], lr: float, eps: float) -> None:
+        self._kernels.update_rows(tables, lr, eps)
