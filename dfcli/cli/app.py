@@ -15,6 +15,7 @@ from pathlib import Path
 
 from dfcli.cli import signals
 from dfcli.errors import DfError
+from dfcli.system import processes
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -45,7 +46,8 @@ def run(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return signals.INTERRUPTED
     except DfError as error:
-        _report(error.message, error.hint)
+        if not (isinstance(error, processes.Elsewhere) and processes.rank()):
+            _report(error.message, error.hint)
         return error.exit_code
     except MemoryError:
         _report(*_OUT_OF_MEMORY)
@@ -80,6 +82,8 @@ _LIMITED = (
 def _report(message: str, hint: str) -> None:
     from dfcli.cli import output
 
+    if processes.rank():
+        message = f"process {processes.rank()} of {processes.count()}: {message}"
     output.error(message, hint)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dfcli.cli import output
 from dfcli.cli.figures import Course, age, count, duration, short, si, size, sparkline
 from dfcli.cli.signals import Stop
+from dfcli.system import processes
 from dfcli.system.events import Note, Progress
 from dfcli.training.events import Finished, Sample, Saved, Started, Step
 
@@ -91,7 +92,8 @@ class TrainView:
         self.title = title(plan)
         if self.quiet:
             return
-        self.peak = plan.device.peak_flops()
+        peak = plan.device.peak_flops()
+        self.peak = peak and peak * processes.count()
         self._sampler = Sampler(plan.device).start()
         if not self.animated:
             self.listener.line_due = time.monotonic()

@@ -12,6 +12,8 @@ import sys
 from types import FrameType
 from typing import Any
 
+from dfcli.system import processes
+
 INTERRUPTED, TERMINATED = 130, 143
 _TERMINATION = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name))
 
@@ -49,6 +51,7 @@ class Stop:
         self.exit_code = 0
         self.announce = announce
         self._before: dict[int, Any] = {}
+        self._again = processes.count() == 1  # torchrun passes on a Ctrl-C that its processes have had already
 
     def __call__(self) -> str | None:
         """Why training should stop, or None."""
@@ -57,7 +60,7 @@ class Stop:
     @property
     def notice(self) -> str:
         """What a person is told who asked to stop."""
-        more = "; Ctrl-C again stops at once" if self.exit_code == INTERRUPTED else ""
+        more = "; Ctrl-C again stops at once" if self.exit_code == INTERRUPTED and self._again else ""
         return f"stopping: this step is finished and saved first{more}"
 
     def __enter__(self) -> Stop:
@@ -71,7 +74,7 @@ class Stop:
             signal.signal(number, handler)
 
     def _ask(self, number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.exit_code == INTERRUPTED:
+        if number == signal.SIGINT and self.exit_code == INTERRUPTED and self._again:
             raise KeyboardInterrupt
         self.exit_code = INTERRUPTED if number == signal.SIGINT else TERMINATED
         if self.announce:  # not through Rich or sys.stderr, whose buffers the signal may have interrupted

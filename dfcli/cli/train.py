@@ -14,8 +14,9 @@ import typer
 from dfcli.cli import output
 from dfcli.cli.figures import count, duration, short, size
 from dfcli.cli.options import Device, Json, mention_stdin
-from dfcli.cli.signals import Stop
+from dfcli.cli.signals import INTERRUPTED, TERMINATED, Stop
 from dfcli.errors import UsageError
+from dfcli.system import processes
 from dfcli.system.words import counted
 
 if TYPE_CHECKING:
@@ -100,8 +101,11 @@ def train(
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if show and resume:
         raise UsageError("`--show` and `--resume` exclude each other")
-    Request(kind, tuple(data or ()), **options).check(show=show, resume=resume)  # before PyTorch is imported
-    mention_stdin(data or [])
+    if processes.rank():  # the first one tells
+        quiet, json = True, False
+    else:
+        Request(kind, tuple(data or ()), **options).check(show=show, resume=resume)  # before PyTorch is imported
+        mention_stdin(data or [])
     if show:
         _show(kind, data or [], json, quiet, options)
     else:
@@ -182,8 +186,8 @@ def _train(
         _tell(result, kind)
     if result.stopped and result.steps and plan is not None:
         _tell_resume(line, plan)
-    if stop.exit_code:
-        raise typer.Exit(stop.exit_code)
+    if result.stopped:
+        raise typer.Exit({"interrupted": INTERRUPTED, "terminated": TERMINATED}[result.stopped])
 
 
 def _tell(result: TrainResult, kind: str) -> None:
@@ -209,7 +213,10 @@ def _tell(result: TrainResult, kind: str) -> None:
 
 def _tell_resume(line: list[str], plan: Plan) -> None:
     """The exact line that goes on with the run."""
-    words = ["df", *line]
+    if processes.rank():
+        return
+    start = ["torchrun", "--nproc-per-node", str(processes.local_count()), "-m", "dfcli"]
+    words = [*(start if processes.count() > 1 else ["df"]), *line]
     if not any(word == "--name" or word.startswith("--name=") for word in words):
         words += ["--name", str(plan.name)]
     if "--resume" not in words:

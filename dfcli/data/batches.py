@@ -37,6 +37,16 @@ class Batch:
     positions: torch.Tensor | None
     condition: Condition | None = None
 
+    def part(self, rows: slice) -> Batch:
+        """Some of its rows."""
+        positions, told = self.positions, self.condition
+        return Batch(
+            self.ids[rows],
+            self.targets[rows],
+            None if positions is None else positions[rows],
+            None if told is None else told._replace(index=told.index[rows]),
+        )
+
 
 class _Drawn(NamedTuple):
     """Ids and targets [B, T], with positions (see `Batch`), and which pairs of which documents they are: `start` (where

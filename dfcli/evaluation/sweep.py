@@ -33,6 +33,7 @@ from dfcli.data.dataset import Dataset
 from dfcli.errors import DfError, UsageError
 from dfcli.system.device import Device
 from dfcli.system.events import OnEvent, Progress, ignore
+from dfcli.system.processes import ALONE, Processes
 
 _BLOCK = 4096  # windows that are sorted by length together, so that little is padded
 
@@ -61,9 +62,10 @@ def sweep(
     stride: int | None = None,
     limit: int | None = None,
     conditioning: Conditioning | None = None,
+    processes: Processes = ALONE,
     on_event: OnEvent = ignore,
 ) -> Loss:
-    """The loss of `core` (on `device`) over a split of `dataset`.
+    """The loss of `core` (on `device`) over a split of `dataset`; several `processes` share the windows.
 
     `stride` (a GPT's only): from 1 to the context; each target then sees at least context - stride ids,
     where its document has them. `limit`: about this many targets instead of all, in whole windows spread
@@ -97,7 +99,7 @@ def sweep(
     core.eval()
     try:
         with torch.inference_mode(), device.autocast():
-            for ids, targets, documents, places in plan.batches(chosen, rows):
+            for ids, targets, documents, places in plan.batches(chosen[processes.rank :: processes.count], rows):
                 told = (
                     {}
                     if conditions is None
@@ -106,9 +108,12 @@ def sweep(
                 logits = core(torch.from_numpy(ids).to(device.torch_device), **told)
                 nats += _nats(logits, torch.from_numpy(targets).to(device.torch_device))
                 tokens += int((targets != IGNORED).sum())
-                on_event(Progress("evaluation", tokens, total, "tokens"))
+                done = tokens * processes.count  # about: the others have come as far
+                on_event(Progress("evaluation", min(done, total or done), total, "tokens"))
     finally:
         core.train(training)
+    nats, count = processes.sums([nats, tokens])
+    tokens = round(count)
     if total is None:
         on_event(Progress("evaluation", tokens, tokens, "tokens"))  # now it is known: that was all
     return Loss(nats, tokens, context, step if windowed else 1)

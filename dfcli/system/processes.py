@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -34,6 +35,7 @@ T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=10)  # of a collective: the first process may write a checkpoint meanwhile
 BUCKET = 2**24  # gradients that travel together: 64 MB of float32
+_REASONS = (None, "interrupted", "terminated")  # to stop, see `Pulse`
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -99,11 +101,18 @@ class Processes:
         the rest: they find the files that those before them have written."""
         return work()
 
-    def from_first(self, value: T) -> T:
+    def from_first(self, value: Any) -> Any:
         """The value, of the kinds that JSON has, of the first process."""
         return value
 
-    def add_gradients(self, parameters: Sequence[nn.Parameter], total: Tensor) -> None:
+    def connect(self, device: Device) -> None:
+        """Open the collectives, for tensors on `device`. Every process calls it once, before the methods below."""
+
+    def error(self, message: str, hint: str) -> DfError:
+        """The error to raise where every process meets the same one."""
+        return DfError(message, hint) if self.first else Elsewhere(message, hint)
+
+    def add_gradients(self, parameters: Iterable[nn.Parameter], total: Tensor) -> None:
         """Replace all gradients, and the scalar `total` beside them, by their sums over the processes."""
 
     def sums(self, values: Sequence[float]) -> list[float]:
@@ -128,23 +137,16 @@ ALONE = Processes()
 
 
 class Group(Processes):
-    """One of several processes. `store` is torchrun's; `device` is the one that this process trains on."""
+    """One of several processes. `store` is torchrun's."""
 
-    def __init__(self, store: Any, device: Device) -> None:
+    def __init__(self, store: Any) -> None:
         import torch
         import torch.distributed
 
         distributed: Any = torch.distributed
         self.rank, self.count = rank(), count()
-        self._torch, self._distributed, self._device = torch, distributed, device
-        self._store, self._exchanges = distributed.PrefixStore("dfcli", store), 0
-        on_gpu = device.kind == "cuda"
-        with _connected():
-            distributed.init_process_group(
-                "cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=distributed.PrefixStore("collectives", store),
-                rank=self.rank, world_size=self.count, timeout=TIMEOUT,
-                device_id=device.torch_device if on_gpu else None,
-            )  # fmt: skip
+        self._torch, self._distributed = torch, distributed
+        self._root, self._store, self._exchanges = store, distributed.PrefixStore("dfcli", store), 0
 
     # --- by the store
 
@@ -169,7 +171,7 @@ class Group(Processes):
             result = self.together(work if turn == mine else lambda before=result: before)
         return result
 
-    def from_first(self, value: T) -> T:
+    def from_first(self, value: Any) -> Any:
         return json.loads(self._exchange(json.dumps(value).encode() if self.first else b"")[0])
 
     def _exchange(self, mine: bytes) -> list[bytes]:
@@ -179,16 +181,26 @@ class Group(Processes):
         return [self._wait(f"{self._exchanges}/{number}") for number in range(self.count)]
 
     def _wait(self, key: str) -> bytes:
-        while True:  # a second at a time, so that Ctrl-C is heard
-            try:
-                self._store.wait([key], timedelta(seconds=1))
-                return self._store.get(key)
-            except self._distributed.DistStoreError:
-                continue
+        pause = 0.001
+        while not self._store.check([key]):  # its own `wait` does not hear Ctrl-C
+            time.sleep(pause)
+            pause = min(2 * pause, 0.2)
+        return self._store.get(key)
 
     # --- by collectives
 
-    def add_gradients(self, parameters: Sequence[nn.Parameter], total: Tensor) -> None:
+    def connect(self, device: Device) -> None:
+        on_gpu = device.kind == "cuda"
+        self._where = device.torch_device
+        with _connected():
+            self._distributed.init_process_group(
+                "cpu:gloo,cuda:nccl" if on_gpu else "gloo", rank=self.rank, world_size=self.count, timeout=TIMEOUT,
+                store=self._distributed.PrefixStore("collectives", self._root),
+                device_id=self._where if on_gpu else None,
+            )  # fmt: skip
+
+    def add_gradients(self, parameters: Iterable[nn.Parameter], total: Tensor) -> None:
+        parameters = list(parameters)
         grads = [p.grad for p in parameters if p.grad is not None]
         with _connected():
             for bucket in _buckets([total, *(grad for grad in grads if not grad.is_sparse)]):
@@ -232,7 +244,7 @@ class Group(Processes):
     def send(self, tensors: Sequence[Tensor]) -> None:
         with _connected():
             for tensor in tensors:
-                there = tensor.detach().to(self._device.torch_device).contiguous()
+                there = tensor.detach().to(self._where).contiguous()
                 self._distributed.broadcast(there, 0)
                 tensor.detach().copy_(there)
 
@@ -248,16 +260,19 @@ class Group(Processes):
             )
 
     def leave(self) -> None:
-        self._distributed.destroy_process_group()
+        if self._distributed.is_initialized():
+            self._distributed.destroy_process_group()
 
 
-def join(device: Device) -> Processes:
-    """Connect the processes that torchrun started; `ALONE` where it started one, or none.
+@contextmanager
+def joined() -> Iterator[Processes]:
+    """The processes that torchrun started, connected through its store; `ALONE` where it started one, or none.
 
     Raises UsageError where PyTorch cannot connect processes, Elsewhere where another process does not come.
     """
     if count() == 1:
-        return ALONE
+        yield ALONE
+        return
     import torch.distributed
 
     distributed: Any = torch.distributed
@@ -265,7 +280,39 @@ def join(device: Device) -> Processes:
         raise UsageError("this PyTorch cannot connect processes", "train in one process, without torchrun")
     with _connected():
         store, _, _ = next(distributed.rendezvous("env://"))
-    return Group(store, device)
+    group = Group(store)
+    try:
+        yield group
+    finally:
+        group.leave()
+
+
+class Pulse:
+    """The clock and the request to stop of a training, the same in each of its processes.
+
+    For a process alone they are `clock` and `stop`. For several they change only with a `beat`, which all processes
+    make at the same places of the loop. So whatever depends on the time is decided alike everywhere.
+    """
+
+    def __init__(
+        self, processes: Processes, clock: Callable[[], float], stop: Callable[[], str | None] = lambda: None
+    ) -> None:
+        self.processes, self._clock, self._stop = processes, clock, stop
+        self._now, self._reason = 0.0, None
+
+    def beat(self) -> None:
+        """Take the first process's clock, and a request that any process has had."""
+        if self.processes.count > 1:
+            code, self._now = self.processes.agree(_REASONS.index(self._stop()), self._clock())
+            self._reason = _REASONS[code]
+
+    def clock(self) -> float:
+        """Seconds."""
+        return self._clock() if self.processes.count == 1 else self._now
+
+    def stop(self) -> str | None:
+        """The reason to stop, or None."""
+        return self._stop() if self.processes.count == 1 else self._reason
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:

@@ -6,9 +6,10 @@ and the last checkpoint is set aside, as long as the earlier ones took, and the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
+from dfcli.system.processes import Pulse
 from dfcli.training.settings import Recipe
 from dfcli.training.state import State
 
@@ -20,8 +21,9 @@ class Budget:
     """Time and steps of the training whose `state` advances. `clock` gives seconds; an evaluation scores about
     `validation_tokens`."""
 
-    def __init__(self, recipe: Recipe, state: State, clock: Callable[[], float], validation_tokens: int) -> None:
-        self.recipe, self.state, self.clock, self.validation_tokens = recipe, state, clock, validation_tokens
+    def __init__(self, recipe: Recipe, state: State, pulse: Pulse, validation_tokens: int) -> None:
+        self.recipe, self.state, self.validation_tokens = recipe, state, validation_tokens
+        self.clock, self.beat = pulse.clock, pulse.beat
         self.start()
 
     def start(self) -> None:

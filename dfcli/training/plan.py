@@ -19,10 +19,11 @@ from dfcli.errors import DfError, UsageError
 from dfcli.ingest.builtin import builtin_sources
 from dfcli.ingest.prepare import prepare
 from dfcli.runs.run import Run, runs_home
+from dfcli.system import processes
 from dfcli.system.device import Device, resolve
 from dfcli.system.events import Choice, OnEvent, ignore
 from dfcli.system.files import free_bytes, same_name
-from dfcli.system.words import size
+from dfcli.system.words import counted, size
 from dfcli.training import recipes
 from dfcli.training.presets import preset
 from dfcli.training.request import Request, corpus_file
@@ -119,6 +120,8 @@ def make(request: Request, *, show: bool = False, on_event: OnEvent = ignore) ->
     base_recipe = change(change(Recipe(), entry.get("recipe", {})), recipe_values)
 
     choices = [Choice("device", device.name, device.reason)]
+    if processes.count() > 1:
+        choices.append(Choice("processes", str(processes.count()), "each computes its share of a step's sequences"))
     if "steps" not in recipe_values and "minutes" not in recipe_values and not base_recipe.steps:
         recipe_values["minutes"] = recipes.DEFAULT_MINUTES
         choices.append(Choice("minutes", f"{recipes.DEFAULT_MINUTES:g}", "neither --steps nor --minutes was given"))
@@ -185,6 +188,21 @@ def check_fits(plan: Plan) -> None:
         raise DfError(
             f"the checkpoints would take about {size(wanted)}, and {home} has {size(free_bytes(home))} free",
             "free some space, or put DFCLI_HOME on another disk",
+        )
+
+
+def check_shared(plan: Plan) -> None:
+    """Raise UsageError where several processes cannot share the batches."""
+    count, rows = processes.count(), plan.recipe.batch_size
+    if count > 1 and plan.core == "charwavenet":
+        raise UsageError(
+            "the lecture's WaveNet normalises over all rows of a batch, so one process must have them",
+            "train it without torchrun",
+        )
+    if rows % count:
+        raise UsageError(
+            f"{count} processes cannot share {counted(rows, 'sequence')} equally",
+            f"give `--batch-size {-(-rows // count) * count}`, or start another number of processes",
         )
 
 

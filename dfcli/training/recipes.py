@@ -20,6 +20,7 @@ from typing import Any
 
 from dfcli import cores
 from dfcli.cores.wavenet import DOUBLING
+from dfcli.system import processes
 from dfcli.system.device import Device
 from dfcli.system.events import Choice
 from dfcli.system.words import counted
@@ -199,7 +200,7 @@ def _size(
         reason = "usual on " + _article(device) if chosen == usual else "small, as the corpus is"
     else:
         wanted = TOKENS_PER_PARAMETER[draft.core]
-        flops = 60 * minutes * rate * EFFICIENCY
+        flops = 60 * minutes * rate * processes.count() * EFFICIENCY
         costs = [3 * cores.config(draft.core, size).flops_per_token() for size in sizes]
         affordable = max((i for i, cost in enumerate(costs) if flops / cost >= wanted * counts[i]), default=0)
         chosen = min(affordable, fed)
@@ -241,7 +242,14 @@ def _dropout(draft: Draft, corpus: Corpus, device: Device, steps: int, minutes: 
         tokens = steps * recipe["batch_size"] * recipe.get("accumulate", 1) * length
     else:
         rate = device.peak_flops() or 0.0
-        tokens = rate * EFFICIENCY * 60 * minutes / (3 * cores.config("gpt", draft.config).flops_per_token())
+        tokens = (
+            rate
+            * processes.count()
+            * EFFICIENCY
+            * 60
+            * minutes
+            / (3 * cores.config("gpt", draft.config).flops_per_token())
+        )
     epochs = tokens / max(1, corpus.tokens)
     # A model that is small beside its corpus cannot learn it by heart, however often it reads it.
     small = cores.config("gpt", draft.config | {"ngrams": 1}).parameters() < 2 * corpus.tokens
@@ -282,13 +290,13 @@ def _article(device: Device) -> str:
 
 
 def memory_bytes(core: str, config: cores.CoreConfig, recipe: Recipe, device: Device) -> int:
-    """About how much memory training takes, in bytes: weights, gradients and optimiser state in float32, and what a
-    micro-batch keeps for its backward pass, counted from the tensors that each layer saves."""
+    """About how much memory training takes in each process, in bytes: weights, gradients and optimiser state in
+    float32, and what a micro-batch keeps for its backward pass, counted from the tensors that each layer saves."""
     optimizer = {"sgd": int(recipe.momentum > 0), "adamw": 2, "muon": 2}[recipe.optimizer]
     c: Any = config
     tables = c.channels * sum(c.ngram_rows) if core == "gpt" and recipe.optimizer == "muon" else 0  # see optim.Rows
     weights = 4 * ((config.parameters() - tables) * (2 + optimizer) + 2 * tables)
-    window, rows = recipe.window or config.context, recipe.batch_size
+    window, rows = recipe.window or config.context, -(-recipe.batch_size // processes.count())
     if core == "gpt" and backend.unsupported(config, recipe, device) is None:
         # Each thread: its gradients, the weights packed for both ways, what it keeps of one row. The n-grams' gradients
         # and places are the whole batch's.

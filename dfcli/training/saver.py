@@ -28,6 +28,19 @@ class Store(Protocol):
     ) -> Path: ...
 
 
+class Nowhere:
+    """The store of processes that do not write, of the run in `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def log(self, row: dict[str, Any], /) -> None:
+        pass
+
+    def save(self, step: int, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any], /) -> Path:
+        return self.path
+
+
 class Saver:
     """Saves `core` and `optimizer`, which belong to the training whose `state` advances, to `store`."""
 
@@ -58,6 +71,7 @@ class Saver:
         model = {name: tensor.detach() for name, tensor in self.core.state_dict().items()}
         with self.budget.paused():
             path = self.store.save(s.step, model, self.optimizer.state_tensors(), asdict(s))
+            self.budget.beat()
         self.saved_step = s.step
         self.last_save = self.budget.seconds
         s.save_seconds = self.last_save - began

@@ -24,15 +24,19 @@ from dfcli.runs.run import Run
 from dfcli.system.device import resolve
 from dfcli.system.events import Choice, Note, OnEvent, ignore
 from dfcli.system.files import DAMAGED, read_json, same_name, write_json
+from dfcli.system.processes import Processes, joined
 from dfcli.system.words import size
 from dfcli.training import plan as plans
 from dfcli.training.events import Finished, Started
 from dfcli.training.plan import Plan
 from dfcli.training.request import Request
+from dfcli.training.saver import Nowhere
 from dfcli.training.settings import Recipe, override
 from dfcli.training.state import State
 from dfcli.training.trainer import Trainer
 from dfcli.training.validation import preview_of, validation_of
+
+FINISHED = "finished"  # in place of a state: there is nothing left to train
 
 
 @dataclass(frozen=True)
@@ -114,8 +118,15 @@ def train(
     request = Request(
         kind, tuple(data), preset, name, steps, minutes, device, batch_size, lr, seed, init, overrides or {}
     )
+    with joined() as group:
+        session = Session(group, previews, on_event, stop, clock)
+        return _lead(request, resume, session) if group.first else _follow(request, session)
+
+
+def _lead(request: Request, resume: bool, session: Session) -> TrainResult:
+    """Train in the first process, which alone prepares data, makes the run and writes to it."""
+    on_event = session.on_event
     request.check(resume=resume)
-    session = Session(previews, on_event, stop, clock)
     run = _existing(request, on_event) if resume else None
     if run is not None:
         return _resume(run, request, session)
@@ -125,29 +136,57 @@ def train(
     with made.dataset as dataset:
         for choice in made.choices:
             on_event(choice)
+        plans.check_shared(made)
         plans.check_fits(made)
         _warn(made, on_event)
         run = Run.create(str(made.name), _info(made, dataset), dataset.codec)
         try:
             with run.lock():
+                session.invite(run, None)
                 return session.run(run, made, dataset, None)
         finally:
             if not run.steps():  # nothing was reached that could be gone on with
                 runs.remove(run.name)
 
 
+def _follow(request: Request, session: Session) -> TrainResult:
+    """Train in another process than the first: on the run that the first one has made or opened."""
+    session = replace(session, previews=False)
+    name, values = session.group.from_first(None)
+
+    def opened() -> tuple[Run, Plan, Dataset]:
+        run = Run.open(name)
+        plan = _plan_of(run, request)
+        plans.check_fits(plan)
+        return run, plan, _dataset_of(run, ignore)
+
+    if values == FINISHED:
+        return _finished(Run.open(name), ignore)
+    run, plan, dataset = session.group.together(opened)
+    with dataset:
+        return session.run(run, plan, dataset, State.from_json(values) if values else None)
+
+
 @dataclass(frozen=True)
 class Session:
-    """One call of `train`: whom to tell, whom to ask, and what time it is."""
+    """One call of `train`: who takes part, whom to tell, whom to ask, and what time it is."""
 
+    group: Processes
     previews: bool
     on_event: OnEvent
     stop: Callable[[], str | None]
     clock: Callable[[], float]
 
+    def invite(self, run: Run, state: State | None) -> None:
+        """Let the other processes take part, once they have found that they can."""
+        self.group.from_first([run.name, asdict(state) if state else None])
+        self.group.together(lambda: None)
+
     def run(self, run: Run, plan: Plan, dataset: Dataset, state: State | None) -> TrainResult:
-        """Train a run, whose lock is held, from its last checkpoint (`state`) or from the start, and close it."""
-        device, recipe = plan.device, plan.recipe
+        """Train a run, whose lock the first process holds, from its last checkpoint (`state`) or from the start, and
+        close it."""
+        device, recipe, group = plan.device, plan.recipe, self.group
+        group.connect(device)
         gpus = [device.torch_device] if device.kind == "cuda" else []
         with _memory(plan), torch.random.fork_rng(devices=gpus):
             torch.manual_seed(plan.seed)
@@ -159,17 +198,18 @@ class Session:
                 dataset.splits["train"], batch_size=recipe.batch_size, window=recipe.window, seed=plan.seed,
                 packing=recipe.packing, boundary=dataset.boundary, lines=dataset.lines, lead=dataset.lead,
             )  # fmt: skip
-            validation = validation_of(core, dataset, device, recipe.eval_tokens, self.on_event)
+            validation = validation_of(core, dataset, device, recipe.eval_tokens, group, self.on_event)
             if validation and self.previews:
                 validation = replace(validation, preview=preview_of(core, dataset, device, plan.seed))
             trainer = Trainer(
-                core, recipe, batches, run, device, seed=plan.seed, state=state, validation=validation,
-                on_event=self.on_event, stop=self.stop, clock=self.clock,
+                core, recipe, batches, run if group.first else Nowhere(run.path), device, seed=plan.seed, state=state,
+                validation=validation, on_event=self.on_event, stop=self.stop, clock=self.clock, processes=group,
             )  # fmt: skip
             if state is not None:
                 saved = run.load(state.step, optimizer=True)
                 core.load_state_dict(saved.model)
                 trainer.optimizer.load_state_tensors(saved.optimizer or {})
+            group.send(list(core.state_dict().values()))  # the same bits everywhere, whatever processor drew them
             reached = trainer.state
             self.on_event(Started(plan, run.path, reached.step, reached.best_val_loss))
             stopped = trainer.run()
@@ -189,7 +229,7 @@ class Session:
             val_loss=val_loss, best_step=reached.best_step or reached.step, parameters=plan.parameters,
             device=device.name, seed=plan.seed, skipped=reached.skipped, stopped=stopped,
         )  # fmt: skip
-        if stopped is None:
+        if stopped is None and group.first:
             write_json(run.path / runs.RESULT, {"format": 1, **asdict(result)})
         self.on_event(Finished(result))
         return result
@@ -200,7 +240,7 @@ class Session:
         if reached.best_val_loss is not None and (not limit or limit >= dataset.splits["val"].tokens_count):
             return reached.best_val_loss  # measured over the whole split already
         core.load_state_dict(run.load("best").model)
-        return sweep(core, dataset, "val", plan.device, on_event=self.on_event).mean
+        return sweep(core, dataset, "val", plan.device, processes=self.group, on_event=self.on_event).mean
 
 
 def _existing(request: Request, on_event: OnEvent) -> Run | None:
@@ -232,11 +272,14 @@ def _resume(run: Run, request: Request, session: Session) -> TrainResult:
             f"run `{run.name}` was started with another {option}, which would change its result",
             f"leave {option} out, or start a new run from its weights with `--init {run.name}`",
         )
+    plans.check_shared(made)
     if (run.path / runs.RESULT).exists():
+        session.group.from_first([run.name, FINISHED])
         return _finished(run, session.on_event)
     with run.lock(), _dataset_of(run, session.on_event) as dataset:
         # One that finished while this one waited is not trained again.
         if (run.path / runs.RESULT).exists():
+            session.group.from_first([run.name, FINISHED])
             return _finished(run, session.on_event)
         _warn(made, session.on_event)
         state = None
@@ -252,6 +295,7 @@ def _resume(run: Run, request: Request, session: Session) -> TrainResult:
         began, here = run.info.get("device"), made.device.name
         if began != here:
             session.on_event(Note(f"the run began on {began}: on {here} it goes on, but not bit for bit"))
+        session.invite(run, state)
         return session.run(run, replace(made, dataset=dataset), dataset, state)
 
 

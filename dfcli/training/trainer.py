@@ -22,10 +22,10 @@ from torch import Tensor
 from dfcli import cores
 from dfcli.cores.protocols import Backend
 from dfcli.data.batches import IGNORED, Batch
-from dfcli.errors import DfError
 from dfcli.system.allocator import kept_memory, settled_objects
 from dfcli.system.device import Device, pytorch_threads
 from dfcli.system.events import Note, OnEvent, ignore
+from dfcli.system.processes import ALONE, Processes, Pulse
 from dfcli.training.backend import TorchBackend, choose, tensors
 from dfcli.training.budget import Budget
 from dfcli.training.events import Sample
@@ -65,12 +65,15 @@ class Trainer:
         on_event: OnEvent = ignore,
         stop: Callable[[], str | None] = lambda: None,
         clock: Callable[[], float] = time.perf_counter,
+        processes: Processes = ALONE,
     ) -> None:
         self.core, self.recipe, self.batches, self.device = core, recipe, batches, device
-        self.seed, self.validation, self.on_event, self.stop = seed, validation, on_event, stop
+        self.seed, self.validation, self.on_event, self.processes = seed, validation, on_event, processes
+        pulse = Pulse(processes, clock, stop)
+        self.stop = pulse.stop
         self.state = state = state or State()
         self.optimizer = Optimizer(core, recipe)
-        self.budget = Budget(recipe, state, clock, validation.tokens if validation else 0)
+        self.budget = Budget(recipe, state, pulse, validation.tokens if validation else 0)
         self.meter = Meter(recipe, state, self.budget, core.config.flops_per_token(), store.log, on_event)
         self.saver = Saver(recipe, state, self.budget, core, self.optimizer, store, on_event)
         self.backend: Backend = TorchBackend(core, recipe, device)
@@ -84,6 +87,7 @@ class Trainer:
             return None
         self.core.train()
         self.backend = choose(self.core, self.recipe, self.device, self.on_event)
+        self.budget.beat()
         self.budget.start()
         self.backend.warm_up(lambda: self.batches.at(self.state.step), self.on_event)
         self.optimizer.use(self.backend)
@@ -100,6 +104,7 @@ class Trainer:
         s, r = self.state, self.recipe
         factor = lr_factor(r, s.step, self.budget.fraction(), s.val_losses)
         nats, tokens, norm = self.gradients(s.step)
+        self.budget.beat()
         if math.isfinite(nats) and math.isfinite(norm):
             if r.clip:
                 self.optimizer.clip_gradients(norm, r.clip)
@@ -119,13 +124,15 @@ class Trainer:
 
     def gradients(self, step: int) -> tuple[float, int, float]:
         """Fill the gradients for update `step`. Returns the summed loss in nats, the number of targets it is over,
-        and the gradient's norm. The gradient is that of the mean over the targets of all micro-batches together."""
-        seed_dropout(step_seed(self.seed, step), self.device)
+        and the gradient's norm. The gradient is that of the mean over the targets of all micro-batches together, of
+        which each process computes its rows."""
+        seed_dropout(step_seed(self.seed, step, self.processes.rank), self.device)
         micros = [self.batches.at(step, micro) for micro in range(self.recipe.accumulate)]
         count = sum(int((batch.targets != IGNORED).sum()) for batch in micros)
         total = torch.zeros((), device=self.device.torch_device)
         for batch in micros:
-            total += self.backward(batch, count)
+            total += self.backward(batch.part(self.processes.rows(len(batch.ids))), count)
+        self.processes.add_gradients(self.optimizer.named.values(), total)
         nats, norm = torch.stack((total, self.optimizer.gradient_norm())).tolist()  # the step's one wait for the device
         return nats, count, norm
 
@@ -139,6 +146,8 @@ class Trainer:
         with self.budget.paused(), pytorch_threads(self.device.threads):
             began = self.budget.seconds
             loss = validation.loss()
+            self.processes.check_equal(list(self.core.parameters()))
+            self.budget.beat()
             self.state.evaluation_seconds = self.budget.seconds - began
             if math.isfinite(loss):
                 self.state.validated(loss)
@@ -146,6 +155,7 @@ class Trainer:
                 self.on_event(Note(f"the validation loss after step {self.state.step} is not finite"))
             if validation.preview:
                 self.on_event(Sample(self.state.step, validation.preview()))
+            self.budget.beat()
         self.budget.evaluated()
 
     def leave_out(self, nats: float, lr: float) -> None:
@@ -158,16 +168,18 @@ class Trainer:
             kept = f"the checkpoint of step {saved} is kept" if saved else "there is no checkpoint"
             earlier = "1 batch was" if s.skipped == 2 else f"{s.skipped - 1} batches were"
             often = f" ({earlier} left out before)" if s.skipped > 1 else ""
-            raise DfError(
+            raise self.processes.error(
                 f"{what}{often}, at a learning rate of {lr:.3g}; training stopped before the update, and {kept}",
                 "train again under a new name with a lower `--lr`, a longer `--set warmup=...` or `--set clip=1`",
             )
         self.on_event(Note(f"{what}: its batch is left out"))
 
 
-def step_seed(seed: int, step: int) -> int:
-    """The seed of torch's generators (dropout) for a step: 63 bits of a hash, so that neighbours share nothing."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{step}".encode()).digest()[:8], "little") >> 1
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """The seed of torch's generators (dropout) for a step in the process `rank`: 63 bits of a hash, so that neighbours
+    share nothing."""
+    words = f"{seed}:{step}:{rank}" if rank else f"{seed}:{step}"
+    return int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "little") >> 1
 
 
 def seed_dropout(seed: int, device: Device) -> None:

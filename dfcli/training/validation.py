@@ -16,6 +16,7 @@ from dfcli.generation.plain import Plain
 from dfcli.generation.sampling import Dice
 from dfcli.system.device import Device
 from dfcli.system.events import OnEvent
+from dfcli.system.processes import Processes
 
 PREVIEW_TOKENS = 120
 
@@ -30,14 +31,17 @@ class Validation:
 
 
 def validation_of(
-    core: cores.Core, dataset: Dataset, device: Device, limit: int, on_event: OnEvent
+    core: cores.Core, dataset: Dataset, device: Device, limit: int, processes: Processes, on_event: OnEvent
 ) -> Validation | None:
     """The loss of `core` over about `limit` targets (0: all) of the validation split; None where there is none that has
     a next token to predict."""
     val = dataset.splits.get("val")
     if val is None or val.longest + dataset.lines < 2:
         return None
-    loss = lambda: sweep(core, dataset, "val", device, limit=limit or None, on_event=on_event).mean  # noqa: E731
+
+    def loss() -> float:
+        return sweep(core, dataset, "val", device, limit=limit or None, processes=processes, on_event=on_event).mean
+
     return Validation(loss, min(limit or val.tokens_count, val.tokens_count))
 
 
