@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from dfcli.cli import output
 from dfcli.cli.figures import count, size
 from dfcli.cli.layout import Command, Group
-from dfcli.cli.options import Yes, confirmed, mention_stdin
+from dfcli.cli.options import Json, Yes, confirmed, mention_stdin
 from dfcli.system.files import check_name
 from dfcli.system.words import counted
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(cls=Group, no_args_is_help=True, help="Prepare, list, show, fetch and remove data.")
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="The dataset's name.")]
 MEASURED = 500_000  # tokens that `df data show` measures an encoding on
 
 
@@ -121,7 +120,7 @@ def prepare(
 
 
 @app.command("list", cls=Command)
-def list_() -> None:
+def list_(json: Json = False) -> None:
     """List all prepared datasets.
 
     Examples:
@@ -131,6 +130,9 @@ def list_() -> None:
 
     with output.Listener() as listener:
         datasets = list_datasets(listener)
+    if json:
+        output.write_json({"datasets": [_facts(dataset) for dataset in datasets]})
+        return
     if not datasets:
         output.say("there are no datasets yet; `df data prepare` makes one, and so does `df train`")
         return
@@ -141,12 +143,31 @@ def list_() -> None:
             dataset.info["codec"]["name"],
             *(count(dataset.splits[s].tokens_count) if s in dataset.splits else "-" for s in ("train", "val")),
             count(_given(dataset)),
-            size(sum(file.stat().st_size for file in dataset.path.iterdir() if file.is_file())),
+            size(_size(dataset)),
         )
         for dataset in datasets
     ]
     right = ("TRAIN", "VAL", "DOCUMENTS", "SIZE")
     output.table(("NAME", "KIND", "CODEC", "TRAIN", "VAL", "DOCUMENTS", "SIZE"), rows, right)
+
+
+def _facts(dataset: Dataset) -> dict[str, Any]:
+    """What a list says of a dataset, for programs."""
+    return {
+        "dataset": dataset.name,
+        "path": str(dataset.path),
+        "kind": dataset.kind,
+        "codec": dataset.info["codec"]["name"],
+        "vocab_size": dataset.vocab_size,
+        "tokens": {name: split.tokens_count for name, split in dataset.splits.items()},
+        "documents": _given(dataset),
+        "created": dataset.info["created"],
+        "size_bytes": _size(dataset),
+    }
+
+
+def _size(dataset: Dataset) -> int:
+    return sum(file.stat().st_size for file in dataset.path.iterdir() if file.is_file())
 
 
 def _given(dataset: Dataset) -> int:
@@ -156,7 +177,9 @@ def _given(dataset: Dataset) -> int:
 
 
 @app.command(cls=Command)
-def show(name: Annotated[str, typer.Argument(metavar="NAME", help="A dataset's name or folder.")]) -> None:
+def show(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A dataset's name or folder.")], json: Json = False
+) -> None:
     """Show a dataset: its codec, its splits and what was left out.
 
     Examples:
@@ -165,6 +188,9 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME", help="A dataset's n
     from dfcli.data.dataset import Dataset
 
     with Dataset.open(name) as dataset:
+        if json:
+            output.write_json(_facts(dataset) | {"info": dataset.info})
+            return
         items: list[tuple[str, object]] = [
             ("dataset", dataset.name),
             ("path", dataset.path),
@@ -258,21 +284,30 @@ def get(
 
 
 @app.command(cls=Command)
-def remove(name: Name, yes: Yes = False) -> None:
-    """Remove a prepared dataset. Its sources are not touched.
+def remove(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="The datasets' names.")], yes: Yes = False
+) -> None:
+    """Remove prepared datasets. Their sources are not touched.
 
     Examples:
       df data remove names
     """
-    from dfcli.data.dataset import remove_dataset
+    from dfcli.data.dataset import Dataset, remove_dataset
     from dfcli.ingest.sources import list_some
     from dfcli.runs import list_runs
 
-    check_name(name, "dataset")
-    trained = [f"`{run.name}`" for run in list_runs() if run.info.get("dataset", {}).get("name") == name]
-    need = f", which `df eval` needs for {list_some(trained)}" if trained else ""
-    if not confirmed(f"remove the dataset `{name}`{need}", yes):
+    for name in names if len(names) > 1 else ():  # nothing is removed where one of the names is wrong
+        check_name(name, "dataset")
+        Dataset.open(name).close()
+    needs: dict[str, str] = {}
+    for name in names:
+        check_name(name, "dataset")
+        trained = [f"`{run.name}`" for run in list_runs() if run.info.get("dataset", {}).get("name") == name]
+        needs[name] = f", which `df eval` needs for {list_some(trained)}" if trained else ""
+    listed = ", ".join(f"the dataset `{name}`{need}" for name, need in needs.items())
+    if not confirmed(f"remove {listed}", yes):
         output.say("nothing was removed")
         raise typer.Exit(1)
-    remove_dataset(name)
-    output.say(f"removed the dataset `{name}`{need}")
+    for name, need in needs.items():
+        remove_dataset(name)
+        output.say(f"removed the dataset `{name}`{need}")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dfcli.cli import output
 from dfcli.cli.figures import count, short
-from dfcli.cli.options import Checkpoint, Device, Json, RunName
+from dfcli.cli.options import Checkpoint, Device, Json
 
 if TYPE_CHECKING:
     from dfcli.evaluation.evaluate import Evaluation
@@ -25,7 +24,10 @@ UNITS = {
 
 
 def evaluate(
-    run: RunName = None,
+    run: Annotated[
+        list[str] | None,
+        typer.Option("--run", metavar="NAME", help="A run's name, folder or packed file; repeat it to compare."),
+    ] = None,
     data: Annotated[
         list[str] | None,
         typer.Option("--data", metavar="NAME|PATH", help="Other data than the run's own; files are scored whole."),
@@ -36,8 +38,13 @@ def evaluate(
     stride: Annotated[
         int | None,
         typer.Option(
-            "--stride", metavar="N", help="Of a GPT's windows; the context by default. Smaller: more context."
+            "--stride",
+            metavar="N",
+            help="Distance between evaluation windows (GPT only). Smaller gives more context but is slower.",
         ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", help="Score only the first N tokens, for a quick look.")
     ] = None,
     checkpoint: Checkpoint = "best",
     device: Device = "auto",
@@ -45,47 +52,77 @@ def evaluate(
 ) -> None:
     """Measure a run: loss, perplexity and bits, beside baselines on the same tokens.
 
-    Every position is scored once, deterministically; how is said below the table.
+    Every token is scored once, always in the same way. The line below the table
+    says how.
 
     Examples:
       df eval
-      df eval --run shakespeare --split train
+      df eval --run shakespeare --split train --limit 100000
+      df eval --run small --run large
       df eval --run shakespeare --data other.txt --stride 32 --json
     """
     from dfcli.ingest.prepare import check_sources
     from dfcli.runs import Run, newest
 
     with output.Listener() as listener:
-        chosen = Run.open(run) if run else newest(on_event=listener)
+        chosen = [Run.open(name) for name in run] if run else [newest(on_event=listener)]
         check_sources(data or [])
-        output.say(f"run {chosen.name}", style="dim")
-        with output.loading():
-            from dfcli.evaluation.evaluate import evaluate
+        found: list[Evaluation] = []
+        for each in chosen:
+            output.say(f"run {each.name}", style="dim")
+            with output.loading():
+                from dfcli.evaluation.evaluate import evaluate
 
-        found = evaluate(
-            chosen, data or [], split=split, stride=stride, checkpoint=checkpoint, device=device, on_event=listener
-        )
+            found.append(
+                evaluate(
+                    each,
+                    data or [],
+                    split=split,
+                    stride=stride,
+                    limit=limit,
+                    checkpoint=checkpoint,
+                    device=device,
+                    on_event=listener,
+                )
+            )
     if json:
-        output.write_json(dataclasses.asdict(found))
+        objects = [dataclasses.asdict(evaluation) for evaluation in found]
+        output.write_json(objects[0] if len(objects) == 1 else {"runs": objects})
     else:
         _print(found)
 
 
-def _print(found: Evaluation) -> None:
-    model = dataclasses.asdict(found)
-    figures = {found.run: model} | found.baselines
+def _print(found: list[Evaluation]) -> None:
+    """One table: the models, and each baseline once where it is the same for all of them."""
+    figures: dict[str, dict[str, Any]] = {}
+    for one in found:
+        figures[one.run] = dataclasses.asdict(one)
+    for one in found:
+        for name, values in one.baselines.items():
+            shared = all(other.baselines.get(name) == values for other in found)
+            figures[name if shared else f"{name} of {one.run}"] = values
     units: list[str] = []
-    for unit in UNITS:  # those that apply; one that says the same as another, as with a byte a token, once
-        known = model[unit] is not None
+    for unit in UNITS:  # a column for each unit that applies, but not two columns of the same figures
+        known = all(figure.get(unit) is not None for figure in figures.values())
         if known and not any(all(f[unit] == f[other] for f in figures.values()) for other in units):
             units.append(unit)
+    sizes = [unit for unit in ("bits_per_byte", "bits_per_sample", "loss") if unit in units]
     rows = [
-        [name, *(f"{values[unit]:.4f}" for unit in units), f"{math.exp(min(values['loss'], 700)):.4g}"]
-        for name, values in sorted(figures.items(), key=lambda item: item[1]["loss"])
+        [name, *(f"{values[unit]:.4f}" for unit in units), f"{_perplexity(values['loss']):.4g}"]
+        for name, values in sorted(figures.items(), key=lambda item: item[1][sizes[0] if len(found) > 1 else "loss"])
     ]
     columns = ["MODEL", *(UNITS[unit] for unit in units), "PERPLEXITY"]
     output.table(columns, rows, right=columns[1:])
     output.write("\n")
-    output.paragraph(f"dataset {found.dataset}, split {found.split}, checkpoint of step {count(found.checkpoint)}")
-    output.paragraph(found.protocol)
-    output.say(f"{short(found.tokens_per_second)} tokens/s", style="dim")
+    for one in found:
+        whose = f"{one.run}: " if len(found) > 1 else ""
+        output.paragraph(f"{whose}dataset {one.dataset}, split {one.split}, checkpoint of step {count(one.checkpoint)}")
+        if one is found[-1] or one.protocol != found[-1].protocol:
+            output.paragraph(one.protocol)
+        output.say(f"{whose}{short(one.tokens_per_second)} tokens/s", style="dim")
+
+
+def _perplexity(loss: float) -> float:
+    import math
+
+    return math.exp(loss) if loss < 700 else math.inf

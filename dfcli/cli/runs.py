@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import shlex
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,8 +14,8 @@ import typer
 from dfcli.cli import output
 from dfcli.cli.figures import age, count, duration, size, sparkline
 from dfcli.cli.layout import Command, Group
-from dfcli.cli.options import Yes, confirmed
-from dfcli.errors import DfError
+from dfcli.cli.options import Checkpoint, Json, Yes, confirmed
+from dfcli.errors import DfError, UsageError
 from dfcli.system.files import check_name, read_json
 from dfcli.system.words import counted
 
@@ -22,11 +24,11 @@ if TYPE_CHECKING:
 
 app = typer.Typer(cls=Group, no_args_is_help=True, help="List, show and remove trained runs.")
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="A run's name, or the path of its folder.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="A run's name, folder or packed file.")]
 
 
 @app.command("list", cls=Command)
-def list_() -> None:
+def list_(json: Json = False) -> None:
     """List all runs: kind, data, state, steps, validation loss, age and size.
 
     Examples:
@@ -35,7 +37,10 @@ def list_() -> None:
     from dfcli.runs import list_runs
 
     with output.Listener() as listener:
-        runs = list_runs(listener)
+        runs = sorted(list_runs(listener), key=lambda run: (str(run.info.get("created")), run.name))
+    if json:
+        output.write_json({"runs": [facts(run) for run in runs]})
+        return
     if not runs:
         output.say("there are no runs yet; `df train gpt` makes one")
         return
@@ -51,7 +56,7 @@ def list_() -> None:
             age(seconds_since(run)),
             size(run.size_bytes()),
         )
-        for run in sorted(runs, key=lambda run: (str(run.info.get("created")), run.name))
+        for run in runs
     ]
     right = ("STEPS", "VAL LOSS", "AGE", "SIZE")
     output.table(("NAME", "KIND", "DATA", "STATE", "STEPS", "VAL LOSS", "AGE", "SIZE"), rows, right)
@@ -60,7 +65,7 @@ def list_() -> None:
 
 
 @app.command(cls=Command)
-def show(name: Name) -> None:
+def show(name: Name, json: Json = False) -> None:
     """Show a run: what was trained on what, how far, and the course of its losses.
 
     Examples:
@@ -70,6 +75,9 @@ def show(name: Name) -> None:
 
     run = Run.open(name)
     rows = run.metrics()
+    if json:
+        output.write_json(facts(run) | {"info": run.info, "metrics": rows})
+        return
     last = rows[-1] if rows else {}
     steps = run.steps()
     data = run.info.get("dataset", {})
@@ -96,7 +104,7 @@ def show(name: Name) -> None:
         items.append(
             ("last", f"step {count(last['step'])}, {counted(last['tokens'], 'token')}, {duration(last['seconds'])}")
         )
-    most = run.info.get("recipe", {}).get("eval_tokens")
+    most = run.info.get("recipe", {}).get("eval_tokens") if measured_in_part(run) else None
     for key, title in (("train_loss", "train loss"), ("val_loss", "val loss")):
         course = [row[key] for row in rows if isinstance(row.get(key), float)]
         if course:
@@ -119,20 +127,101 @@ def path(name: Name) -> None:
 
 
 @app.command(cls=Command)
-def remove(name: Annotated[str, typer.Argument(metavar="NAME", help="The run's name.")], yes: Yes = False) -> None:
-    """Remove a run and its checkpoints.
+def rename(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The run's name.")],
+    new: Annotated[str, typer.Argument(metavar="NEW", help="Its new name.")],
+) -> None:
+    """Give a run another name.
 
     Examples:
-      df runs remove shakespeare
+      df runs rename gpt-builtin-1 first
     """
     from dfcli import runs
 
-    check_name(name, "run")
-    if not confirmed(f"remove the run `{name}` and all its checkpoints", yes):
+    runs.rename(name, new)
+    output.say(f"the run `{name}` is now called `{new}`")
+
+
+@app.command(cls=Command)
+def pack(
+    name: Name,
+    out: Annotated[str, typer.Option("-o", "--output", metavar="FILE", help="The .zip file or folder to write.")],
+    checkpoint: Checkpoint = "best",
+) -> None:
+    """Pack a run into one file to give away: model, codec and figures, but not its data.
+
+    `--run model.df.zip` then works in `df sample` and `df eval`, on any machine.
+    Opening the file runs no code. It holds no paths of this machine.
+
+    Examples:
+      df runs pack shakespeare -o model.df.zip
+      df sample gpt --run model.df.zip
+    """
+    from dfcli.runs import Run
+    from dfcli.runs.pack import pack
+
+    run = Run.open(name)
+    figures = None
+    with output.Listener() as listener, output.loading():
+        from dfcli.evaluation.evaluate import evaluate
+
+        if Path(out).exists():
+            raise UsageError(f"{out} exists already", "choose another name, or remove it first")
+        try:
+            figures = dataclasses.asdict(evaluate(run, checkpoint=checkpoint, on_event=listener))
+        except DfError as error:
+            output.say(f"no figures are packed: {error.message}")
+        written = pack(run, Path(out), which=checkpoint, figures=figures)
+    total = sum(file.stat().st_size for file in written.rglob("*")) if written.is_dir() else written.stat().st_size
+    output.say(f"packed `{run.name}` into {output.one_line(out)} ({size(total)})")
+    output.say(f"next: df eval --run {shlex.quote(out)}", style="cyan", fold=False)
+
+
+@app.command(cls=Command)
+def remove(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="The runs' names.")], yes: Yes = False
+) -> None:
+    """Remove runs and their checkpoints.
+
+    Examples:
+      df runs remove shakespeare
+      df runs remove first second --yes
+    """
+    from dfcli import runs
+
+    there = {run.name for run in runs.list_runs()} if len(names) > 1 else {*names}
+    for name in names:  # nothing is removed where one of the names is wrong
+        check_name(name, "run")
+        if name not in there:
+            runs.Run.open(name)
+    listed = ", ".join(f"`{name}`" for name in names)
+    what = f"the run {listed} and all its checkpoints" if len(names) == 1 else f"the runs {listed}"
+    if not confirmed(f"remove {what}", yes):
         output.say("nothing was removed")
         raise typer.Exit(1)
-    runs.remove(name)
-    output.say(f"removed the run `{name}`")
+    for name in dict.fromkeys(names):
+        runs.remove(name)
+        output.say(f"removed the run `{name}`")
+
+
+def facts(run: Run) -> dict[str, Any]:
+    """What a list says of a run, for programs."""
+    steps = run.steps()
+    shown = val_loss(run)
+    return {
+        "run": run.name,
+        "path": str(run.path),
+        "kind": run.kind,
+        "makes": run.makes,
+        "dataset": run.info.get("dataset", {}).get("name"),
+        "state": state(run),
+        "steps": steps[-1] if steps else None,
+        "checkpoints": steps,
+        "val_loss": None if shown == "-" else float(shown.removeprefix("~")),
+        "val_loss_over_whole_split": not shown.startswith("~"),
+        "created": run.info.get("created"),
+        "size_bytes": run.size_bytes(),
+    }
 
 
 @app.command("import", cls=Command)
@@ -182,7 +271,15 @@ def val_loss(run: Run) -> str:
         shown = loss(run.state(run.resolve("best")).get("val_loss"))
     except DfError:  # there is no checkpoint, or it is damaged
         return "-"
-    return f"~{shown}" if shown != "-" and run.info.get("recipe", {}).get("eval_tokens") else shown
+    return f"~{shown}" if shown != "-" and measured_in_part(run) else shown
+
+
+def measured_in_part(run: Run) -> bool:
+    """Whether the validation losses of a training are over a part of the split. Runs of version 0.1 do not say how long
+    the split is."""
+    most = run.info.get("recipe", {}).get("eval_tokens")
+    length = run.info.get("dataset", {}).get("splits", {}).get("val")
+    return bool(most) and (not isinstance(length, int) or length > most)
 
 
 def loss(value: object) -> str:

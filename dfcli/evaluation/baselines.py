@@ -27,18 +27,22 @@ _TABLE = 257 * 256 * 256  # entries of the largest table of counts (135 MB): tri
 Ids = NDArray[np.int64]
 
 
-def count_targets(dataset: Dataset, split: str) -> Ids:
-    """How often each id is a target in a split: [V] int64."""
+def count_targets(dataset: Dataset, split: str, first: int | None = None) -> Ids:
+    """How often each id is a target in a split, or among its `first` targets: [V] int64."""
     counts = np.zeros(dataset.vocab_size, np.int64)
-    for _, _, targets in _targets(dataset, split):
+    for _, _, targets in _targets(dataset, split, first):
         counts += np.bincount(targets, minlength=len(counts))
     return counts
 
 
 def baselines(
-    scored: tuple[Dataset, str], train: tuple[Dataset, str] | None, on_event: OnEvent = ignore
+    scored: tuple[Dataset, str],
+    train: tuple[Dataset, str] | None,
+    first: int | None = None,
+    on_event: OnEvent = ignore,
 ) -> dict[str, float]:
-    """Nats per token of each baseline over the targets of the split `scored`, counted on `train`, by name.
+    """Nats per token of each baseline over the targets of the split `scored` (all, or its `first`), counted on `train`,
+    by name.
 
     Both are (dataset, split) with one codec. Without `train` there is only the uniform one; the trigram is
     left out where its table of counts, V^3, does not fit. Both splits are streamed: memory is that of the
@@ -51,15 +55,17 @@ def baselines(
     for order, name in enumerate(("unigram", "bigram", "trigram"), 1):
         if name == "trigram" and (size + 1) * size**2 > _TABLE:
             break
-        losses[name] = _ngram(scored, train, order, on_event)
+        losses[name] = _ngram(scored, train, order, first, on_event)
     return losses
 
 
-def _ngram(scored: tuple[Dataset, str], train: tuple[Dataset, str], order: int, on_event: OnEvent) -> float:
+def _ngram(
+    scored: tuple[Dataset, str], train: tuple[Dataset, str], order: int, first: int | None, on_event: OnEvent
+) -> float:
     size = scored[0].vocab_size
     if order < 3 and size**order > _TABLE:  # only what is scored need be counted
         keys = np.empty(0, np.int64)
-        for codes in _codes(*scored, order):
+        for codes in _codes(*scored, order, first):
             keys = np.union1d(keys, codes)
         counts: _Table | _Chosen = _Chosen(keys)
     else:
@@ -73,7 +79,7 @@ def _ngram(scored: tuple[Dataset, str], train: tuple[Dataset, str], order: int, 
         done += len(codes)
         on_event(Progress(f"{order}-grams of the train split", done, total, "tokens"))
     nats, tokens = 0.0, 0
-    for codes in _codes(*scored, order):
+    for codes in _codes(*scored, order, first):
         nats -= float(np.log((counts.of(codes) + 1) / (contexts.of(codes // size) + size)).sum())
         tokens += len(codes)
     return nats / tokens
@@ -107,15 +113,26 @@ class _Chosen:
         return self._counts[np.searchsorted(self._keys, codes)]
 
 
-def _codes(dataset: Dataset, split: str, order: int) -> Iterator[Ids]:
+def _codes(dataset: Dataset, split: str, order: int, first: int | None = None) -> Iterator[Ids]:
     """The last `order` ids of each context with its target, as one number: code // V is the context's, code
     % V the target."""
     size = dataset.vocab_size
-    for second, first, targets in _targets(dataset, split):
-        yield [targets, first * size + targets, (second * size + first) * size + targets][order - 1]
+    for older, before, targets in _targets(dataset, split, first):
+        yield [targets, before * size + targets, (older * size + before) * size + targets][order - 1]
 
 
-def _targets(dataset: Dataset, split: str) -> Iterator[tuple[Ids, Ids, Ids]]:
+def _targets(dataset: Dataset, split: str, first: int | None = None) -> Iterator[tuple[Ids, Ids, Ids]]:
+    """The blocks of `_all_targets`, ended after the `first` targets."""
+    left = dataset.splits[split].tokens_count if first is None else first
+    for block in _all_targets(dataset, split):
+        older, before, targets = block
+        yield older[:left], before[:left], targets[:left]
+        left -= min(left, len(targets))
+        if not left:
+            return
+
+
+def _all_targets(dataset: Dataset, split: str) -> Iterator[tuple[Ids, Ids, Ids]]:
     """Blocks of (id two before, id before, target) for every target of a split, in order. Two before a
     document's second id lies its boundary again, or V (nothing) where there is none."""
     part, starts = dataset.splits[split], dataset.splits[split].offsets

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,15 @@ import numpy as np
 from dfcli.codecs import Codec, MuLaw, TextCodec
 from dfcli.cores import GPTConfig
 from dfcli.data.dataset import Dataset, find_dataset
-from dfcli.errors import DfError, UsageError
+from dfcli.errors import CorruptError, DfError, UsageError
 from dfcli.evaluation.baselines import baselines, count_targets
 from dfcli.evaluation.sweep import Loss, sweep
 from dfcli.ingest.prepare import prepare
+from dfcli.runs.pack import FIGURES
 from dfcli.runs.run import Run, newest
 from dfcli.system.device import resolve
 from dfcli.system.events import Note, OnEvent, ignore
+from dfcli.system.files import DAMAGED, read_json
 from dfcli.system.words import counted
 
 WHOLE = "all"  # the one split of data that is given to be scored whole
@@ -38,6 +40,8 @@ class Evaluation:
     tokens: int  # scored
     context: int  # ids the model sees at most
     stride: int  # 1 where every target is seen with the whole context
+    limit: int | None  # only so many targets from the start of the split were scored
+    unknown_characters: int  # of the data, left out because the codec lacks them
     loss: float  # nats per token
     perplexity: float
     bits_per_token: float
@@ -56,6 +60,7 @@ def evaluate(
     *,
     split: str | None = None,
     stride: int | None = None,
+    limit: int | None = None,
     checkpoint: str | int = "best",
     device: str = "auto",
     on_event: OnEvent = ignore,
@@ -65,16 +70,21 @@ def evaluate(
     Without `data` it is a split ("val" by default) of the dataset that the run was trained on. `data` may
     name another dataset, prepared with the same codec, or files and folders, which are scored whole as the
     split "all". `stride` is for GPTs, from 1 to the context (the default): a smaller one gives each target
-    more context and takes longer.
+    more context and takes longer. `limit` scores only that many tokens from the start of the split. Characters of
+    `data` that the codec lacks are left out and counted.
     Raises UsageError for options out of range, DfError if the run's data is gone or has changed, or cannot
     be expressed in its codec, CorruptError for damaged files.
     """
     where = resolve(device)
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit must be at least 1 token, not {limit}")
     if run is None:
         run = newest()
         on_event(Note(f"the newest run is {run.name}"))
     elif not isinstance(run, Run):
         run = Run.open(run)
+    if not data and stride is None and limit is None and (packed := _packed(run, split, on_event)):
+        return packed
     with _dataset(run, data, on_event) as dataset:
         split = _split(dataset, split)
         core, loaded = run.build(checkpoint, where.torch_device)
@@ -85,13 +95,13 @@ def evaluate(
             )
             stride = None
         began = time.perf_counter()
-        loss = sweep(core, dataset, split, where, stride=stride, on_event=on_event)
+        loss = sweep(core, dataset, split, where, stride=stride, first=limit, on_event=on_event)
         seconds = time.perf_counter() - began
         if not math.isfinite(loss.nats):
             raise DfError(f"the loss of run {run.name} is not finite", "try an earlier `--checkpoint`")
         with _counted(run, dataset, on_event) as train:
-            others = baselines((dataset, split), train, on_event)
-        sizes = _sizes(run.codec, dataset, split, loss.tokens)
+            others = baselines((dataset, split), train, limit, on_event)
+        sizes = _sizes(run.codec, dataset, split, loss.tokens, limit)
         bits = _bits(loss.mean, sizes)
         return Evaluation(
             run=run.name,
@@ -101,8 +111,10 @@ def evaluate(
             tokens=loss.tokens,
             context=loss.context,
             stride=loss.stride,
+            limit=limit,
+            unknown_characters=dataset.info["facts"].get("unknown_characters", 0),
             loss=loss.mean,
-            perplexity=math.exp(min(loss.mean, 700)),  # e^700 is nearly the largest float
+            perplexity=math.exp(loss.mean) if loss.mean < 700 else math.inf,  # e^709 is the largest float
             bits_per_token=bits["bits_per_token"],
             bits_per_byte=bits.get("bits_per_byte"),
             bits_per_character=bits.get("bits_per_character"),
@@ -112,6 +124,27 @@ def evaluate(
             seconds=seconds,
             tokens_per_second=loss.tokens / seconds,
         )
+
+
+def _packed(run: Run, split: str | None, on_event: OnEvent) -> Evaluation | None:
+    """The figures that a packed run carries, where the data that it was trained on is not here."""
+    path = run.path / FIGURES
+    if not path.is_file():
+        return None
+    try:
+        _own_dataset(run).close()
+        return None
+    except DfError:
+        found = read_json(path)
+    known = {field.name: found[field.name] for field in fields(Evaluation) if field.name in found}
+    try:
+        stored = Evaluation(**known)
+    except TypeError:
+        raise CorruptError(f"{path} does not hold the figures of an evaluation", DAMAGED) from None
+    if split not in (None, stored.split):
+        raise UsageError(f"the packed run {run.name} holds figures of the split {stored.split} only", "give `--data`")
+    on_event(Note(f"the data is not in the packed run {run.name}: these figures were measured when it was packed"))
+    return replace(stored, run=run.name)
 
 
 @contextmanager
@@ -183,13 +216,13 @@ def _split(dataset: Dataset, split: str | None) -> str:
     return split
 
 
-def _sizes(codec: Codec, dataset: Dataset, split: str, tokens: int) -> dict[str, int]:
+def _sizes(codec: Codec, dataset: Dataset, split: str, tokens: int, limit: int | None) -> dict[str, int]:
     """How many of each unit the scored targets stand for."""
     sizes = {"bits_per_token": tokens}
     if isinstance(codec, MuLaw):
         sizes["bits_per_sample"] = tokens
     elif isinstance(codec, TextCodec):
-        counts = count_targets(dataset, split)
+        counts = count_targets(dataset, split, limit)
         sizes["bits_per_byte"] = int(np.dot(counts, codec.byte_lengths))
         sizes["bits_per_character"] = int(np.dot(counts, codec.character_lengths))
     return sizes
@@ -200,18 +233,28 @@ def _bits(nats_per_token: float, sizes: dict[str, int]) -> dict[str, float]:
     return {unit: bits / size for unit, size in sizes.items() if size}
 
 
+def _length(codec: Codec, count: int) -> str:
+    """So many ids; of sound also in ms."""
+    if isinstance(codec, MuLaw):
+        return f"{counted(count, 'sample')} ({1000 * count / codec.sample_rate:,.0f} ms)"
+    return counted(count, "id")
+
+
 def _protocol(loss: Loss, dataset: Dataset, split: str, others: dict[str, float]) -> str:
     """How the figures were measured, in a sentence's words."""
     documents = dataset.splits[split].documents
     unit = "line" if dataset.lines else "recording" if dataset.kind == "audio" else "text"
+    ids = _length(dataset.codec, loss.context)
     where = f"one {unit}" if documents == 1 else f"{documents:,} {unit}s"
     if loss.stride == 1:
-        seen = f"seeing the newest {counted(loss.context, 'id')} of its {unit} (fewer at its start)"
+        seen = f"seeing the newest {ids} of its {unit} (fewer at its start)"
     elif loss.stride == loss.context:
-        seen = f"in windows of {counted(loss.context, 'id')} that do not overlap, from the start of its {unit}"
+        seen = f"in windows of {ids} that do not overlap, from the start of its {unit}"
     else:
         least = loss.context - loss.stride + 1
-        seen = f"seeing the newest {least:,} to {counted(loss.context, 'id')} of its {unit} (fewer at its start)"
+        seen = f"seeing the newest {least:,} to {ids} of its {unit} (fewer at its start)"
     counts = "; n-grams are counted on the train split, with add-one smoothing" if len(others) > 1 else ""
     every = "each of the" if loss.tokens > 1 else "the"
+    if loss.limited:
+        every += " first"
     return f"{every} {counted(loss.tokens, 'target')} in {where} is scored once, {seen}{counts}"

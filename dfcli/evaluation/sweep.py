@@ -15,6 +15,7 @@ at every position: their windows are long, and overlap by what a target's recept
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ class Loss:
     tokens: int  # targets scored
     context: int
     stride: int
+    limited: bool = False  # whether only the first targets were scored
 
     @property
     def mean(self) -> float:
@@ -61,6 +63,7 @@ def sweep(
     *,
     stride: int | None = None,
     limit: int | None = None,
+    first: int | None = None,
     conditioning: Conditioning | None = None,
     processes: Processes = ALONE,
     on_event: OnEvent = ignore,
@@ -69,8 +72,9 @@ def sweep(
 
     `stride` (a GPT's only): from 1 to the context; each target then sees at least context - stride ids,
     where its document has them. `limit`: about this many targets instead of all, in whole windows spread
-    evenly over the split, always the same. `conditioning`: what the core is told beside the ids. Losses are summed in
-    float64; the core is put into eval mode and back.
+    evenly over the split, always the same. `first`: exactly that many targets from the start of the split.
+    `conditioning`: what the core is told beside the ids. Losses are summed in float64; the core is put into eval mode
+    and back.
     Raises UsageError for a stride out of range, DfError if the split has nothing to score, CorruptError
     from the data.
     """
@@ -82,7 +86,7 @@ def sweep(
     if windowed:
         window, step = context, stride or context
     else:
-        step = _chunk(context, limit)
+        step = _chunk(context, limit) if first is None else min(_chunk(context, None), max(context, first))
         window = step + context - 1
     plan = _Windows(dataset, split, window, step)
     if plan.targets == 0:
@@ -92,6 +96,10 @@ def sweep(
     wanted = math.ceil(share * plan.count)
     chosen = np.arange(wanted) * plan.count // wanted
     total = plan.targets if wanted == plan.count else None
+    limited = first is not None and first < plan.targets
+    if first is not None and limited:
+        plan.targets = total = first
+        chosen = np.arange(bisect.bisect_left(range(plan.count), first, key=plan.scored_before))
     rows = _rows_at_once(config.vocab_size, device)
     conditions = None if conditioning is None else Conditions(conditioning, dataset, split)
     nats, tokens = 0.0, 0
@@ -116,7 +124,7 @@ def sweep(
     tokens = round(count)
     if total is None:
         on_event(Progress("evaluation", tokens, tokens, "tokens"))  # now it is known: that was all
-    return Loss(nats, tokens, context, step if windowed else 1)
+    return Loss(nats, tokens, context, step if windowed else 1, limited)
 
 
 def _chunk(context: int, limit: int | None) -> int:
@@ -140,8 +148,7 @@ def _nats(logits: Tensor, targets: Tensor) -> float:
 
 
 class _Windows:
-    """All windows of a split, in order, as numbers 0 .. count - 1; `targets` is how many they score
-    together."""
+    """All windows of a split, in order, as numbers 0 .. count - 1; the first `targets` targets are scored."""
 
     def __init__(self, dataset: Dataset, split: str, window: int, stride: int) -> None:
         self.split = dataset.splits[split]
@@ -155,6 +162,14 @@ class _Windows:
         self.ends = np.cumsum(np.where(scored > 0, 1 + further, 0))
         self.count = int(self.ends[-1]) if len(self.ends) else 0
         self.targets = int(scored.sum())
+        self.before = np.cumsum(scored) - scored  # targets of the documents before each
+
+    def scored_before(self, window: int) -> int:
+        """How many targets stand before the first that a window scores."""
+        document = int(np.searchsorted(self.ends, window, side="right"))
+        inside = window - (int(self.ends[document - 1]) if document else 0)
+        begin = inside * self.stride + self.window - self.stride - self.extra if inside else 0
+        return int(self.before[document]) + begin
 
     def batches(
         self, chosen: NDArray[np.int64], positions: int
@@ -180,7 +195,8 @@ class _Windows:
                 place = np.clip(column - self.extra, 0, None)  # the lead repeats the stored boundary
                 stored = np.where(inside, self.starts[documents[rows], None] + place, 0)
                 targets = self.split.take(stored + 1).astype(np.int64)
-                targets[~inside | (column < scores[rows, None])] = IGNORED
+                beyond = self.before[documents[rows], None] + column - self.extra >= self.targets
+                targets[~inside | beyond | (column < scores[rows, None])] = IGNORED
                 ids = self.split.take(stored).astype(np.int64)
                 last = self.inputs[documents[rows], None] - 1
                 yield ids, targets, documents[rows, None], np.minimum(column, last) - self.extra

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
@@ -40,6 +42,7 @@ class Texts(Build):
 
     def _encode(self, folder: Path) -> Made:
         options = self._options
+        self._unknown = Counter[str]()  # characters that the alphabet of a given codec lacks
         alphabet = Alphabet() if options.codec in (None, "chars") else None
         total = sum(source.size for group in self._groups for source in group)
         self._begin()
@@ -66,6 +69,12 @@ class Texts(Build):
             "bytes": sum(text.source.size for text in found),
             "blank_lines": sum(text.blank for text in found),
         }
+        if lacking := self._unknown.total():
+            facts["unknown_characters"] = lacking
+            shown = ", ".join(repr(character) for character, _ in self._unknown.most_common(5))
+            more = ", ..." if len(self._unknown) > 5 else ""
+            text = f"{lacking:,} of {characters:,} characters are not scored, because the model does not know them"
+            self._on_event(Note(f"{text}: {shown}{more}; a model trained with `--codec bytes` knows every character"))
         if marked := [text.source.name for text in found if text.marked]:
             self._on_event(Note(f"byte order marks were left out, of {list_some(marked)}"))
         if facts["blank_lines"]:
@@ -202,6 +211,8 @@ class Texts(Build):
     def _ids(
         self, codec: TextCodec, source: Source, chunks: Iterable[str], lines: bool = False
     ) -> Iterator[np.ndarray]:
+        if self._options.whole and isinstance(codec, Chars):
+            chunks = self._known(codec, chunks)
         try:
             if lines and isinstance(codec, GPT2 | BPE):
                 yield from _merge_lines(codec, chunks)
@@ -211,6 +222,15 @@ class Texts(Build):
             if isinstance(codec, Chars):
                 raise _unknown_character(source, codec, error) from None
             raise
+
+    def _known(self, codec: Chars, chunks: Iterable[str]) -> Iterator[str]:
+        """The chunks without the characters that the alphabet lacks, which are counted."""
+        unknown = re.compile(f"[^{re.escape(codec.alphabet)}]")
+        for chunk in chunks:
+            text = unknown.sub("", chunk)
+            if len(text) < len(chunk):
+                self._unknown.update(unknown.findall(chunk))
+            yield text
 
 
 class Alphabet:

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from dfcli.runs.checkpoint import Checkpoint
-from dfcli.runs.run import Run, list_runs, newest, remove
+from dfcli.runs.run import Run, list_runs, newest, remove, rename
 
-__all__ = ["Checkpoint", "Run", "list_runs", "newest", "remove"]
+__all__ = ["Checkpoint", "Run", "list_runs", "newest", "remove", "rename"]

@@ -82,7 +82,7 @@ class Run:
 
     @classmethod
     def open(cls, name_or_path: str | Path) -> Run:
-        """The run of that name in the data home, else the one in that folder (`./x` is always a folder).
+        """The run of that name in the data home, else the one in that folder or packed file (`./x` is a path).
 
         UsageError if there is none, CorruptError if its `run.json` is damaged, DfError if that is of a newer
         format.
@@ -96,7 +96,9 @@ class Run:
         sound = sound and all(isinstance(info.get(key, {}), dict) for key in ("dataset", "recipe"))
         if not sound or not isinstance(info.get("kind"), str) or not isinstance(info.get("codec"), dict):
             raise CorruptError(f"{source} is damaged: it does not describe a run", files.DAMAGED)
-        return cls(path.name, path, info)
+        packed = info.get("packed")
+        is_file = isinstance(packed, str) and files.NAME.fullmatch(packed) and path.name.startswith(".")
+        return cls(str(packed) if is_file else path.name, path, info)
 
     @property
     def kind(self) -> str:
@@ -314,6 +316,22 @@ def newest(makes: str | None = None, on_event: OnEvent = ignore) -> Run:
     return max(runs, key=lambda run: (str(run.info.get("created")), run.name))
 
 
+def rename(name: str, new: str) -> None:
+    """Give a run of the data home another name. UsageError where there is none or `new` is taken, DfError in use."""
+    folder = runs_home() / files.check_name(name, "run")
+    if not folder.is_dir():
+        raise _no_run(name)
+    files.check_name(new, "run")
+    if new.casefold() != name.casefold():
+        refuse_taken(new)
+    with lock.held(folder):
+        if os.name != "nt":
+            files.rename_folder(folder, new)
+            (folder.with_name(new) / lock.OWNER).unlink(missing_ok=True)
+    if os.name == "nt":  # there a folder with an open file in it, the lock, cannot be renamed
+        files.rename_folder(folder, new)
+
+
 def remove(name: str) -> None:
     """Remove a run of the data home, be it damaged. UsageError if there is none, DfError while it is in use."""
     folder = runs_home() / files.check_name(name, "run")
@@ -337,11 +355,18 @@ def _find(name_or_path: str | Path) -> Path:
     with files.os_errors("read", path):
         if (path / RUN).is_file():
             return path
+    if path.suffix == ".zip" and path.is_file():
+        from dfcli.runs.pack import unpack
+
+        return unpack(path)
     raise _no_run(str(name_or_path))
 
 
 def _no_run(name: str) -> UsageError:
     names = ", ".join(folder.name for folder in _folders())
+    with suppress(OSError, ValueError):
+        if Path(name).is_file():
+            return UsageError(f"{name} is a file, not a run", "a run is a name, a folder or a file of `df runs pack`")
     return UsageError(f"there is no run `{name}`", f"there are: {names}" if names else "train one: `df train gpt`")
 
 

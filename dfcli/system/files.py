@@ -154,13 +154,19 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Create or replace the file `path`, durably: readers and crashes find the old contents or the new."""
+    with writing(path) as temporary, open(temporary, "xb") as file:
+        file.write(data)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Yield a name beside `path` for a file to be made; if the block ends well, that file becomes `path`, durably."""
     temporary = _beside(path, "tmp")
     try:
         with os_errors("write", path):
             _make_folder(path.parent)
-            with open(temporary, "xb") as file:
-                file.write(data)
-                file.flush()
+            yield temporary
+            with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
             _rename(temporary, path)
             sync_folder(path.parent)
@@ -269,6 +275,12 @@ def remove_folder(path: Path) -> None:
     with os_errors("remove", path):
         _move((path, doomed))
     _discard(doomed)
+
+
+def rename_folder(path: Path, name: str) -> None:
+    """Give a folder another name beside the old one, durably. DfError where that fails; then it keeps its name."""
+    with os_errors("rename", path):
+        _move((path, path.with_name(name)))
 
 
 def clean_debris(parent: Path) -> None:

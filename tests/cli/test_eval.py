@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.conftest import TINY
+
 
 @pytest.fixture(autouse=True)
 def _runs(trained: Path) -> None:
@@ -79,8 +81,53 @@ def test_sound_for_a_model_of_text_is_refused_by_what_eval_has(here, trained):
     assert (shown.code, "--codec" in shown.err, "give text" in shown.err) == (2, False, True)
 
 
-def test_data_that_the_codec_cannot_express(here, trained):
-    (trained / "other.txt").write_text("50 %")
-    shown = here("eval", "--run", "talk", "--data", trained / "other.txt")
-    assert shown.code == 1
-    assert "U+00" in shown.err
+def test_unknown_characters_are_left_out_and_counted(here, trained):
+    known = "It was the age of times.\n" * 9
+    (trained / "other.txt").write_text(known.replace("age", "%a%ge日"))
+    (trained / "known.txt").write_text(known)
+    shown = here("eval", "--run", "talk", "--data", trained / "other.txt", "--json")
+    told = "27 of 252 characters are not scored, because the model does not know them: '%', '日'; "
+    assert told in " ".join(shown.err.split())
+    assert "--codec bytes" in shown.err
+    result = json.loads(shown.out)
+    plain = json.loads(here("eval", "--run", "talk", "--data", trained / "known.txt", "--json").out)
+    assert (result["unknown_characters"], plain["unknown_characters"]) == (27, 0)
+    assert (result["tokens"], result["loss"]) == (plain["tokens"], pytest.approx(plain["loss"]))
+
+
+def test_a_limit_scores_the_first_tokens(here, trained):
+    for run, data, stride in (("talk", trained / "talk.txt", 5), ("tune", trained / "tones", None)):
+        words = ["eval", "--run", run, "--data", data, *(["--stride", stride] if stride else []), "--json"]
+        whole = json.loads(here(*words).out)
+        part = json.loads(here(*words, "--limit", 777).out)
+        assert (part["tokens"], part["limit"], whole["limit"]) == (777, 777, None)
+        assert "each of the first 777 targets" in part["protocol"]
+        assert "first" not in whole["protocol"]
+        beyond = json.loads(here(*words, "--limit", 10**9).out)
+        assert _repeatable(beyond) == _repeatable(whole) | {"limit": 10**9}
+    (trained / "begin.txt").write_text((trained / "talk.txt").read_text()[:778])
+    alone = json.loads(here("eval", "--run", "talk", "--data", trained / "begin.txt", "--json").out)
+    part = json.loads(here("eval", "--run", "talk", "--data", trained / "talk.txt", "--limit", 777, "--json").out)
+    for key in ("tokens", "bits_per_byte", "loss"):
+        assert part[key] == pytest.approx(alone[key])
+    assert part["baselines"]["bigram"] == pytest.approx(alone["baselines"]["bigram"])
+    assert here("eval", "--limit", 0).code == 2
+
+
+def test_several_runs_stand_in_one_table(here, trained):
+    words = [word for pair in TINY.items() for word in ("--set", "=".join(pair))]
+    assert here("train", "gpt", "--data", trained / "talk.txt", "--steps", 3, "--name", "brief", *words).code == 0
+    shown = here("eval", "--run", "talk", "--run", "brief")
+    rows = [line.split()[0] for line in shown.out.split("\n\n")[0].splitlines()]
+    assert sorted(rows) == ["MODEL", "bigram", "brief", "talk", "trigram", "uniform", "unigram"]  # the same data
+    both = json.loads(here("eval", "--run", "talk", "--run", "brief", "--json").out)["runs"]
+    assert [one["run"] for one in both] == ["talk", "brief"]
+    assert _repeatable(both[0]) == _repeatable(json.loads(here("eval", "--run", "talk", "--json").out))
+    mixed = here("eval", "--run", "talk", "--run", "call").out
+    assert "bigram of talk" in mixed
+    assert "bigram of call" in mixed
+
+
+def test_what_a_model_of_sound_hears_is_told_in_ms(here):
+    result = json.loads(here("eval", "--run", "tune", "--json").out)
+    assert f"the newest {result['context']} samples ({result['context'] / 4:.0f} ms)" in result["protocol"]

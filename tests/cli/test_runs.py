@@ -7,6 +7,7 @@ import sys
 import pytest
 
 import dfcli
+from tests.cli.conftest import TINY
 
 
 def test_none_yet(here):
@@ -100,6 +101,50 @@ def test_remove(here, trained):
     assert here("runs", "remove", "tune", "--yes").code == 2
     assert here("runs", "remove", "talk", "--yes").code == 0
     assert [run.name for run in dfcli.list_runs()] == ["call"]
+
+
+def test_several_runs_are_removed_or_none(here, trained):
+    shown = here("runs", "remove", "tune", "none", "--yes")
+    assert (shown.code, "there is no run `none`" in shown.err) == (2, True)
+    assert here("runs", "remove", "tune", "talk", "--yes").code == 0
+    assert [run.name for run in dfcli.list_runs()] == ["call"]
+
+
+def test_rename(here, trained):
+    before = here("eval", "--run", "talk", "--json")
+    assert here("runs", "rename", "talk", "TUNE").code == 2  # taken, but for case
+    assert here("runs", "rename", "talk", "../x").code == 2
+    with dfcli.Run.open("talk").lock():
+        assert here("runs", "rename", "talk", "chat").code == 1
+    assert here("runs", "rename", "talk", "chat").code == 0
+    after = here("eval", "--run", "chat", "--json")
+    assert json.loads(after.out)["loss"] == json.loads(before.out)["loss"]
+    assert "finished" in here("runs", "show", "chat").out
+    assert here("runs", "path", "talk").code == 2
+
+
+def test_lists_and_shows_as_json(here, trained):
+    runs = json.loads(here("runs", "list", "--json").out)["runs"]
+    assert [run["run"] for run in runs] == ["call", "talk", "tune"]
+    shown = json.loads(here("runs", "show", "talk", "--json").out)
+    assert {key: shown[key] for key in runs[1]} == runs[1]
+    assert (shown["state"], shown["makes"], shown["steps"]) == ("finished", "text", 12)
+    assert shown["metrics"] == dfcli.Run.open("talk").metrics()
+    data = json.loads(here("data", "list", "--json").out)["datasets"]
+    assert len(data) == 3
+    name = dfcli.Run.open("talk").dataset["name"]
+    assert json.loads(here("data", "show", name, "--json").out)["tokens"] == next(
+        each["tokens"] for each in data if each["dataset"] == name
+    )
+
+
+def test_a_split_that_was_measured_whole_is_not_marked(here, trained):
+    words = [word for pair in TINY.items() for word in ("--set", "=".join(pair))]
+    shown = here("train", "gpt", "--data", trained / "talk.txt", "--steps", 2, "--name", "a", *words)
+    assert shown.code == 0, shown.err
+    (trained / "home" / "runs" / "a" / "result.json").unlink()  # as of one that is not finished
+    assert "~" not in here("runs", "list").out
+    assert json.loads(here("runs", "show", "a", "--json").out)["val_loss_over_whole_split"]
 
 
 def test_removing_data_names_the_runs_that_need_it(here, trained):
