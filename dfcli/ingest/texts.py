@@ -71,6 +71,8 @@ class Texts(Build):
         }
         if lacking := self._unknown.total():
             facts["unknown_characters"] = lacking
+            if lacking == characters:
+                raise DfError("the model knows none of the characters", "`--codec bytes` makes models that know all")
             shown = ", ".join(repr(character) for character, _ in self._unknown.most_common(5))
             more = ", ..." if len(self._unknown) > 5 else ""
             text = f"{lacking:,} of {characters:,} characters are not scored, because the model does not know them"

@@ -187,7 +187,7 @@ def test_files_are_scored_whole(text: Run, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="scored whole"):
         measure(text, [str(other)], split="val")
     other.write_text("äÄ", encoding="utf-8")
-    with pytest.raises(DfError, match="lacks"):
+    with pytest.raises(DfError, match="knows none of the characters"):
         measure(text, [str(other)])
     assert sorted(path.name for path in (tmp_path / "home" / "datasets").iterdir() if path.is_dir()) == ["text"]
 
