@@ -31,10 +31,10 @@ def test_prepare_list_show_and_remove(here, tmp_path):
     assert rows["codec"] == "chars, 4 ids"
     assert rows["path"] == str(dfcli.Dataset.open("abc").path)
     assert rows["skipped"] == "0"
-    removed = here("data", "remove", "abc")
+    removed = here("data", "remove", "abc", "--yes")
     assert (removed.code, removed.err) == (0, "removed the dataset `abc`\n")
     assert here("data", "show", "abc").code == 2
-    assert here("data", "remove", "abc").code == 2
+    assert here("data", "remove", "abc", "--yes").code == 2
     assert (tmp_path / "a.txt").exists()
 
 
