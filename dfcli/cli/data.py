@@ -11,6 +11,7 @@ from dfcli.cli import output
 from dfcli.cli.figures import count, size
 from dfcli.cli.layout import Command, Group
 from dfcli.cli.options import Json, Yes, confirmed, mention_stdin
+from dfcli.errors import UsageError
 from dfcli.system.files import check_name
 from dfcli.system.words import counted
 
@@ -121,17 +122,20 @@ def prepare(
 
 @app.command("list", cls=Command)
 def list_(json: Json = False) -> None:
-    """List all prepared datasets.
+    """List all prepared datasets, with their size and the runs that need them.
 
     Examples:
       df data list
     """
     from dfcli.data.dataset import list_datasets
+    from dfcli.ingest.reuse import users_of
+    from dfcli.ingest.sources import list_some
 
     with output.Listener() as listener:
         datasets = list_datasets(listener)
+    runs = users_of(datasets)
     if json:
-        output.write_json({"datasets": [_facts(dataset) for dataset in datasets]})
+        output.write_json({"datasets": [_facts(dataset) | {"runs": runs[dataset.name]} for dataset in datasets]})
         return
     if not datasets:
         output.say("there are no datasets yet; `df data prepare` makes one, and so does `df train`")
@@ -144,11 +148,14 @@ def list_(json: Json = False) -> None:
             *(count(dataset.splits[s].tokens_count) if s in dataset.splits else "-" for s in ("train", "val")),
             count(_given(dataset)),
             size(_size(dataset)),
+            list_some(runs[dataset.name]) or "-",
         )
         for dataset in datasets
     ]
     right = ("TRAIN", "VAL", "DOCUMENTS", "SIZE")
-    output.table(("NAME", "KIND", "CODEC", "TRAIN", "VAL", "DOCUMENTS", "SIZE"), rows, right)
+    output.table(("NAME", "KIND", "CODEC", "TRAIN", "VAL", "DOCUMENTS", "SIZE", "RUNS"), rows, right)
+    if unused := sum(not users for users in runs.values()):
+        output.say(f"{counted(unused, 'dataset')} without a run; `df data remove --unused` removes them")
 
 
 def _facts(dataset: Dataset) -> dict[str, Any]:
@@ -285,17 +292,29 @@ def get(
 
 @app.command(cls=Command)
 def remove(
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="The datasets' names.")], yes: Yes = False
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME...", help="The datasets' names.")] = None,
+    unused: Annotated[
+        bool, typer.Option("--unused", metavar="", help="Remove every dataset that no run was trained on.")
+    ] = False,
+    yes: Yes = False,
 ) -> None:
     """Remove prepared datasets. Their sources are not touched.
 
     Examples:
       df data remove names
+      df data remove --unused
     """
     from dfcli.data.dataset import Dataset, remove_dataset
+    from dfcli.ingest.reuse import unused_datasets
     from dfcli.ingest.sources import list_some
     from dfcli.runs import list_runs
 
+    if bool(names) == unused:
+        raise UsageError("give either names of datasets or `--unused`", "`df data list` shows what is prepared")
+    names = names or unused_datasets()
+    if not names:
+        output.say("there is no dataset without a run")
+        return
     for name in names if len(names) > 1 else ():  # nothing is removed where one of the names is wrong
         check_name(name, "dataset")
         Dataset.open(name).close()

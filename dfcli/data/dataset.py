@@ -21,7 +21,6 @@ import contextlib
 import hashlib
 import mmap
 import os
-import re
 import time
 import weakref
 import zlib
@@ -38,7 +37,9 @@ from dfcli.codecs.boundary import is_boundary
 from dfcli.errors import CorruptError, DfError, UsageError
 from dfcli.system.events import Note, OnEvent, ignore
 from dfcli.system.files import (
+    NAME,
     alone,
+    check_format,
     check_name,
     clean_debris,
     data_home,
@@ -55,7 +56,6 @@ FORMAT = 1
 BLOCK = 1 << 20  # bytes of tokens under one checksum
 SPLITS = ("train", "val", "test", "all")
 DTYPES = {"uint8": "<u1", "uint16": "<u2", "uint32": "<u4"}
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
 def datasets_folder() -> Path:
@@ -321,7 +321,7 @@ class Dataset:
         self.info = info
         self.splits: dict[str, Split] = {}
         file = path / FILE
-        _check_format(info, file)
+        check_format(info, FORMAT, file)
         try:
             self.name: str = str(info["name"])
             self.kind: str = _one_of(info["kind"], ("text", "audio"))
@@ -413,6 +413,24 @@ def open_folder(folder: Path) -> Dataset:
     raise DfError(f"there is no dataset in {folder}", "`df data list` shows what is prepared")
 
 
+def reopen(record: dict[str, Any]) -> Dataset | None:
+    """Open the dataset that a run's `record` of its data means: the one of that name or at that path, else any other,
+    with the same fingerprint. None where there is none any more."""
+    for place in (record["name"], record["path"]):
+        if find_dataset(place) is not None:
+            dataset = Dataset.open(place)
+            if dataset.fingerprint == record["fingerprint"]:
+                return dataset
+            dataset.close()
+    found = None
+    for dataset in list_datasets():
+        if found is None and dataset.fingerprint == record["fingerprint"]:
+            found = dataset
+        else:
+            dataset.close()
+    return found
+
+
 def list_datasets(on_event: OnEvent = ignore) -> list[Dataset]:
     """Every prepared dataset, sorted by name. What cannot be read is told as a Note and left out."""
     root = datasets_folder()
@@ -462,17 +480,6 @@ def preparation_lock(name: str, wait: float = -1) -> Iterator[None]:
 
 
 _HINT = "remove it with `df data remove` and prepare it again from its sources"
-
-
-def _check_format(info: dict[str, Any], file: Path) -> None:
-    version = info.get("format")
-    if not isinstance(version, int) or version < 1:
-        raise CorruptError(f"{file} does not state its format", _HINT)
-    if version > FORMAT:
-        raise DfError(
-            f"{file} has format {version}; this version of dfcli reads up to {FORMAT}",
-            "upgrade with `pip install -U dfcli`, or prepare the dataset again",
-        )
 
 
 def _is_described(info: dict[str, Any]) -> bool:

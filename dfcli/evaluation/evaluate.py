@@ -14,7 +14,7 @@ import numpy as np
 
 from dfcli.codecs import Codec, MuLaw, TextCodec
 from dfcli.cores import GPTConfig
-from dfcli.data.dataset import Dataset, find_dataset
+from dfcli.data.dataset import Dataset, reopen
 from dfcli.errors import CorruptError, DfError, UsageError
 from dfcli.evaluation.baselines import baselines, count_targets
 from dfcli.evaluation.sweep import Loss, sweep
@@ -173,14 +173,11 @@ def _own_dataset(run: Run) -> Dataset:
     record = run.dataset
     if not record["name"]:
         raise DfError(f"run {run.name} was imported without the data it was trained on", "give text with `--data`")
-    hint = "evaluate on files with `--data`, or prepare it again"
-    folder = find_dataset(record["name"]) or find_dataset(record["path"])
-    if folder is None:
-        raise DfError(f"dataset {record['name']}, which run {run.name} was trained on, is gone", hint)
-    dataset = Dataset.open(folder)
-    if dataset.fingerprint != record["fingerprint"]:
-        dataset.close()
-        raise DfError(f"dataset {record['name']} has changed since run {run.name} was trained on it", hint)
+    if (dataset := reopen(record)) is None:
+        raise DfError(
+            f"the dataset {record['name']} that run {run.name} was trained on is gone or has changed",
+            "evaluate on files with `--data`, or prepare it again",
+        )
     return dataset
 
 

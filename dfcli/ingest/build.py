@@ -11,7 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -21,7 +21,7 @@ from dfcli.codecs import Codec
 from dfcli.data.dataset import FILE, FORMAT, SplitWriter
 from dfcli.errors import DfError
 from dfcli.ingest import splits as rules
-from dfcli.ingest.labels import Labelling
+from dfcli.ingest.options import Options
 from dfcli.ingest.sources import Kind, Skipped, Source, Stamp, note_skipped, nothing_usable
 from dfcli.ingest.splits import TEST, TRAIN, VAL, Labels
 from dfcli.system.events import Choice, Note, OnEvent, Progress
@@ -31,36 +31,6 @@ from dfcli.system.words import counted
 SPLITS = ("train", "val", "test")  # by label
 SOURCES = "sources.jsonl"  # beside dataset.json: what each source was when it was read
 NAMED = 1000  # skipped files that dataset.json names
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a dataset is made by, apart from its sources; see `prepare.prepare`."""
-
-    codec: str | Codec | None
-    bpe: str | None  # for the gpt2 codec alone
-    lines: bool
-    sample_rate: int | None
-    val_fraction: float
-    test_fraction: float
-    normalize: str
-    quantizer: str
-    split_rule: str
-    lead: int
-    whole: bool
-    levels: int | None = None
-    label: Labelling | None = None
-    vocab_size: int | None = None  # of the bpe codec alone; None: as the corpus asks for
-
-    def as_json(self) -> dict[str, Any]:
-        codec = self.codec.to_json() if isinstance(self.codec, Codec) else self.codec
-        label = None if self.label is None else self.label.rule
-        # Those that are not given are left out, so that datasets of version 0.1 are found again.
-        newer = {"levels": self.levels, "label": label, "vocab_size": self.vocab_size}
-        return {key: value for key, value in vars(self).items() if key not in newer} | {
-            "codec": codec,
-            **{key: value for key, value in newer.items() if value is not None},
-        }
 
 
 class Made(NamedTuple):
@@ -222,6 +192,23 @@ class Build(ABC):
 
     def _skip(self, source: Source, reason: str) -> None:
         self._skipped.append(Skipped(source.name, reason))
+
+    def _without_copies(
+        self, groups: list[list[D]], contents: Callable[[D], bytes], source: Callable[[D], Source]
+    ) -> None:
+        """Leave out, in place, documents with the same `contents` as another: those given for testing or validation
+        stay, so that no copy stands on two sides of a split."""
+        if self._options.whole:
+            return
+        first: dict[bytes, Source] = {}
+        for k in (TEST, VAL, TRAIN):
+            kept = []
+            for document in groups[k]:
+                if (other := first.setdefault(contents(document), source(document))) is source(document):
+                    kept.append(document)
+                else:
+                    self._skip(source(document), f"the same contents as {other.name}")
+            groups[k][:] = kept
 
     def _begin(self) -> None:
         self._done = 0.0

@@ -4,6 +4,7 @@ decoding tells which of them can be used.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -37,6 +38,8 @@ class Sound(NamedTuple):
     report: Report
     fidelity: Fidelity
     labels: tuple[int, ...]
+    contents: bytes
+    """The hash of its ids."""
 
 
 class Recordings(Build):
@@ -48,7 +51,7 @@ class Recordings(Build):
         groups = [[found for source in group if (found := self._probe(source))] for group in self._groups]
         if not groups[TRAIN]:
             raise nothing_usable(self._skipped)
-        labelling = self._options.label
+        labelling = self._options.labelling
         names, self._labels = (
             (None, {}) if labelling is None else labelling.number(source for group in groups for source, _ in group)
         )
@@ -60,6 +63,7 @@ class Recordings(Build):
             sounds = [
                 [sound for found in group if (sound := self._decode(*found, codec, ids, seconds))] for group in groups
             ]
+            self._without_copies(sounds, lambda sound: sound.contents, lambda sound: sound.source)
             if not sounds[TRAIN]:
                 raise nothing_usable(self._skipped)
             writers = self._open_writers(folder, codec.dtype)
@@ -114,17 +118,20 @@ class Recordings(Build):
         self, source: Source, recording: Recording, codec: MuLaw, ids: IO[bytes], seconds: float
     ) -> Sound | None:
         """Append the ids of a recording to the file of all. None, and nothing appended, where it cannot be used."""
-        start, meter = ids.tell(), FidelityMeter(codec)
+        start, meter, digest = ids.tell(), FidelityMeter(codec), hashlib.sha256()
         try:
             self._sha256[source] = source.sha256()
             for block in recording.stream(codec.sample_rate, self._options.normalize):
                 encoded = codec.encode(block)
                 meter.add(block, encoded)
-                ids.write(encoded.tobytes())
+                data = encoded.tobytes()
+                digest.update(data)
+                ids.write(data)
                 self._progress("encoding", len(block) / codec.sample_rate, seconds, "seconds of audio")
             assert recording.report is not None
             samples = (ids.tell() - start) // codec.dtype.itemsize
-            return Sound(source, start, samples, recording.report, meter.close(), self._labels.get(source, ()))
+            labels = self._labels.get(source, ())
+            return Sound(source, start, samples, recording.report, meter.close(), labels, digest.digest())
         except DfError as error:
             ids.seek(start)
             ids.truncate()

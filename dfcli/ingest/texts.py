@@ -33,6 +33,7 @@ class Text(NamedTuple):
     lines: int
     blank: int
     marked: bool  # by a byte order mark
+    contents: bytes  # the hash of its characters; empty where it is the only text
 
 
 class Texts(Build):
@@ -48,6 +49,7 @@ class Texts(Build):
         self._begin()
         scanned = [[self._scan(source, alphabet, total) for source in group] for group in self._groups]
         texts = [[text for text in group if text is not None] for group in scanned]
+        self._without_copies(texts, lambda text: text.contents, lambda text: text.source)
         if not texts[TRAIN]:
             raise nothing_usable(self._skipped)
         codec = self._trained(texts, total) if options.codec == "bpe" else self._text_codec(alphabet)
@@ -86,7 +88,8 @@ class Texts(Build):
 
     def _scan(self, source: Source, alphabet: Alphabet | None, total: int) -> Text | None:
         """Read a text for the first time. None where it cannot be used; raises BadText if the user named it."""
-        digest = hashlib.sha256()
+        digest, contents = hashlib.sha256(), hashlib.sha256()
+        several = sum(map(len, self._groups)) > 1
         found = Alphabet()
         lines = Lines() if self._options.lines else None
         characters = documents = 0
@@ -102,6 +105,8 @@ class Texts(Build):
             chunks = read_text(source, on_bytes)
             for chunk in lines.of(chunks) if lines else chunks:
                 characters += len(chunk)
+                if several:
+                    contents.update(chunk.encode())
                 documents += chunk.count("\n") if lines else 0
                 if alphabet is not None:
                     found.add(chunk)
@@ -117,7 +122,7 @@ class Texts(Build):
             return None
         if alphabet is not None:
             alphabet.join(found)
-        return Text(source, characters, documents, lines.blank if lines else 0, marked)
+        return Text(source, characters, documents, lines.blank if lines else 0, marked, contents.digest())
 
     def _text_codec(self, alphabet: Alphabet | None) -> TextCodec:
         codec = self._options.codec

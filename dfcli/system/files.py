@@ -243,6 +243,25 @@ def check_format(obj: dict[str, Any], newest: int, path: Path) -> int:
     return version
 
 
+class Temporary:
+    """An empty folder beside `final`, which may not exist. It is removed by `discard`, or as debris after a crash."""
+
+    def __init__(self, final: Path) -> None:
+        """Raises DfError where it cannot be made."""
+        self.path = _beside(final, "tmp")
+        try:
+            with os_errors("write", final):
+                _make_folder(final.parent)
+                os.mkdir(self.path)
+        except BaseException:
+            self.discard()
+            raise
+
+    def discard(self) -> None:
+        """Delete the folder if it is still there."""
+        _discard(self.path)
+
+
 @contextmanager
 def building(final: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield an empty folder beside `final` to be filled; if the block ends well it becomes `final`, durably.
@@ -251,18 +270,16 @@ def building(final: Path, *, replace: bool = False) -> Iterator[Path]:
     UsageError if `final` exists, unless `replace`. An OSError of the block is reported as failing to write
     `final`, so the block must turn its reading errors into DfErrors itself.
     """
-    temporary = _beside(final, "tmp")
-    try:
-        with os_errors("write", final):
-            if not replace and os.path.lexists(final):
-                raise UsageError(f"{final} exists already", "choose another name, or remove it first")
-            _make_folder(final.parent)
-            os.mkdir(temporary)
-            yield temporary
-            _sync_tree(temporary)
-            _publish(temporary, final, replace)
-    finally:
-        _discard(temporary)
+    with os_errors("write", final):
+        if not replace and os.path.lexists(final):
+            raise UsageError(f"{final} exists already", "choose another name, or remove it first")
+        temporary = Temporary(final)
+        try:
+            yield temporary.path
+            _sync_tree(temporary.path)
+            _publish(temporary.path, final, replace)
+        finally:
+            temporary.discard()
 
 
 def remove_folder(path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from dfcli import cores
 from dfcli.codecs import Codec
-from dfcli.data.dataset import Dataset, find_dataset
+from dfcli.data.dataset import Dataset, reopen
 from dfcli.errors import DfError, UsageError
 from dfcli.ingest.builtin import builtin_sources
 from dfcli.ingest.prepare import prepare
@@ -129,7 +129,7 @@ def make(request: Request, *, show: bool = False, on_event: OnEvent = ignore) ->
     protocol = entry.get("data", {})
     needed = not (show and not request.data and "vocab_size" in entry)
     data = _sources(request, entry, parent, choices) if needed else ()
-    dataset = prepare_for(data, protocol, parent.codec if parent else None, on_event) if needed else None
+    dataset = prepare_for(data, protocol, parent.codec if parent else None, on_event, not show) if needed else None
     vocab_size = dataset.codec.vocab_size if dataset else entry["vocab_size"]
     codec_name = dataset.codec.name if dataset else protocol["codec"]
 
@@ -281,8 +281,13 @@ def _sources(request: Request, entry: dict[str, Any], parent: Run | None, choice
         return request.data
     if parent:
         record = parent.dataset
-        sources = tuple(record["sources"]) if find_dataset(record["name"]) is None else (record["name"],)
-        choices.append(Choice("data", ", ".join(sources), f"that of run `{parent.name}`"))
+        if (own := reopen(record)) is not None:
+            own.close()
+            sources, reason = (own.name,), f"the data of run `{parent.name}`"
+        else:
+            sources = tuple(record["sources"])
+            reason = f"the sources of run `{parent.name}` as they are now, because its dataset is gone"
+        choices.append(Choice("data", ", ".join(sources), reason))
         return sources
     if corpus := entry.get("corpus"):
         choices.append(Choice("data", corpus, "what the preset was published on"))
@@ -295,13 +300,15 @@ def _sources(request: Request, entry: dict[str, Any], parent: Run | None, choice
     return tuple(str(path) for path in builtin_sources(kind))
 
 
-def prepare_for(data: Sequence[str], protocol: dict[str, Any], codec: Codec | None, on_event: OnEvent) -> Dataset:
-    """The data of a preset's protocol, or in the ids of an earlier run's codec."""
+def prepare_for(
+    data: Sequence[str], protocol: dict[str, Any], codec: Codec | None, on_event: OnEvent, keep: bool = True
+) -> Dataset:
+    """The data of a preset's protocol, or in the ids of an earlier run's codec. With `keep` False it does not stay."""
     options: dict[str, Any] = dict(protocol)
     if codec is not None:  # it says these itself
         options = {key: value for key, value in protocol.items() if key not in ("sample_rate", "quantizer")}
         options["codec"] = codec
-    return prepare(list(data), **options, on_event=on_event)
+    return prepare(list(data), **options, keep=keep, on_event=on_event)
 
 
 def _corpus(dataset: Dataset) -> recipes.Corpus:

@@ -15,7 +15,7 @@ import torch
 
 from dfcli import cores
 from dfcli.data.batches import Batches
-from dfcli.data.dataset import Dataset, find_dataset
+from dfcli.data.dataset import Dataset, find_dataset, reopen
 from dfcli.errors import CorruptError, DfError, UsageError
 from dfcli.evaluation.sweep import sweep
 from dfcli.ingest.download import corpus_path
@@ -389,14 +389,11 @@ def _plan_of(run: Run, request: Request) -> Plan:
 def _dataset_of(run: Run, on_event: OnEvent) -> Dataset:
     """The dataset that a run is trained on, prepared again where it was removed."""
     record = run.dataset
-    if find_dataset(record["name"]) is not None:
-        dataset = Dataset.open(record["name"])
-    elif find_dataset(record["path"]) is not None:
-        dataset = Dataset.open(record["path"])
-    else:
-        # Else the data give the same codec again, and the same name.
-        codec = run.codec if run.info["init"] or run.codec.name == "bpe" else None
-        dataset = plans.prepare_for(record["sources"], record["protocol"], codec, on_event)
+    if (dataset := reopen(record)) is not None:
+        return dataset
+    # Else the data give the same codec again, and the same name.
+    codec = run.codec if run.info["init"] or run.codec.name == "bpe" else None
+    dataset = plans.prepare_for(record["sources"], record["protocol"], codec, on_event)
     if dataset.fingerprint != record["fingerprint"]:
         dataset.close()
         raise DfError(

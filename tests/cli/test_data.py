@@ -38,6 +38,20 @@ def test_prepare_list_show_and_remove(here, tmp_path):
     assert (tmp_path / "a.txt").exists()
 
 
+def test_what_no_run_needs_is_listed_and_removed(here, trained, tmp_path):
+    (tmp_path / "a.txt").write_text("abc\n" * 100)
+    assert here("data", "prepare", "a.txt", "--name", "alone").code == 0
+    rows = {row.split()[0]: row.split()[-1] for row in here("data", "list").out.splitlines()[1:]}
+    assert rows.pop("alone") == "-"
+    assert "-" not in rows.values()
+    assert here("data", "remove").code == 2
+    assert here("data", "remove", "alone", "--unused").code == 2
+    removed = here("data", "remove", "--unused")
+    assert (removed.code, removed.err) == (0, "removed the dataset `alone`\n")
+    assert {row.split()[0] for row in here("data", "list").out.splitlines()[1:]} == set(rows)
+    assert "no dataset without a run" in here("data", "remove", "--unused").err
+
+
 def test_documents_are_counted_as_they_were_given(here, tmp_path):
     (tmp_path / "names.txt").write_text("anna\nbob\nlea\n" * 10)
     (tmp_path / "text.txt").write_text("abc" * 100)

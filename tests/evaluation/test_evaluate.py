@@ -211,7 +211,7 @@ def test_data_that_is_gone_or_changed(text: Run, tmp_path: Path) -> None:
     other = tmp_path / "other.txt"
     other.write_text("the lazy fox jumps.\n", encoding="utf-8")
     remove_dataset("text")
-    with pytest.raises(DfError, match="dataset text, which run text was trained on, is gone"):
+    with pytest.raises(DfError, match="the dataset text that run text was trained on is gone"):
         measure(text)
     events: list[Any] = []
     found = measure(text, [str(other)], on_event=events.append)
@@ -219,7 +219,7 @@ def test_data_that_is_gone_or_changed(text: Run, tmp_path: Path) -> None:
     assert any(isinstance(event, Note) and "only the uniform baseline" in event.text for event in events)
 
     prepare([str(other)], name="text").close()
-    with pytest.raises(DfError, match="dataset text has changed since run text was trained on it"):
+    with pytest.raises(DfError, match="the dataset text that run text was trained on is gone or has changed"):
         measure(text)
 
 

@@ -20,10 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dfcli.codecs import BPE, GPT2, Bytes, Chars, MuLaw, TextCodec
-from dfcli.data.dataset import Dataset, Split, datasets_folder, list_datasets, remove_dataset
+from dfcli.data.dataset import Dataset, Split, datasets_folder, list_datasets, remove_dataset, reopen
 from dfcli.errors import CorruptError, DfError, UsageError
 from dfcli.ingest import splits
 from dfcli.ingest.prepare import prepare
+from dfcli.ingest.reuse import unused_datasets
 from dfcli.ingest.sources import Lines
 from dfcli.ingest.texts import _merge_lines
 from dfcli.system.events import Choice, Note, Progress
@@ -434,7 +435,7 @@ def test_the_sample_rate_is_the_sources_own_or_the_most_common(tmp_path: Path) -
 def test_what_is_wrong_with_recordings_is_told(tmp_path: Path) -> None:
     folder = tmp_path / "r"
     for k in range(5):
-        wav(folder / f"good{k}.wav", tone(400))
+        wav(folder / f"good{k}.wav", tone(400, pitch=2 * np.pi * (k + 1) / 100))
     wav(folder / "silent.wav", np.zeros(400, np.float32))
     wav(folder / "clipped.wav", np.sign(tone(400)))
     wav(folder / "shifted.wav", tone(400, level=0.2) + 0.3)
@@ -576,10 +577,12 @@ def test_used_again_while_nothing_changed(tmp_path: Path) -> None:
     path.write_text("some text")
     first = prepare([str(path)])
     created = first.info["created"], (first.path / "dataset.json").stat().st_ino
+    first.close()  # an open dataset is never replaced
 
     def prepared(**options: object) -> tuple[bool, str]:
         events: list[object] = []
         dataset = prepare([str(path)], on_event=events.append, **options)  # type: ignore[arg-type]
+        dataset.close()
         same = (dataset.info["created"], (dataset.path / "dataset.json").stat().st_ino) == created
         return same, notes(events)
 
@@ -597,7 +600,7 @@ def test_used_again_while_nothing_changed(tmp_path: Path) -> None:
 
 
 def test_a_settled_file_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dfcli.ingest import prepare as module
+    from dfcli.ingest import reuse as module
     from dfcli.ingest.sources import Source
 
     path = tmp_path / "a.txt"
@@ -665,11 +668,97 @@ def test_a_damaged_dataset_is_made_again(tmp_path: Path) -> None:
     again = prepare([str(tmp_path / "a.txt")], on_event=events.append)
     assert "preparing it again" in notes(events)
     assert again.splits["train"].tokens_count == 8
+    again.close()
     (again.path / "sources.jsonl").unlink()
     if os.name != "nt":
         os.mkfifo(again.path / "sources.jsonl")
     again = prepare([str(tmp_path / "a.txt")], on_event=events.append)
     assert notes(events).count("preparing it again") == 2
+
+
+def trained_on(name: str, dataset: Dataset) -> None:
+    """A run's folder that says it was trained on a dataset."""
+    from dfcli.runs.run import Run
+
+    record = {"name": dataset.name, "path": str(dataset.path), "fingerprint": dataset.fingerprint}
+    Run.create(name, {"kind": "gpt", "core": {"name": "gpt", "config": {}}, "dataset": record}, dataset.codec)
+
+
+def test_a_dataset_that_a_run_was_trained_on_is_never_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "t.txt"
+    path.write_text("the first contents")
+    with prepare([str(path)]) as first:
+        trained_on("a", first)
+    path.write_text("the second contents, longer")
+    events: list[object] = []
+    with prepare([str(path)], on_event=events.append) as second:
+        assert second.name == f"{first.name}-2"
+        assert "it is kept, because run `a` needs it" in notes(events)
+    with Dataset.open(first.name) as kept:
+        assert kept.fingerprint == first.fingerprint
+    path.write_text("the third contents, that no run knows")
+    with prepare([str(path)]) as third:  # nothing was trained on the second: it is replaced
+        assert third.name == second.name
+        assert third.fingerprint != second.fingerprint
+    path.write_text("the first contents")
+    with prepare([str(path)]) as restored:
+        assert restored.name == first.name
+    with prepare([str(path)], name="mine") as mine:
+        trained_on("b", mine)
+    path.write_text("other contents")
+    with pytest.raises(UsageError, match="the sources of the dataset mine have changed, and run `b` needs it as it is"):
+        prepare([str(path)], name="mine")
+    assert unused_datasets() == [third.name]
+    remove_dataset("mine")
+    with prepare([str(path)], name="new") as new:
+        again = {"name": "mine", "path": str(mine.path), "fingerprint": new.fingerprint}
+        found = reopen(again)  # under another name
+        assert found is not None
+        assert found.name == "new"
+        found.close()
+    assert reopen(again | {"fingerprint": "0" * 64}) is None
+
+
+def test_a_look_leaves_no_dataset(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text")
+    with prepare([str(tmp_path / "a.txt")], keep=False) as look:
+        assert look.name.startswith("a-")
+        assert look.splits["train"].tokens_count == 8
+    assert tree(datasets_folder()) == []
+    prepare([str(tmp_path / "a.txt")]).close()
+    with prepare([str(tmp_path / "a.txt")], keep=False) as there:
+        assert there.path.name == there.name == look.name
+    assert list_datasets()[0].name == look.name
+
+
+def test_copies_never_stand_on_both_sides_of_a_split(tmp_path: Path) -> None:
+    """Also copies in another form, and of what is given for validation."""
+    folder = tmp_path / "c"
+    texts = corpus(folder, 6)
+    for k in range(10):
+        (folder / f"copy{k}.txt").write_text(texts[0])
+    (folder / "marked.txt").write_bytes(b"\xef\xbb\xbf" + texts[1].encode())
+    events: list[object] = []
+    with prepare([str(folder)], val_fraction=0.3, on_event=events.append) as dataset:
+        assert sorted(decoded(dataset, "train") + decoded(dataset, "val")) == sorted(texts)
+        assert dataset.info["skipped"]["count"] == 11
+    assert f"copy0.txt (the same contents as {folder / '000.txt'})" in notes(events)
+    (tmp_path / "v.txt").write_text(texts[2])
+    with prepare([str(folder)], val=[str(tmp_path / "v.txt")]) as dataset:
+        assert decoded(dataset, "val") == [texts[2]]
+        assert texts[2] not in decoded(dataset, "train")
+    with prepare([str(folder)], whole=True) as dataset:
+        assert dataset.splits["all"].documents == 17  # what is scored is scored as it is
+
+    sounds = tmp_path / "r"
+    for k in range(8):
+        wav(sounds / f"{k}.wav", tone(500, pitch=2 * np.pi * (k + 2) / 100))
+        wav(sounds / f"copy{k}.wav", tone(500))
+    soundfile.write(sounds / "copy.flac", tone(500), 8000, subtype="PCM_16")
+    with prepare([str(sounds)], val_fraction=0.3) as dataset:
+        stored = [split.document(k).tobytes() for split in dataset.splits.values() for k in range(split.documents)]
+        assert len(stored) == len(set(stored)) == 9
+        assert dataset.info["skipped"]["count"] == 8
 
 
 # Faults --------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import soundfile
 import torch
 
 from dfcli import cores
-from dfcli.data.dataset import Dataset, list_datasets
+from dfcli.data.dataset import Dataset, list_datasets, remove_dataset
 from dfcli.errors import CorruptError, DfError, UsageError
 from dfcli.evaluation.sweep import sweep
 from dfcli.ingest import download
@@ -291,17 +291,25 @@ def test_another_kind_is_refused(text: str) -> None:
         train("wavenet", name="a", resume=True)
 
 
-def test_data_that_changed_is_refused_on_resume(text: str) -> None:
+def test_a_run_keeps_its_data_when_the_sources_change(text: str) -> None:
     train("gpt", [text], steps=4, name="a", overrides=TINY_GPT, stop=stop_after(1))
     Path(text).write_text("something else entirely\n" * 100)
-    train("gpt", [text], steps=1, name="b", overrides=TINY_GPT)  # prepares the dataset of that path anew
+    other = train("gpt", [text], steps=1, name="b", overrides=TINY_GPT)
+    assert Run.open(other.run).dataset["name"] == Run.open("a").dataset["name"] + "-2"
+    assert train("gpt", steps=4, name="a", resume=True, overrides=TINY_GPT).steps == 4
+    events: list[object] = []
+    made = plan("gpt", init="a", on_event=events.append)
+    assert made.data == (Run.open("a").dataset["name"],)
+    assert made.dataset is not None
+    made.dataset.close()
+    train("gpt", [text], steps=4, name="c", overrides=TINY_GPT, stop=stop_after(1))
+    remove_dataset(Run.open("c").dataset["name"])
+    Path(text).write_text("something else again\n" * 100)
     with pytest.raises(DfError, match="has changed"):
-        train("gpt", name="a", resume=True)
+        train("gpt", steps=4, name="c", resume=True, overrides=TINY_GPT)
 
 
 def test_a_removed_dataset_is_prepared_again(text: str) -> None:
-    from dfcli.data.dataset import remove_dataset
-
     train("gpt", [text], steps=4, name="a", overrides=TINY_GPT, stop=stop_after(2))
     remove_dataset(Run.open("a").info["dataset"]["name"])
     assert train("gpt", name="a", resume=True).steps == 4

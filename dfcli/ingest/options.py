@@ -1,0 +1,111 @@
+"""What a dataset is made by, apart from its sources."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from dfcli.codecs import CODECS, Codec
+from dfcli.codecs.boundary import MAX_LEAD
+from dfcli.codecs.bpe import check_vocab_size
+from dfcli.codecs.mulaw import LEVELS
+from dfcli.errors import UsageError
+from dfcli.ingest.audio import NORMALIZE
+from dfcli.ingest.labels import Labelling
+from dfcli.ingest.splits import check_fractions
+
+SPLIT_RULES = ("auto", "makemore", "makemore-transformer")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How sources become a dataset. Two datasets of the same sources and the same options are the same."""
+
+    codec: str | Codec | None = None
+    """"chars", "bytes", "gpt2", "bpe" (trained on the training split), "mulaw", or a Codec that is used as it is; None:
+    chars for text, mulaw for audio."""
+    bpe: str | None = None
+    """The folder of GPT-2's vocabulary, for the gpt2 codec alone."""
+    vocab_size: int | None = None
+    """Ids of the bpe codec that is trained; None: as many as suit the size of the text."""
+    tokenizer: str | None = None
+    """A tokenizer.json whose encoding is the codec."""
+    lines: bool = False
+    """Each line that is not blank is a document."""
+    sample_rate: int | None = None
+    """Hz; None: the rate of the recordings, see `recordings.Recordings`."""
+    val_fraction: float = 0.1
+    """Held out for validation where no sources are given for it: the last part of one document, or of each of a few
+    documents; whole documents otherwise."""
+    test_fraction: float = 0.0
+    """The same for testing."""
+    normalize: str = "none"
+    """"none", "peak" or "minmax", for each recording."""
+    quantizer: str = "torchaudio"
+    """Of mulaw, see `codecs.MuLaw`."""
+    levels: int | None = None
+    """Of mulaw; None: 256."""
+    label: str | Labelling | None = None
+    """How a recording's path says its labels, see `labels.Labelling`; None: there are none."""
+    split_rule: str = "auto"
+    """"auto", or "makemore" and "makemore-transformer" for the published splits of lines."""
+    lead: int = 1
+    """How many boundary ids stand before a document's first id when it is read; recorded for the reader."""
+    whole: bool = False
+    """Everything becomes one split `all` of a dataset that is removed when it is closed."""
+
+    @property
+    def labelling(self) -> Labelling | None:
+        """`label`, parsed. Raises UsageError where it is no pattern."""
+        return Labelling(self.label) if isinstance(self.label, str) else self.label
+
+    def check(self) -> None:
+        """Raise UsageError for values that are unknown, out of range or contradict each other."""
+        for value, known, what in (
+            (self.codec if isinstance(self.codec, str) else "bytes", CODECS, "codec"),
+            (self.normalize, NORMALIZE, "normalisation"),
+            (self.split_rule, SPLIT_RULES, "split rule"),
+            (self.levels or 256, LEVELS, "number of levels"),
+        ):
+            if value not in known:
+                raise UsageError(f"there is no {what} {value!r}", f"known: {', '.join(map(str, known))}")
+        if self.split_rule != "auto" and not self.lines:
+            raise UsageError(f"the split rule {self.split_rule} is one of lines", "add `--lines`")
+        if not 1 <= self.lead <= MAX_LEAD:
+            raise UsageError(f"a lead of {self.lead} is not from 1 to {MAX_LEAD:,} boundaries before a document")
+        if self.bpe is not None and self.codec != "gpt2":
+            raise UsageError("`--bpe` is for the gpt2 codec", "add `--codec gpt2`, or leave it out")
+        if self.tokenizer is not None and self.codec not in (None, "bpe"):
+            raise UsageError("`--tokenizer` is for the bpe codec", "leave out `--codec`, or make it `--codec bpe`")
+        if self.tokenizer is not None and self.vocab_size is not None:
+            raise UsageError("`--tokenizer` fixes the vocabulary", "leave out `--vocab-size`")
+        if self.vocab_size is not None:
+            if self.codec != "bpe":
+                raise UsageError("`--vocab-size` is for the bpe codec", "add `--codec bpe`, or leave it out")
+            check_vocab_size(self.vocab_size)
+        _ = self.labelling
+        check_fractions(self.val_fraction, self.test_fraction)
+
+    def refuse_for(self, kind: str) -> None:
+        """Raise UsageError where an option is given that means nothing for `kind` "text" or "audio"."""
+        wrong = {
+            "--lines": self.lines and kind == "audio",
+            "--sample-rate": self.sample_rate is not None and kind == "text",
+            "--normalize": self.normalize != "none" and kind == "text",
+            "--levels": self.levels is not None and kind == "text",
+            "--label": self.label is not None and kind == "text",
+        }
+        for option, is_wrong in wrong.items():
+            if is_wrong:
+                raise UsageError(f"`{option}` makes no sense for {kind}", "leave it out")
+
+    def as_json(self) -> dict[str, Any]:
+        """The options as dataset.json has them."""
+        codec = self.codec.to_json() if isinstance(self.codec, Codec) else self.codec
+        newer = {"levels": self.levels, "label": self.labelling.rule if self.labelling else None}
+        return {**vars(self), "codec": codec, **newer}
+
+    def given(self) -> dict[str, Any]:
+        """The options that differ from their default: a later version with more options gives the same."""
+        defaults = Options().as_json()
+        return {name: value for name, value in self.as_json().items() if value != defaults[name]}
