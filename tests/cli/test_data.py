@@ -46,10 +46,10 @@ def test_what_no_run_needs_is_listed_and_removed(here, trained, tmp_path):
     assert "-" not in rows.values()
     assert here("data", "remove").code == 2
     assert here("data", "remove", "alone", "--unused").code == 2
-    removed = here("data", "remove", "--unused")
+    removed = here("data", "remove", "--unused", "--yes")
     assert (removed.code, removed.err) == (0, "removed the dataset `alone`\n")
     assert {row.split()[0] for row in here("data", "list").out.splitlines()[1:]} == set(rows)
-    assert "no dataset without a run" in here("data", "remove", "--unused").err
+    assert "no dataset without a run" in here("data", "remove", "--unused", "--yes").err
 
 
 def test_documents_are_counted_as_they_were_given(here, tmp_path):
