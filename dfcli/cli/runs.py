@@ -248,6 +248,30 @@ def import_(
     output.say(f"next: df sample gpt --run {run.name}", style="bold")
 
 
+@app.command("export", cls=Command)
+def export_(
+    name: Name,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to make; it must not exist.")],
+    checkpoint: Checkpoint = "best",
+) -> None:
+    """Write a GPT and its tokenizer as a folder that Hugging Face's transformers opens.
+
+    The logits there equal those here. What no architecture of transformers can
+    hold is refused, with the --set that avoids it; df train --show tells beforehand.
+
+    Examples:
+      df runs export shakespeare hf/
+    """
+    from dfcli.runs import Run
+
+    run = Run.open(name)
+    with output.loading():
+        from dfcli.runs.export import export
+
+    made = export(run, folder, checkpoint)
+    output.say(f"{made.folder}: {made.architecture}, step {count(made.checkpoint)}, {size(made.size)}")
+
+
 def state(run: Run) -> str:
     """Whether a run is finished, in training, stopped before its budget was used, or imported."""
     from dfcli.runs.lock import holder

@@ -134,6 +134,7 @@ def _show(kind: str, data: list[str], json: bool, quiet: bool, options: dict[str
             ("context", counted(made.config.context, "id")),
             ("FLOPs per token", f"{count(made.flops_per_token)} forward"),
             ("memory", f"about {size(made.memory)}{of}"),
+            ("export", made.export[1]),
             ("seed", made.seed),
             *([("source", made.source), ("published", made.published)] if made.source else []),
             *([("published on", "{}: {}".format(*about_corpus(made.corpus)))] if made.corpus else []),

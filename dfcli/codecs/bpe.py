@@ -70,6 +70,8 @@ class BPE(TextCodec):
     """
 
     name = "bpe"
+    file: bytes
+    """The tokenizer.json, as it was read or made."""
 
     def __init__(self, data: bytes, vocab_size: int | None = None) -> None:
         """`data` is the content of a tokenizer.json; `vocab_size` (default: the highest id + 1) may be larger.
@@ -85,7 +87,7 @@ class BPE(TextCodec):
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # as text
-        self._data = data
+        self.file = data
         least = 1 + max(tokens)
         self.vocab_size = vocab_size or least
         if not least <= self.vocab_size <= MAX_VOCAB:
@@ -169,7 +171,7 @@ class BPE(TextCodec):
         return [self._pieces[i].decode("utf-8", "replace") for i in order.tolist()]
 
     def to_json(self) -> dict[str, Any]:
-        sha256 = hashlib.sha256(self._data).hexdigest()
+        sha256 = hashlib.sha256(self.file).hexdigest()
         return {"name": self.name, "vocab_size": self.vocab_size, "sha256": {FILE: sha256}}
 
     @classmethod
@@ -183,7 +185,7 @@ class BPE(TextCodec):
         return cls(data, vocab_size)
 
     def save_files(self, folder: Path) -> None:
-        (folder / FILE).write_bytes(self._data)
+        (folder / FILE).write_bytes(self.file)
 
 
 _HINT = "use the tokenizer.json of a GPT-2-like model, or train one with `--codec bpe`"

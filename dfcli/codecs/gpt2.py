@@ -102,6 +102,14 @@ class GPT2(TextCodec):
     def id_of_newline(self) -> int | None:
         return self._newline
 
+    def vocabulary(self) -> dict[str, int]:
+        """The id of each token, its bytes written as printable characters: the content of encoder.json."""
+        return json.loads(self._files["encoder.json"])
+
+    def merges(self) -> list[list[str]]:
+        """The pairs that merge, first to last, in printable characters: the content of vocab.bpe."""
+        return _merges(self._files["vocab.bpe"])
+
     def to_json(self) -> dict[str, Any]:
         hashes = {name: hashlib.sha256(data).hexdigest() for name, data in self._files.items()}
         return {"name": self.name, "sha256": hashes}
@@ -157,8 +165,12 @@ def _vocabulary(encoder_json: bytes, vocab_bpe: bytes) -> list[bytes]:
         raise ValueError("the ids are not 0, 1, 2, ... with the end of text last")
     if sorted(pieces[:256]) != [bytes([b]) for b in range(256)]:
         raise ValueError("the first 256 ids are not the bytes")
-    lines = vocab_bpe.decode("utf-8").splitlines()
-    merges = [line.split() for line in lines if line and not line.startswith("#version")]
+    merges = _merges(vocab_bpe)
     if ["".join(pair).translate(printable).encode("latin-1") for pair in merges] != pieces[256:]:
         raise ValueError("the merges are not those of the ids")
     return pieces
+
+
+def _merges(vocab_bpe: bytes) -> list[list[str]]:
+    lines = vocab_bpe.decode("utf-8").splitlines()
+    return [line.split() for line in lines if line and not line.startswith("#version")]

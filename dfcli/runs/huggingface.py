@@ -150,7 +150,7 @@ class Folder:
         needed, (free, _) = 4 * self.config.parameters(), limits.memory()
         if needed > free:
             raise DfError(f"the weights of {self.path} take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
-        names = {theirs: ours for ours, theirs in _names(self.config)}
+        names = {theirs: ours for ours, theirs in gpt2_names(self.config)}
         model: dict[str, Tensor] = {}
         for file in sorted(set(self._places.values())):
             for stored, tensor in tensors.each(file, self._places.keys()):
@@ -299,7 +299,7 @@ class Folder:
             raise CorruptError(f"{path} is damaged: {error}", "fetch the folder again") from None
 
 
-def _names(config: GPTConfig) -> Iterator[tuple[str, str]]:
+def gpt2_names(config: GPTConfig) -> Iterator[tuple[str, str]]:
     """The name of each tensor here, and in transformers without its prefix."""
     yield "tokens.weight", "wte.weight"
     yield "positions.weight", "wpe.weight"
@@ -317,7 +317,7 @@ def _shapes(config: GPTConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The shape of each tensor as transformers stores it."""
     C = config.channels
     wide = {"attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C), "mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
-    for _, name in _names(config):
+    for _, name in gpt2_names(config):
         part, _, kind = name.rpartition(".")
         matrix = wide.get(part.split(".", 2)[-1])
         if name in ("wte.weight", "lm_head.weight"):

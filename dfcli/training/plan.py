@@ -18,6 +18,7 @@ from dfcli.data.dataset import Dataset, reopen
 from dfcli.errors import DfError, UsageError
 from dfcli.ingest.builtin import builtin_sources
 from dfcli.ingest.prepare import prepare
+from dfcli.runs.export import architecture
 from dfcli.runs.run import Run, runs_home
 from dfcli.system import processes
 from dfcli.system.device import Device, resolve
@@ -72,6 +73,15 @@ class Plan:
         """About how many bytes training takes."""
         return recipes.memory_bytes(self.core, self.config, self.recipe, self.device)
 
+    @property
+    def export(self) -> tuple[str | None, str]:
+        """The architecture that `df runs export` would write, or None, and what a reader should know of it."""
+        try:
+            form = architecture(self.core, self.config)
+        except UsageError as error:
+            return None, f"no: {error.message}" + (f"; {error.hint}" if error.hint else "")
+        return form, f"as {form} of transformers: `df runs export`"
+
     def to_json(self) -> dict[str, Any]:
         """What `df train --show --json` prints."""
         return {
@@ -87,6 +97,7 @@ class Plan:
             "flops_per_token": self.flops_per_token,
             "context": self.config.context,
             "memory_bytes": self.memory,
+            "exportable": self.export[0],
             "device": self.device.name,
             "precision": self.device.precision,
             "seed": self.seed,

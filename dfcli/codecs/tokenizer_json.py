@@ -1,0 +1,56 @@
+"""A text codec as Hugging Face's `tokenizer.json`, which `tokenizers` and `transformers` open and which gives the same
+ids: characters as whole words, everything else as byte-level byte-pair encodings."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from dfcli.codecs.base import TextCodec
+from dfcli.codecs.bpe import BPE, END_OF_TEXT
+from dfcli.codecs.bytelevel import printable_to_byte
+from dfcli.codecs.gpt2 import GPT2
+from dfcli.codecs.text import Bytes, Chars
+
+
+def tokenizer_json(codec: TextCodec) -> bytes:
+    """The content of tokenizer.json for a codec; of a BPE its own file, byte for byte. A character that the alphabet
+    lacks is an error there too."""
+    if isinstance(codec, BPE):
+        return codec.file
+    parts: dict[str, Any]
+    if isinstance(codec, Chars):
+        parts = {
+            "pre_tokenizer": {
+                "type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False,
+            },
+            "decoder": {"type": "Fuse"},
+            # The word for what is unknown is not in the vocabulary, so that it cannot stand for anything.
+            "model": {"type": "WordLevel", "vocab": {c: i for i, c in enumerate(codec.alphabet)}, "unk_token": "<unk>"},
+        }  # fmt: skip
+    else:
+        vocab, merges = _pairs(codec)
+        step = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+        parts = {
+            "pre_tokenizer": {**step, "use_regex": isinstance(codec, GPT2)},
+            "decoder": {**step, "use_regex": True},
+            "model": {
+                "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+                "vocab": vocab, "merges": merges,
+            },
+        }  # fmt: skip
+    added = []
+    if codec.end_of_text is not None:
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        added.append({"id": codec.end_of_text, "content": END_OF_TEXT, **flags, "special": True})
+    head = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None}
+    return json.dumps({**head, "post_processor": None, **parts}, ensure_ascii=False).encode("utf-8")
+
+
+def _pairs(codec: TextCodec) -> tuple[dict[str, int], list[list[str]]]:
+    """The vocabulary and the merges of bytes, or of GPT-2's files, in printable characters."""
+    if isinstance(codec, GPT2):
+        return codec.vocabulary(), codec.merges()
+    assert isinstance(codec, Bytes)
+    return {printable: ord(byte) for printable, byte in printable_to_byte().items()}, []
