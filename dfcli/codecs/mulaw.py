@@ -48,7 +48,7 @@ class MuLaw(Codec):
         self.vocab_size = self.levels = levels
         self.zero_level = levels // 2
         """The id of silence, with either quantizer."""
-        self._values = self._level_values()  # float32 [levels]
+        self._values = self._expanded(np.arange(levels, dtype=np.float64))  # float32 [levels]
 
     def encode(self, samples: np.ndarray) -> np.ndarray:
         """float32 [n] -> ids [n] of `dtype`. Clamps samples beyond [-1, 1]; raises DfError for NaN and infinity."""
@@ -76,13 +76,18 @@ class MuLaw(Codec):
         every = np.arange(-(1 << 15), 1 << 15).astype(np.float32) / (1 << 15)
         return np.bincount(self.encode(every), minlength=self.levels)
 
-    def _level_values(self) -> np.ndarray:
-        ids = np.arange(self.levels, dtype=np.float64)
+    def dithered(self, ids: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """ids [n] -> float32 [n]: for each a sample drawn from those that it stands for, evenly over its step of f."""
+        return self._expanded(checked_ids(ids, self.levels) + random.uniform(-0.5, 0.5, len(ids)))
+
+    def _expanded(self, ids: np.ndarray) -> np.ndarray:
+        """float64 [n], of which whole numbers are ids -> float32 [n] in [-1, 1]."""
         # s4 cuts [-1, 1] into equal steps: the middle of each is what its id stands for
         if self.quantizer == "s4":
             y = (ids + 0.5 - 0.005) / (self.levels - 0.01) * 2 - 1
         else:
             y = ids / (self.levels - 1) * 2 - 1
+        y = np.clip(y, -1, 1)
         return (np.sign(y) * np.expm1(np.abs(y) * np.log1p(MU)) / MU).astype(np.float32)
 
     def to_json(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from dfcli.cores.wavenet import Condition
 from dfcli.data import mel
 from dfcli.data.dataset import Dataset, Split, checked_labels
 from dfcli.data.mel import Mel
+from dfcli.errors import DfError
 
 KINDS = ("none", "labels", "mel")
 PROGRESS_RATE = 100  # rows a second
@@ -134,9 +135,10 @@ class Conditions:
     """The conditions of a split's documents, made when they are asked for: memory does not grow with the split."""
 
     def __init__(self, conditioning: Conditioning, dataset: Dataset, split: str) -> None:
+        """Raises DfError where the split has labels that the model was not trained on, or lacks some."""
         self._conditioning, self._split = conditioning, dataset.splits[split]
         self._codec = dataset.codec
-        self._labels = torch.from_numpy(self._split.labels.astype(np.int64)) if conditioning.names else None
+        self._labels = torch.from_numpy(_numbered(conditioning, dataset, split)) if conditioning.names else None
 
     def at(self, documents: np.ndarray, samples: np.ndarray) -> Condition:
         """The condition of positions int64 [B, T] that predict these samples of these documents."""
@@ -171,6 +173,24 @@ def conditioning(dataset: Dataset, kind: str) -> Conditioning | None:
     if kind == "labels":
         return Conditioning(dataset.labels, dataset.info["options"]["label"], _progress(dataset))
     return None
+
+
+def _numbered(conditioning: Conditioning, dataset: Dataset, split: str) -> np.ndarray:
+    """The split's labels as places among the model's names, int64 [documents, labels]."""
+    rows = dataset.splits[split].labels
+    columns = []
+    for label, names in conditioning.names.items():
+        if label not in dataset.labels:
+            raise DfError(
+                f"the data have no label `{label}`, which the model needs", "give recordings that are named as its own"
+            )
+        numbers, own = {name: number for number, name in enumerate(names)}, dataset.labels[label]
+        column = rows[:, list(dataset.labels).index(label)]
+        unknown = [own[k] for k in np.unique(column) if own[k] not in numbers]
+        if unknown:
+            raise DfError(f"the model was not trained on the {label} {unknown[0]!r}", f"known: {', '.join(names[:20])}")
+        columns.append(np.array([numbers.get(name, -1) for name in own])[column])
+    return np.stack(columns, axis=1).astype(np.int64)
 
 
 def segments(split: Split, codec: Any, settings: Mel, documents: np.ndarray, frames: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from dfcli.errors import DfError, UsageError
-from dfcli.ingest.sources import Source, list_some, shown
+from dfcli.ingest.sources import Source, shown
 
 FOLDER = "folder"
 MOST_NAMES = 100_000  # of one label; an embedding has a row for each
@@ -20,12 +20,12 @@ class Labelling:
     """How a recording's path says its labels.
 
     `rule` is "folder" (the first folder below the source that the user named is the label `folder`) or a regular
-    expression with named groups, which is searched for in the path below that source. `known` holds the names of a
-    trained model, which no recording may leave. Raises UsageError for a rule that cannot be used.
+    expression with named groups, which is searched for in the path below that source. Raises UsageError for a rule that
+    cannot be used.
     """
 
-    def __init__(self, rule: str, known: dict[str, list[str]] | None = None) -> None:
-        self.rule, self.known = rule, known
+    def __init__(self, rule: str) -> None:
+        self.rule = rule
         self._pattern: re.Pattern[str] | None = None
         if rule != FOLDER:
             try:
@@ -57,18 +57,11 @@ class Labelling:
     def number(self, sources: Iterable[Source]) -> tuple[dict[str, list[str]], dict[Source, tuple[int, ...]]]:
         """The sorted names of each label, and each source's labels as places among them. Raises DfError."""
         found = {source: self.of(source) for source in sources}
-        names = self.known or {label: sorted({row[k] for row in found.values()}) for k, label in enumerate(self.labels)}
+        names = {label: sorted({row[k] for row in found.values()}) for k, label in enumerate(self.labels)}
         places = []
         for label in self.labels:
             _check_names(label, names[label])
             places.append({name: place for place, name in enumerate(names[label])})
-        for source, row in found.items():
-            for label, name, known in zip(self.labels, row, places, strict=True):
-                if name not in known:
-                    raise DfError(
-                        f"{source.name} has the {label} {name!r}, which the model was not trained on",
-                        f"known: {list_some(names[label])}",
-                    )
         numbers = {
             source: tuple(known[name] for known, name in zip(places, row, strict=True)) for source, row in found.items()
         }

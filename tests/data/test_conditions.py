@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from dfcli.data import mel
 from dfcli.data.batches import IGNORED, Batches
 from dfcli.data.conditions import Conditioning, Conditions, Progress, Rows, conditioning
 from dfcli.data.dataset import Dataset
+from dfcli.errors import DfError
 from dfcli.ingest.prepare import prepare
 
 RULE = r"(?P<digit>\d)_(?P<speaker>[a-z]+)"
@@ -153,3 +155,17 @@ def test_clips_of_labels_alone_have_one_row() -> None:
     rows = told.of_labels([1], 12_345)
     assert rows.labels is not None
     assert (rows.labels.tolist(), rows.series, told.hop, told.counts, told.kind) == ([[1]], None, 0, (2,), "labels")
+
+
+def test_names_are_matched_with_those_of_the_model(dataset: Dataset) -> None:
+    told = conditioning(dataset, "labels")
+    assert told is not None
+    every = np.arange(dataset.splits["train"].documents)[:, None]
+    more = replace(told, names={"speaker": ["abe", *told.names["speaker"]]}, progress=None)
+    found = Conditions(more, dataset, "train").at(every, every * 0)
+    assert found.labels is not None
+    assert found.labels[:, 0].tolist() == (dataset.splits["train"].labels[:, 1] + 1).tolist()
+    with pytest.raises(DfError, match="not trained on the speaker 'zoe'"):
+        Conditions(replace(told, names={"speaker": ["al", "bo"]}), dataset, "train")
+    with pytest.raises(DfError, match="the data have no label `mood`"):
+        Conditions(replace(told, names={"mood": ["gay"]}), dataset, "train")
