@@ -1,9 +1,9 @@
 """How far a sound is from the one it imitates: spectral distances, and what they are worth.
 
-LSD (dB): the mean over frames of the root mean square over frequencies of 10 log10(|X|^2 / |Y|^2). Multi-resolution
-STFT: the spectral convergence, which is the norm of |Y| - |X| over that of |Y|, plus the mean distance of the logarithms of
-magnitudes, averaged over three resolutions (kan-bayashi/ParallelWaveGAN, losses/stft_loss.py). Both compare two sounds
-of one length, frame by frame.
+LSD (dB): the mean over frames of the root mean square over frequencies of 10 log10(|X|^2 / |Y|^2).
+Multi-resolution STFT: the spectral convergence, which is the norm of |Y| - |X| over that of |Y|, plus the mean distance
+of the logarithms of magnitudes, averaged over three resolutions (kan-bayashi/ParallelWaveGAN, losses/stft_loss.py).
+Both compare two sounds of one length, frame by frame.
 
 Floors beside them: the mu-law round trip (what the codec alone costs), Griffin-Lim from the same mel spectrogram (what
 needs no training), and two different recordings (what says nothing).

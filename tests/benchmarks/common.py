@@ -172,22 +172,22 @@ class Turns:
         return 2 * self.SIZE**3 / (min(self.seconds) if best else sum(self.seconds) / len(self.seconds))
 
 
-def trained(kind: str, data: str, minutes: float) -> tuple[str, dict[str, Any]]:
+def trained(kind: str, data: str, minutes: float, **options: Any) -> tuple[str, dict[str, Any]]:
     """A training in a process of its own, as `df train KIND --data DATA --minutes M` does it: the run's name, and its
     speed and shares of the machine's rate for products, which are taken in turns with its steps."""
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as `df train` does
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return process.submit(_train, kind, data, minutes).result()
+        return process.submit(_train, kind, data, minutes, options).result()
 
 
-def _train(kind: str, data: str, minutes: float) -> tuple[str, dict[str, Any]]:
+def _train(kind: str, data: str, minutes: float, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     from dfcli import cores
     from dfcli.runs.run import Run
     from dfcli.system.device import resolve
     from dfcli.training.train import train
 
     turns = Turns(resolve("cpu").threads)
-    result = train(kind, [data], minutes=minutes, device="cpu", seed=0, stop=turns.stop, clock=turns.clock)
+    result = train(kind, [data], minutes=minutes, device="cpu", seed=0, stop=turns.stop, clock=turns.clock, **options)
     product, run = turns.rate(), Run.open(result.run)
     core = run.info["core"]
     flops = 3 * cores.config(core["name"], core["config"]).flops_per_token()
