@@ -18,6 +18,7 @@ UNITS = {
     "loss": "NATS/TOKEN",
     "bits_per_byte": "BITS/BYTE",
     "bits_per_sample": "BITS/SAMPLE",
+    "bits_per_16bit_sample": "BITS/16-BIT SAMPLE",
     "bits_per_character": "BITS/CHARACTER",
     "bits_per_token": "BITS/TOKEN",
 }

@@ -48,6 +48,9 @@ class Evaluation:
     bits_per_byte: float | None  # of the text's UTF-8; text only
     bits_per_character: float | None
     bits_per_sample: float | None  # audio only
+    bits_per_16bit_sample: float | None  # with the bits of the 16-bit values that each level stands for; audio only
+    quantization_snr: float | None  # dB, of the recordings through the codec; where the dataset says it
+    flac_bits_per_sample: float | None  # of the same recordings at 16 bits; where the dataset says it
     baselines: dict[str, dict[str, float]]  # name -> loss and bits, in the units above
     protocol: str  # how it was measured, in a sentence
     seconds: float  # of the model's sweep
@@ -95,14 +98,17 @@ def evaluate(
             )
             stride = None
         began = time.perf_counter()
-        loss = sweep(core, dataset, split, where, stride=stride, first=limit, on_event=on_event)
+        told = run.conditioning
+        loss = sweep(core, dataset, split, where, stride=stride, first=limit, conditioning=told, on_event=on_event)
         seconds = time.perf_counter() - began
         if not math.isfinite(loss.nats):
             raise DfError(f"the loss of run {run.name} is not finite", "try an earlier `--checkpoint`")
         with _counted(run, dataset, on_event) as train:
             others = baselines((dataset, split), train, limit, on_event)
         sizes = _sizes(run.codec, dataset, split, loss.tokens, limit)
-        bits = _bits(loss.mean, sizes)
+        inside = _bits_inside_levels(run.codec, dataset, split, limit)
+        bits = _bits(loss.mean, sizes, inside)
+        fidelity = dataset.info.get("fidelity", {}).get(split, {})
         return Evaluation(
             run=run.name,
             checkpoint=loaded.step,
@@ -119,7 +125,10 @@ def evaluate(
             bits_per_byte=bits.get("bits_per_byte"),
             bits_per_character=bits.get("bits_per_character"),
             bits_per_sample=bits.get("bits_per_sample"),
-            baselines={name: {"loss": nats, **_bits(nats, sizes)} for name, nats in others.items()},
+            bits_per_16bit_sample=bits.get("bits_per_16bit_sample"),
+            quantization_snr=fidelity.get("snr"),
+            flac_bits_per_sample=fidelity.get("flac_bits_per_sample"),
+            baselines={name: {"loss": nats, **_bits(nats, sizes, inside)} for name, nats in others.items()},
             protocol=_protocol(loss, dataset, split, others),
             seconds=seconds,
             tokens_per_second=loss.tokens / seconds,
@@ -161,6 +170,7 @@ def _dataset(run: Run, data: Sequence[str], on_event: OnEvent) -> Iterator[Datas
         lines=record["lines"],
         lead=record["lead"],
         normalize=record["normalize"],
+        label=None if run.conditioning is None else run.conditioning.rule,
         whole=True,
         on_event=on_event,
     ) as dataset:
@@ -225,9 +235,20 @@ def _sizes(codec: Codec, dataset: Dataset, split: str, tokens: int, limit: int |
     return sizes
 
 
-def _bits(nats_per_token: float, sizes: dict[str, int]) -> dict[str, float]:
+def _bits_inside_levels(codec: Codec, dataset: Dataset, split: str, limit: int | None) -> float | None:
+    """The mean over the scored samples of log2 of the number of 16-bit values that the sample's level stands for. With
+    the bits per sample it is the length of a code for 16-bit sound, whatever the number of levels. None for text."""
+    if not isinstance(codec, MuLaw):
+        return None
+    counts = count_targets(dataset, split, limit)
+    return float(np.dot(counts, np.log2(np.maximum(codec.values_of_16_bits, 1))) / counts.sum())
+
+
+def _bits(nats_per_token: float, sizes: dict[str, int], inside: float | None) -> dict[str, float]:
+    """The loss in bits of each unit; `inside` are the bits of a 16-bit sample that its level leaves open."""
     bits = nats_per_token * sizes["bits_per_token"] / math.log(2)
-    return {unit: bits / size for unit, size in sizes.items() if size}
+    found = {unit: bits / size for unit, size in sizes.items() if size}
+    return found if inside is None else found | {"bits_per_16bit_sample": found["bits_per_sample"] + inside}
 
 
 def _length(codec: Codec, count: int) -> str:

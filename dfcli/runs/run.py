@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from dfcli.codecs import Codec
     from dfcli.cores import Core
+    from dfcli.data.conditions import Conditioning
     from dfcli.runs.rebuild import Blueprint
 
 FORMAT = 1
@@ -133,6 +134,27 @@ class Run:
         from dfcli.codecs import codec_from_json
 
         return codec_from_json(self.info["codec"], self.path)
+
+    @cached_property
+    def conditioning(self) -> Conditioning | None:
+        """What its model is told beside the ids; None for a model without conditions. CorruptError where run.json does
+        not describe it, or describes another model's."""
+        values, config = self.info.get("conditioning"), self.info["core"]["config"]
+        takes = (tuple(config.get("labels", ())), config.get("series", 0))
+        found = None
+        try:
+            if values is not None:
+                from dfcli.codecs import MuLaw
+                from dfcli.data.conditions import Conditioning  # imports PyTorch, which takes seconds
+
+                found = Conditioning.from_json(values, self.codec.sample_rate if isinstance(self.codec, MuLaw) else 0)
+            told = ((), 0) if found is None else (found.counts, found.series)
+            sound = told == takes
+        except (KeyError, TypeError, ValueError, AttributeError):
+            sound = False
+        if not sound:
+            raise CorruptError(f"{self.path / RUN} is damaged: it does not say what its model is told", files.DAMAGED)
+        return found
 
     @contextmanager
     def lock(self) -> Iterator[None]:
