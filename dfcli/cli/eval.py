@@ -107,7 +107,7 @@ def _print(found: list[Evaluation]) -> None:
         known = all(figure.get(unit) is not None for figure in figures.values())
         if known and not any(all(f[unit] == f[other] for f in figures.values()) for other in units):
             units.append(unit)
-    sizes = [unit for unit in ("bits_per_byte", "bits_per_sample", "loss") if unit in units]
+    sizes = [unit for unit in ("bits_per_byte", "bits_per_16bit_sample", "bits_per_sample", "loss") if unit in units]
     rows = [
         [name, *(f"{values[unit]:.4f}" for unit in units), f"{_perplexity(values['loss']):.4g}"]
         for name, values in sorted(figures.items(), key=lambda item: item[1][sizes[0] if len(found) > 1 else "loss"])
@@ -120,6 +120,11 @@ def _print(found: list[Evaluation]) -> None:
         output.paragraph(f"{whose}dataset {one.dataset}, split {one.split}, checkpoint of step {count(one.checkpoint)}")
         if one is found[-1] or one.protocol != found[-1].protocol:
             output.paragraph(one.protocol)
+        if one.quantization_snr is not None and one.flac_bits_per_sample is not None:
+            snr, flac = f"{one.quantization_snr:.1f} dB", f"{one.flac_bits_per_sample:.2f} bits"
+            output.paragraph(
+                f"{whose}the codec's own signal-to-noise ratio is {snr}; FLAC needs {flac} a 16-bit sample"
+            )
         output.say(f"{whose}{short(one.tokens_per_second)} tokens/s", style="dim")
 
 

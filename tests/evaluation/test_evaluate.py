@@ -15,10 +15,11 @@ import soundfile
 import torch
 import torch.nn.functional as F
 
+from dfcli.codecs import MuLaw
 from dfcli.cores import GPT, GPTConfig, WaveNet, WaveNetConfig
 from dfcli.data.dataset import Dataset, remove_dataset
 from dfcli.errors import DfError, UsageError
-from dfcli.evaluation.evaluate import Evaluation, evaluate
+from dfcli.evaluation.evaluate import Evaluation, _bits, _bits_inside_levels, evaluate
 from dfcli.ingest.prepare import prepare
 from dfcli.runs.run import Run
 from dfcli.system.events import Note
@@ -238,3 +239,20 @@ def test_a_broken_model(text: Run) -> None:
     with pytest.raises(DfError, match="not finite"):
         measure(text)
     assert measure(text, checkpoint=7).checkpoint == 7
+
+
+def test_bits_of_16_bit_samples_do_not_depend_on_the_levels(tmp_path: Path) -> None:
+    """A uniform model of levels codes a 16-bit sample by its level and its place among the level's 16-bit values."""
+    samples = np.random.default_rng(0).integers(-20000, 20000, 4000).astype(np.int16)
+    soundfile.write(tmp_path / "noise.wav", samples, 8000)
+    for levels in (256, 1024):
+        with prepare([str(tmp_path / "noise.wav")], levels=levels, whole=True) as dataset:
+            codec = dataset.codec
+            assert isinstance(codec, MuLaw)
+            values = codec.values_of_16_bits[codec.encode(samples / np.float32(1 << 15))]
+            inside = _bits_inside_levels(codec, dataset, "all", None)
+            assert inside == pytest.approx(np.log2(np.maximum(values, 1)).mean(), abs=1e-9)
+            found = _bits(math.log(levels), {"bits_per_token": 4000, "bits_per_sample": 4000}, inside)
+            # By f's slope: log2 of its inverse's slope times 2^16, which does not depend on the number of levels
+            slope = np.log(256) * (1 + 255 * np.abs(samples / 32768)) / 255
+            assert found["bits_per_16bit_sample"] == pytest.approx(np.log2(65536 * slope).mean(), abs=0.03)
