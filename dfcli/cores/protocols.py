@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from .wavenet import Condition
+
 CHUNK = 8192  # positions that `prefill` reads at once: their activations must fit into memory
 
 
@@ -39,12 +41,17 @@ class Engine(Protocol):
         """Forget everything; B = batch from here on."""
         ...
 
-    def prefill(self, ids: NDArray[np.int64]) -> None:
-        """Read ids [B, T], T >= 1, at once. Called once after `start`, with at most the core's context of ids."""
+    def prefill(self, ids: NDArray[np.int64], condition: Condition | None = None) -> None:
+        """Read ids [B, T], T >= 1, at once. Called once after `start`, with at most the core's context of ids.
+
+        The index of `condition` is [B, T], of these ids. A conditioned model needs one in every call."""
         ...
 
-    def generate(self, uniforms: NDArray[np.float64], picking: Picking) -> NDArray[np.int64]:
-        """Make n further ids of each sequence: uniforms [B, n] in [0, 1) -> ids [B, n].
+    def generate(
+        self, uniforms: NDArray[np.float64], picking: Picking, condition: Condition | None = None
+    ) -> NDArray[np.int64]:
+        """Make n further ids of each sequence: uniforms [B, n] in [0, 1) -> ids [B, n]. The index of `condition` is
+        [B, n], of the ids that are made and read here: the row of an id is about the id after it.
 
         Id j is `sampling.pick` of the logits after everything before it, with uniforms[:, j]. It is then read in turn,
         so that calls can follow each other: where the chunks are cut changes nothing."""
@@ -87,10 +94,12 @@ class Backend(Protocol):
         ...
 
 
-def prefill(core: nn.Module, ids: Tensor, state: Any) -> tuple[Tensor, Any]:
+def prefill(core: nn.Module, ids: Tensor, state: Any, condition: Condition | None = None) -> tuple[Tensor, Any]:
     """Let a core read ids [B, T] after `state`, at most CHUNK positions at once -> logits [B, V], the new state."""
     model: Any = core  # every core has `prefill`, which nn.Module's type does not tell
-    logits = ids.new_empty(0)
-    for chunk in ids.split(max(1, CHUNK // len(ids)), dim=1):
-        logits, state = model.prefill(chunk, state)
+    logits, size = ids.new_empty(0), max(1, CHUNK // len(ids))
+    for begin in range(0, ids.shape[1], size):
+        columns = slice(begin, begin + size)
+        told = () if condition is None else (condition._replace(index=condition.index[:, columns]),)
+        logits, state = model.prefill(ids[:, columns], state, *told)
     return logits, state

@@ -128,6 +128,10 @@ class Condition(NamedTuple):
     series: Tensor | None  # [F, series] float32
     index: Tensor  # [B, T] int64: the row of each position  # pyright: ignore[reportIncompatibleMethodOverride]
 
+    def to(self, device: torch.device) -> Condition:
+        """The same on another device."""
+        return Condition(*(None if part is None else part.to(device, non_blocking=True) for part in self))  # pyright: ignore[reportArgumentType]
+
 
 def gated(x: Tensor) -> Tensor:
     """tanh(a) sigmoid(b) of the halves a and b, section 2.3. [..., 2 R] -> [..., R]

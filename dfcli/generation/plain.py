@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from dfcli.cores import Condition
 from dfcli.cores.protocols import Picking, prefill
 from dfcli.generation.sampling import pick
 from dfcli.system.device import Device
@@ -31,15 +32,20 @@ class Plain:
         self._state = self._core.init_state(batch)
 
     @torch.inference_mode()
-    def prefill(self, ids: NDArray[np.int64]) -> None:
-        self._read(prefill(self._core, torch.from_numpy(ids).to(self._device), self._state))
+    def prefill(self, ids: NDArray[np.int64], condition: Condition | None = None) -> None:
+        told = condition and condition.to(self._device)
+        self._read(prefill(self._core, torch.from_numpy(ids).to(self._device), self._state, told))
 
     @torch.inference_mode()
-    def generate(self, uniforms: NDArray[np.float64], picking: Picking) -> NDArray[np.int64]:
+    def generate(
+        self, uniforms: NDArray[np.float64], picking: Picking, condition: Condition | None = None
+    ) -> NDArray[np.int64]:
         picked = np.empty(uniforms.shape, np.int64)
+        rows = condition and condition.to(self._device)
         for j in range(uniforms.shape[1]):
             ids = picked[:, j] = pick(self._logits, picking, uniforms[:, j])
-            self._read(self._core.step(torch.from_numpy(ids).to(self._device), self._state))
+            told = () if rows is None else (rows._replace(index=rows.index[:, j]),)
+            self._read(self._core.step(torch.from_numpy(ids).to(self._device), self._state, *told))
         return picked
 
     def finite(self) -> bool:

@@ -291,10 +291,10 @@ class _Sequences:
     def logits(self) -> NDArray[np.float32]:
         return self._state.logits.reshape(len(self._ids), -1)
 
-    def prefill(self, ids: NDArray[np.int64]) -> None:
+    def prefill(self, ids: NDArray[np.int64], condition: None = None) -> None:
         self._read(ids, self._core.init_state(len(ids)))
 
-    def generate(self, uniforms: NDArray[np.float64], picking: Picking) -> NDArray[np.int64]:
+    def generate(self, uniforms: NDArray[np.float64], picking: Picking, condition: None = None) -> NDArray[np.int64]:
         B, n = uniforms.shape
         ids = np.empty((B, n), np.int64)
         done = 0

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dfcli.cores.protocols import Picking
+from dfcli.cores.wavenet import Condition
 from dfcli.kernels.compile import Compiled, inner
 from dfcli.kernels.gemm import call, load_acquire, store_release
 from dfcli.system.events import OnEvent
@@ -48,7 +49,8 @@ def barrier(flags, worker, workers, count, yielder):
 
 def _flat(argument: Any) -> Any:
     if isinstance(argument, tuple):
-        return tuple(_flat(each) for each in argument)
+        flat = [_flat(each) for each in argument]
+        return type(argument)(*flat) if hasattr(argument, "_fields") else tuple(flat)  # a NamedTuple stays one
     return argument.detach().view(-1).numpy() if isinstance(argument, Tensor) else argument
 
 
@@ -95,11 +97,13 @@ class Sequences(Protocol):
         """After the newest ids: [B, at least V]."""
         ...
 
-    def prefill(self, ids: NDArray[np.int64]) -> None:
+    def prefill(self, ids: NDArray[np.int64], condition: Condition | None) -> None:
         """Forget everything and read ids [B, T], or [1, T] where they are the same for all."""
         ...
 
-    def generate(self, uniforms: NDArray[np.float64], picking: Picking) -> NDArray[np.int64]:
+    def generate(
+        self, uniforms: NDArray[np.float64], picking: Picking, condition: Condition | None
+    ) -> NDArray[np.int64]:
         """`Engine.generate` of these sequences."""
         ...
 
@@ -119,20 +123,33 @@ class ThreadedEngine:
         self.parts = [self._make(size) for size in sizes]
         self._ends = np.cumsum(sizes)[:-1].tolist()
 
-    def prefill(self, ids: NDArray[np.int64]) -> None:
-        same = bool((ids == ids[:1]).all())
-        for part, its in zip(self.parts, np.split(ids, self._ends), strict=True):
-            part.prefill(ids[:1] if same else its)
+    def prefill(self, ids: NDArray[np.int64], condition: Condition | None = None) -> None:
+        same = bool((ids == ids[:1]).all()) and (condition is None or bool((condition.index == condition.index[:1]).all()))
+        if same:
+            condition = condition and condition._replace(index=condition.index[:1])
+            for part in self.parts:
+                part.prefill(ids[:1], condition)
+            return
+        for part, its, told in zip(self.parts, np.split(ids, self._ends), self._divided(condition), strict=True):
+            part.prefill(its, told)
 
-    def generate(self, uniforms: NDArray[np.float64], picking: Picking) -> NDArray[np.int64]:
-        def run(part: Sequences, its: NDArray[np.float64]) -> NDArray[np.int64]:
-            return part.generate(np.ascontiguousarray(its), picking)
+    def generate(
+        self, uniforms: NDArray[np.float64], picking: Picking, condition: Condition | None = None
+    ) -> NDArray[np.int64]:
+        def run(part: Sequences, its: NDArray[np.float64], told: Condition | None) -> NDArray[np.int64]:
+            return part.generate(np.ascontiguousarray(its), picking, told)
 
-        split = np.split(uniforms, self._ends)
+        split, conditions = np.split(uniforms, self._ends), self._divided(condition)
         if len(split) == 1:
-            return run(self.parts[0], split[0])
+            return run(self.parts[0], split[0], conditions[0])
         with ThreadPoolExecutor(len(split)) as pool:
-            return np.concatenate(list(pool.map(run, self.parts, split)))
+            return np.concatenate(list(pool.map(run, self.parts, split, conditions)))
+
+    def _divided(self, condition: Condition | None) -> list[Condition | None]:
+        """The condition of each part."""
+        if condition is None:
+            return [None] * len(self.parts)
+        return [condition._replace(index=index) for index in condition.index.tensor_split(self._ends)]
 
     def finite(self) -> bool:
         return all(bool(np.isfinite(part.logits).all()) for part in self.parts)

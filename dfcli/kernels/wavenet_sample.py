@@ -30,10 +30,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dfcli.cores.protocols import Picking, prefill
-from dfcli.cores.wavenet import WaveNet, WaveNetConfig
+from dfcli.cores.wavenet import Condition, WaveNet, WaveNetConfig
 from dfcli.kernels.compile import Compiled, inner
 from dfcli.kernels.gemm import join, multiply, pad, padded, tiles, to_bfloat16
-from dfcli.kernels.ops import add, copy, copy_to_rows, relu, tanh_sigmoid
+from dfcli.kernels.ops import ZERO, add, copy, copy_to_rows, fill, relu, tanh_sigmoid
 from dfcli.kernels.pick import pick
 from dfcli.kernels.threads import ThreadedEngine
 from dfcli.system.device import Device
@@ -49,12 +49,19 @@ class _Model(NamedTuple):
     table: NDArray[np.float32]  # [V, R]: what an id puts into the first layer
     weights: NDArray[Any]  # per layer the newest tap [2 R, R] and the residual [R, R] (not the last); skip, head
     past: NDArray[Any]  # per layer its other taps [2 R, R], oldest first
-    biases: NDArray[np.float32]  # per layer the gate's [2 R] and the residual's [R]; skip [S], head [H] and [V]
+    biases: NDArray[np.float32]  # per layer the residual's [R]; skip [S], head [H] and [V]
     layers: NDArray[np.int64]  # [L, 5]: dilation, samples ahead, queue length, where its queue and its sums begin
     taps: int
     channels: int  # of the residual path, without padding
     normed: bool
     vocab_size: int
+
+
+class _Gates(NamedTuple):
+    """The gates' biases, the layers' own and the conditions', as rows; which of the F rows each sample uses."""
+
+    rows: NDArray[np.float32]  # [L, F, 2 R], flat
+    index: NDArray[np.int64]  # [B, n]
 
 
 class _State(NamedTuple):
@@ -85,19 +92,21 @@ def _norm(out, x, o, channels, R):
 
 
 @inner
-def _gate(out, o, sums, s, R):
-    """out[o : o + R] = tanh of R sums times sigmoid of the next R."""
+def _gate(out, o, sums, s, bias, b, R):
+    """out[o : o + R] = tanh of R sums times sigmoid of the next R, each with its bias."""
     for i in range(R):
-        out[uintp(o + i)] = tanh_sigmoid(sums[uintp(s + i)], sums[uintp(s + R + i)])
+        tanh = sums[uintp(s + i)] + bias[uintp(b + i)]
+        out[uintp(o + i)] = tanh_sigmoid(tanh, sums[uintp(s + R + i)] + bias[uintp(b + R + i)])
 
 
 @inner
-def _step(model, state, B):
-    """Reads one sample a clip, whose embedding stands in state.stream, and leaves the logits after it."""
+def _step(model, state, told, j, B):
+    """Reads sample j of each clip, whose embedding stands in state.stream, and leaves the logits after it."""
     queues, sums, stream, inputs = state.queues, state.sums, state.stream, state.inputs
     gates, skip, head, logits = state.gates, state.skip, state.head, state.logits
     weights, biases, layers, taps = model.weights, model.biases, model.layers, model.taps
     L, R, S, H, W = len(layers), stream.size // B, skip.size // B, head.size // B, logits.size // B
+    rows, index, F = told.rows, told.index, told.rows.size // (L * 2 * R)
     t, c = state.clock[0], 0
     w = past = np.int64(0)  # a literal 0 would be a type of its own and compile `multiply` twice
     for layer in range(L):
@@ -109,7 +118,7 @@ def _step(model, state, B):
         else:
             copy(inputs, 0, stream, 0, B * R)
         if t % ahead == 0:
-            copy_to_rows(sums, block, ahead * B, biases, c, 2 * R)
+            fill(sums, block, ahead * B * 2 * R, ZERO)
             for tap in range(taps - 1):
                 x = queue + (t + tap * dilation) % length * B * R  # `ahead` rows lie there: it divides both
                 multiply(sums, block, 2 * R, queues, x, R, ahead * B, model.past, past + tap * 2 * R * R, 2 * R, R)
@@ -117,13 +126,13 @@ def _step(model, state, B):
         now = block + t % ahead * B * 2 * R
         w = multiply(sums, now, 2 * R, inputs, np.int64(0), R, B, weights, w, 2 * R, R)
         for b in range(B):
-            _gate(gates, (b * L + layer) * R, sums, now + b * 2 * R, R)
+            _gate(gates, (b * L + layer) * R, sums, now + b * 2 * R, rows, (layer * F + index[b, j]) * 2 * R, R)
         if layer + 1 < L:
             for b in range(B):
-                add(stream, b * R, biases, c + 2 * R, R)
+                add(stream, b * R, biases, c, R)
             w = multiply(stream, np.int64(0), R, gates, layer * R, L * R, B, weights, w, R, R)
         past += (taps - 1) * 2 * R * R
-        c += 3 * R
+        c += R
     copy_to_rows(skip, 0, B, biases, c, S)
     w = multiply(skip, np.int64(0), S, gates, np.int64(0), L * R, B, weights, w, S, L * R)
     relu(skip)
@@ -135,8 +144,9 @@ def _step(model, state, B):
     state.clock[0] = t + 1
 
 
-def wavenet_samples(model, state, uniforms, temperature, top_k, top_p, min_p, ids):
+def wavenet_samples(model, state, told, uniforms, picking, ids):
     """Picks and reads n samples of each clip: uniforms [B, n] -> ids [B, n]."""
+    temperature, top_k, top_p, min_p = picking
     B, n = uniforms.shape
     R, W = model.table.shape[1], state.logits.size // B
     table = model.table.ravel()
@@ -145,7 +155,7 @@ def wavenet_samples(model, state, uniforms, temperature, top_k, top_p, min_p, id
             logits = state.logits[b * W : b * W + model.vocab_size]
             ids[b, j] = pick(logits, uniforms[b, j], temperature, top_k, top_p, min_p, state.weights)
             copy(state.stream, b * R, table, ids[b, j] * R, R)
-        _step(model, state, B)
+        _step(model, state, told, j, B)
 
 
 _SOURCES = [__file__]
@@ -153,8 +163,8 @@ _exact, _rounded = (Compiled(wavenet_samples, _SOURCES, variant) for variant in 
 
 
 def supports(config: WaveNetConfig, device: Device) -> str | None:
-    """None where `build` takes a model of this config, else the reason, a clause."""
-    return "the kernel takes no conditions yet" if config.row else None
+    """None: it takes every WaveNet."""
+    return None
 
 
 def build(core: nn.Module, device: Device, exact: bool = True, on_event: OnEvent = ignore) -> ThreadedEngine:
@@ -163,9 +173,9 @@ def build(core: nn.Module, device: Device, exact: bool = True, on_event: OnEvent
     assert isinstance(core, WaveNet)
     rounded = not exact and 4 * core.config.parameters() >= ROUNDED
     model, samples = _model(core, rounded), _rounded if rounded else _exact
-    samples.load(
-        on_event, model, _state(model, core, 1), np.empty((1, 0)), 1.0, 1, 1.0, 0.0, np.empty((1, 0), np.int64)
-    )
+    none = np.empty((1, 0), np.int64)
+    gates = _Gates(np.zeros(len(model.layers) * 2 * model.table.shape[1], np.float32), none)
+    samples.load(on_event, model, _state(model, core, 1), gates, np.empty((1, 0)), Picking(), none)
     name, reason = "numba", "compiled for this processor, with the plain engine's picks"
     if rounded:
         name = "numba-bfloat16"
@@ -185,18 +195,27 @@ class _Sequences:
         return self._state.logits.reshape(-1, padded(self._model.vocab_size))
 
     @torch.inference_mode()
-    def prefill(self, ids: NDArray[np.int64]) -> None:
-        logits, state = prefill(self._core, torch.from_numpy(ids), self._core.init_state(len(ids)))
+    def prefill(self, ids: NDArray[np.int64], condition: Condition | None) -> None:
+        logits, state = prefill(self._core, torch.from_numpy(ids), self._core.init_state(len(ids)), condition)
         self.logits[:, : logits.shape[1]] = logits.numpy()
         self._state.clock[0] = 0  # now the oldest entry of each queue [B, P, R] is its first
         queues = self._state.queues.reshape(-1, len(self.logits), self._model.table.shape[1])
         for (_, _, _, place, _), queue in zip(self._model.layers, state.queues, strict=True):
             queues[place : place + queue.shape[1], :, : self._model.channels] = queue.transpose(0, 1).numpy()
 
-    def generate(self, uniforms: NDArray[np.float64], picking: Picking) -> NDArray[np.int64]:
+    def generate(
+        self, uniforms: NDArray[np.float64], picking: Picking, condition: Condition | None
+    ) -> NDArray[np.int64]:
         ids = np.empty(uniforms.shape, np.int64)
-        self._samples(self._model, self._state, uniforms, *picking, ids)
+        self._samples(self._model, self._state, self._gates(condition, ids.shape), uniforms, picking, ids)
         return ids
+
+    @torch.inference_mode()
+    def _gates(self, condition: Condition | None, shape: tuple[int, ...]) -> _Gates:
+        """The rows of a condition whose index has this shape; without one, the layers' own biases."""
+        rows = _array(self._core.gate_biases(condition)).reshape(len(self._model.layers), -1, 2, self._model.channels)
+        rows = pad(rows, *rows.shape[:3], self._model.table.shape[1]).ravel()
+        return _Gates(rows, np.zeros(shape, np.int64) if condition is None else condition.index.contiguous().numpy())
 
 
 def _array(tensor: Tensor) -> NDArray[np.float32]:
@@ -226,9 +245,6 @@ def _model(core: WaveNet, packed: bool) -> _Model:
         taps = pad(taps, 2, R, K, R).reshape(2 * R, K, R)
         past += [tiles(taps[:, tap]) for tap in range(K - 1)]
         weights.append(tiles(taps[:, K - 1]))
-        both = layer.dilated.bias
-        both = np.zeros((2, config.residual), np.float32) if both is None else _array(both).reshape(2, -1)
-        biases.append(pad(both, 2, R).ravel())
         if number + 1 < L:
             weights.append(tiles(pad(_array(layer.residual.weight), R, R)))
         bias(layer.residual, config.residual, R)

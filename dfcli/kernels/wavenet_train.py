@@ -1,58 +1,155 @@
-"""The default recipe's WaveNet in training on a CPU: loss and gradients by compiled functions (numba).
+"""WaveNet in training on a CPU: loss and gradients by compiled functions (numba).
 
-With 32 channels the products of a layer take less time than what surrounds them: a dozen PyTorch operations that each
-send megabytes through memory. Here a layer takes `BLOCK` positions at a time, which stay in the nearest cache from its
-input to its output, its part of the skips included, and so does the head, forwards and backwards. The loss of the
-core's own `forward` is the reference: loss and gradients agree to 1e-5 (tests).
+With 32 channels the products of a layer take less time than the dozen PyTorch operations around them, which each send
+megabytes through memory. Here a layer takes `BLOCK` positions at a time, which stay in the nearest cache from its input
+to its output, its part of the skips included, and so does the head, forward and backward. The core's own `forward` is
+the reference: loss and gradients agree to 1e-5 (tests).
 
-Positions are flat: N = B T of them, rows behind each other, since a position knows how far it is from its document's
-start and nothing looks beyond that. Each worker has a share of them and passes through all layers; threads meet between
-layers, as a tap may lie in another's share. Gradients of weights are summed in the order of the workers, so that the
-same number of threads gives the same bits.
+The N = B T positions are flat, the sequences behind each other, because a position knows how far it is from its
+document's start and nothing looks beyond that. They are divided into slots. Where there are at least as many sequences
+as threads, a slot is some sequences: a thread takes the next free slot, runs forward, head and backward for it, and
+never waits for another thread, so that a busy machine delays only the slot that it interrupts. Where there are fewer
+sequences, the slots are one range of positions for each thread, and the threads meet between layers, because a tap may
+lie in another thread's range. The weights' gradients are summed in the order of the slots, so that the same number of
+threads gives the same bits.
 
-What is kept for the backward pass: of each layer its input h (and the norm's scale), its gate z = tanh(a) sigmoid(b),
-and sigmoid(b); tanh(a) is their quotient.
+A gate's bias is a row of its own for each run of positions that share a condition row; without conditions a slot is one
+run of the layer's own bias. PyTorch makes these rows from biases, labels and series, and takes their gradients back.
+
+Kept for the backward pass, of each layer: its input h (and the norm's scale), its gate z = tanh(a) sigmoid(b), and
+sigmoid(b); tanh(a) is their quotient.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy import uintp
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dfcli.cores.protocols import Pass
-from dfcli.cores.wavenet import WaveNet, WaveNetConfig
+from dfcli.cores.wavenet import Condition, WaveNet, WaveNetConfig
 from dfcli.kernels.compile import Compiled, inner, unsupported_cpu
-from dfcli.kernels.gemm import COLUMNS, panel_product, product, round_up, row_stride
-from dfcli.kernels.ops import (
-    ONE,
-    TWO,
-    ZERO,
-    add,
-    clamp,
-    copy,
-    cross_entropy,
-    exp,
-    fill,
-    norm,
-    norm_back,
-)
+from dfcli.kernels.gemm import COLUMNS, fetch_add, panel_product, product, round_up, row_stride
+from dfcli.kernels.ops import ONE, TWO, ZERO, add, clamp, copy, cross_entropy, exp, fill, norm, norm_back
 from dfcli.kernels.threads import WorkerPool, barrier
 from dfcli.system.events import OnEvent
 
 BLOCK = 64  # positions
+SLOTS = 8  # for each thread: many, so that a thread that is held up delays little work
 WIDEST = 128  # residual channels: PyTorch's products of wider ones are faster than ours
 
 _row_stride, _round_up = inner(row_stride), inner(round_up)
 
 
+class Shape(NamedTuple):
+    """A model's sizes: L layers, K taps, R residual and S skip channels, H channels in the head, V ids."""
+
+    dilations: NDArray[np.int64]  # [L]
+    taps: int
+    residual: int
+    skip: int
+    head: int
+    ids: int
+    normed: bool
+
+
+class Matrices(NamedTuple):
+    """Weights in panels (`gemm.pack`), [inputs, outputs] for the forward pass and [outputs, inputs] for the backward
+    pass; or their gradients, as PyTorch's weights lie: [L, 2 R, K R], [L - 1, R, R], [S, L R], [H, S], [V, H]."""
+
+    dilated: Any  # [L, K] matrices of R and 2 R
+    residual: Any  # [L - 1] of R and R
+    skip: Any  # [L] of R and S
+    head1: Any  # of S and H
+    head2: Any  # of H and V
+
+
+class Biases(NamedTuple):
+    """Biases, or their gradients."""
+
+    residual: Any  # [L - 1, R]
+    skip: Any  # [S]
+    head1: Any  # [H]
+    head2: Any  # [V]
+
+
+class Model(NamedTuple):
+    shape: Shape
+    table: Any  # [V, R]
+    forward: Matrices
+    backward: Matrices
+    biases: Biases
+    gate_rows: Any  # [L, runs, 2 R]
+
+
+class Batch(NamedTuple):
+    """What a pass reads, and the stream that it leaves."""
+
+    ids: Any  # int64 [N]
+    targets: Any  # int64 [N]; negative: not scored
+    positions: Any  # int64 [N]: how far from the document's start
+    runs: Any  # int64 [N]: which of the `gate_rows`
+    stream: Any  # [N, R]: the residual path, then the gradient of the embedded ids
+    bounds: Any  # int64 [slots + 1]: where the slots begin
+    next_slot: Any  # int64 [1]: the first that no thread has taken
+    together: bool  # whether all threads share the sequences and meet between layers
+    per_target: Any  # what the gradient of one target's loss is multiplied by
+
+
+class Buffers(NamedTuple):
+    """What is kept of n positions: of the whole batch where the threads work together, else of each thread's slot."""
+
+    h: Any  # [L, n, R]
+    scales: Any  # [L, n]
+    gates: Any  # [L, n, R]
+    sigmoids: Any  # [L, n, R]
+    skips: Any  # [n, S], rows `row_stride` apart; then their gradient
+    d_sums: Any  # [2, n, 2 R]: others may still read one half while the next layer fills the other
+
+
+class Gradients(NamedTuple):
+    """Zeros at first. `matrices` and `biases` exist once for each slot."""
+
+    matrices: Matrices
+    biases: Biases
+    gate_rows: Any  # [L, runs, 2 R]
+    nats: Any  # float64 [slots]: the cross-entropy, summed over the slot's targets
+
+
+class Scratch(NamedTuple):
+    """Of one thread, for `BLOCK` positions."""
+
+    sums: Any  # [BLOCK, 2 R]
+    narrow: Any  # [BLOCK, R]
+    taps: Any  # [BLOCK, 2 R]: positions at another tap
+    inputs: Any  # [BLOCK, S], rows `row_stride` apart, and so the others
+    hidden: Any  # [BLOCK, H]
+    d_hidden: Any  # [BLOCK, H]
+    logits: Any  # [BLOCK, V]
+
+
+class Team(NamedTuple):
+    """The threads that share some positions: `barrier`'s arguments. One alone never waits."""
+
+    worker: Any
+    workers: Any
+    flags: Any
+    yielder: Any
+
+
 @inner
-def _own(worker, workers, N):
-    """The positions of a worker, of whole blocks: begin, end."""
-    size = (-(-N // workers) + BLOCK - 1) // BLOCK * BLOCK
-    return min(N, worker * size), min(N, (worker + 1) * size)
+def _meet(team, count):
+    """False where a thread never comes: then stop."""
+    return team.workers == 1 or barrier(team.flags, team.worker, team.workers, count, team.yielder)
+
+
+# ---- operations, forward and backward
 
 
 @inner
@@ -69,11 +166,20 @@ def _shifted(out, x, o, t, by, positions, n, C):
 
 @inner
 def _norm(h, o, scales, s, x, i, R, normed):
-    """What a layer reads of x, and the norm's scale."""
+    """What a layer reads of the stream x, and the norm's scale."""
     if normed:
         scales[uintp(s)] = norm(h, o, x, i, R)
     else:
         copy(h, o, x, i, R)
+
+
+@inner
+def _norm_back(dx, d, dh, g, h, i, scale, R, normed):
+    """The gradient of `_norm`, added to that of the stream."""
+    if normed:
+        norm_back(dx, d, dh, g, h, i, scale, R)
+    else:
+        add(dx, d, dh, g, R)
 
 
 @inner
@@ -111,181 +217,246 @@ def _relu_back(dx, d, y, i, n):
         dx[uintp(d + k)] = ZERO if y[uintp(i + k)] == ZERO else dx[uintp(d + k)]
 
 
-def wavenet_forward(
-    worker, workers, flags, yielder, positions, dilations, taps, normed, dilated, gate_bias, residual,
-    residual_bias, skip, skip_bias, x, h, scales, gates, sigmoids, skips,
-):  # fmt: skip
-    """One worker of the forward pass, all arrays flat. L layers, R residual and S skip channels, K taps.
-
-    positions int64 [N]; dilations [L]; weights [inputs, outputs], as `_packed` gives them: dilated [L, K, R, 2 R],
-    residual [L - 1, R, R], skip [L, R, S]. In: x [N, R], overwritten. Out: h [L, N, R], scales [L, N], gates and
-    sigmoids [L, N, R], skips [N, S], whose rows begin `row_stride`.
-    """
-    N, L = positions.size, dilations.size
-    if N == 0:
-        return
-    R, S = x.size // N, skip_bias.size
-    Ss, (begin, end) = _row_stride(S), _own(worker, workers, N)
-    sums, past = np.empty(BLOCK * 2 * R, np.float32), np.empty(BLOCK * R, np.float32)
-    for t in range(begin, end):
-        _norm(h, t * R, scales, t, x, t * R, R, normed)
-        copy(skips, t * Ss, skip_bias, 0, S)
-    for layer in range(L):
-        if not barrier(flags, worker, workers, layer + 1, yielder):
-            return
-        first = layer * N * R
-        for t in range(begin, end, BLOCK):
-            n = min(BLOCK, end - t)
-            for r in range(n):
-                copy(sums, r * 2 * R, gate_bias, layer * 2 * R, 2 * R)
-            for tap in range(taps):
-                back, w = (taps - 1 - tap) * dilations[layer], (layer * taps + tap) * R * 2 * R
-                if back == 0:
-                    panel_product(sums, 0, 2 * R, h, first + t * R, R, dilated, w, n, 2 * R, R)
-                else:
-                    _shifted(past, h, first, t, -back, positions, n, R)
-                    panel_product(sums, 0, 2 * R, past, 0, R, dilated, w, n, 2 * R, R)
-            for r in range(n):
-                _gate(gates, sigmoids, first + (t + r) * R, sums, r * 2 * R, R)
-            panel_product(skips, t * Ss, Ss, gates, first + t * R, R, skip, layer * R * S, n, S, R)
-            if layer + 1 < L:
-                for r in range(n):
-                    add(x, (t + r) * R, residual_bias, layer * R, R)
-                panel_product(x, t * R, R, gates, first + t * R, R, residual, layer * R * R, n, R, R)
-                for r in range(t, t + n):
-                    _norm(h, first + (N + r) * R, scales, (layer + 1) * N + r, x, r * R, R, normed)
+# ---- n positions of one layer from t on, forward and backward
 
 
-def wavenet_backward(
-    worker, workers, flags, yielder, positions, dilations, taps, normed, dilated, residual, skip, h, scales, gates,
-    sigmoids, d_skips, dx, d_sums, d_dilated, d_gate_bias, d_residual, d_residual_bias, d_skip,
-):  # fmt: skip
-    """One worker of the backward pass, all arrays flat, from the gradient with respect to the skips.
-
-    Weights [outputs, inputs], as `_packed` gives them: dilated [L, K, 2 R, R], residual [L - 1, R, R], skip [L, S, R].
-    In: d_skips [N, S], whose rows lie `row_stride` apart. Added to, zeros at first: dx [N, R] and, for each worker,
-    the weights' gradients, as in PyTorch: d_dilated [L, 2 R, K R], d_gate_bias [L, 2 R], d_residual [L - 1, R, R],
-    d_residual_bias [L - 1, R], d_skip [S, L R]. Scratch: d_sums [2, N, 2 R], of which one half may still be read by
-    others when the next layer fills the other.
-    """
-    N, L = positions.size, dilations.size
-    if N == 0:
-        return
-    R, S, Ss = dx.size // N, skip.size // (L * (dx.size // N)), d_skips.size // N
-    begin, end = _own(worker, workers, N)
-    dz, dh, past = np.empty(BLOCK * R, np.float32), np.empty(BLOCK * R, np.float32), np.empty(BLOCK * R, np.float32)
-    future = np.empty(BLOCK * 2 * R, np.float32)
-    for layer in range(L - 1, -1, -1):
-        first, sums = layer * N * R, layer % 2 * N * 2 * R
-        own, own_residual = worker * L + layer, worker * (L - 1) + layer
-        for t in range(begin, end, BLOCK):
-            n = min(BLOCK, end - t)
-            z = first + t * R
-            fill(dz, 0, n * R, ZERO)
-            panel_product(dz, 0, R, d_skips, t * Ss, Ss, skip, layer * S * R, n, R, S)
-            product(d_skip, (worker * S * L + layer) * R, L * R, d_skips, t * Ss, 1, Ss, gates, z, R, S, R, n)
-            if layer + 1 < L:
-                panel_product(dz, 0, R, dx, t * R, R, residual, layer * R * R, n, R, R)
-                product(d_residual, own_residual * R * R, R, dx, t * R, 1, R, gates, z, R, R, R, n)
-                for r in range(t, t + n):
-                    add(d_residual_bias, own_residual * R, dx, r * R, R)
-            for r in range(n):
-                _gate_back(d_sums, sums + (t + r) * 2 * R, dz, r * R, gates, sigmoids, first + (t + r) * R, R)
-            for r in range(t, t + n):
-                add(d_gate_bias, own * 2 * R, d_sums, sums + r * 2 * R, 2 * R)
-            for tap in range(taps):
-                back, w, d = (taps - 1 - tap) * dilations[layer], own * 2 * R * taps * R + tap * R, sums + t * 2 * R
-                if back == 0:
-                    product(d_dilated, w, taps * R, d_sums, d, 1, 2 * R, h, first + t * R, R, 2 * R, R, n)
-                else:
-                    _shifted(past, h, first, t, -back, positions, n, R)
-                    product(d_dilated, w, taps * R, d_sums, d, 1, 2 * R, past, 0, R, 2 * R, R, n)
-        if not barrier(flags, worker, workers, L - layer, yielder):
-            return
-        for t in range(begin, end, BLOCK):
-            n = min(BLOCK, end - t)
-            fill(dh, 0, n * R, ZERO)
-            for tap in range(taps):
-                back, w = (taps - 1 - tap) * dilations[layer], (layer * taps + tap) * 2 * R * R
-                if back == 0:
-                    panel_product(dh, 0, R, d_sums, sums + t * 2 * R, 2 * R, dilated, w, n, R, 2 * R)
-                else:
-                    _shifted(future, d_sums, sums, t, back, positions, n, 2 * R)
-                    panel_product(dh, 0, R, future, 0, 2 * R, dilated, w, n, R, 2 * R)
-            for r in range(n):
-                if normed:
-                    s, scale = first + (t + r) * R, scales[uintp(layer * N + t + r)]
-                    norm_back(dx, (t + r) * R, dh, r * R, h, s, scale, R)
-                else:
-                    add(dx, (t + r) * R, dh, r * R, R)
+@inner
+def _layer(layer, t, n, model, batch, buffers, scratch):
+    """The gate, its part of the skips, and the next layer's input."""
+    shape, w, sums, taps, stream = model.shape, model.forward, scratch.sums, scratch.taps, batch.stream
+    h, gates, sigmoids, scales, skips = buffers.h, buffers.gates, buffers.sigmoids, buffers.scales, buffers.skips
+    gate_rows, runs, positions = model.gate_rows, batch.runs, batch.positions
+    N, R, S, K, L = positions.size, shape.residual, shape.skip, shape.taps, shape.dilations.size
+    Ss, first, rows, normed = _row_stride(S), layer * N * R, layer * (gate_rows.size // (L * 2 * R)), shape.normed
+    z = first + t * R
+    for r in range(n):
+        copy(sums, r * 2 * R, gate_rows, (rows + runs[uintp(t + r)]) * 2 * R, 2 * R)
+    for tap in range(K):
+        back, m = (K - 1 - tap) * shape.dilations[layer], (layer * K + tap) * R * 2 * R
+        if back == 0:
+            panel_product(sums, 0, 2 * R, h, z, R, w.dilated, m, n, 2 * R, R)
+        else:
+            _shifted(taps, h, first, t, -back, positions, n, R)
+            panel_product(sums, 0, 2 * R, taps, 0, R, w.dilated, m, n, 2 * R, R)
+    for r in range(n):
+        _gate(gates, sigmoids, z + r * R, sums, r * 2 * R, R)
+    panel_product(skips, t * Ss, Ss, gates, z, R, w.skip, layer * R * S, n, S, R)
+    if layer + 1 < L:
+        bias = model.biases.residual
+        for r in range(n):
+            add(stream, (t + r) * R, bias, layer * R, R)
+        panel_product(stream, t * R, R, gates, z, R, w.residual, layer * R * R, n, R, R)
+        for r in range(n):
+            _norm(h, z + (N + r) * R, scales, (layer + 1) * N + t + r, stream, (t + r) * R, R, normed)
 
 
-def wavenet_head(
-    worker, workers, flags, yielder, targets, skips, head1, bias1, head2, bias2, head1_back, head2_back, per_target,
-    nats, d_head1, d_bias1, d_head2, d_bias2, d_skip_bias,
-):  # fmt: skip
-    """One worker of the loss, all arrays flat: S skip channels -> ReLU -> H -> ReLU -> V logits.
+@inner
+def _layer_back(layer, t, n, model, batch, buffers, scratch, gradients):
+    """The gradient of the gate's sums, and those of the layer's weights."""
+    shape, w, g, stream = model.shape, model.backward, gradients.matrices, batch.stream
+    h, gates, sigmoids, skips, d_sums = buffers.h, buffers.gates, buffers.sigmoids, buffers.skips, buffers.d_sums
+    dz, taps, runs, positions, d_rows = scratch.narrow, scratch.taps, batch.runs, batch.positions, gradients.gate_rows
+    N, R, S, K, L = positions.size, shape.residual, shape.skip, shape.taps, shape.dilations.size
+    Ss, first, sums = _row_stride(S), layer * N * R, (layer % 2 * N + t) * 2 * R
+    z, rows = first + t * R, layer * (d_rows.size // (L * 2 * R))
+    fill(dz, 0, n * R, ZERO)
+    panel_product(dz, 0, R, skips, t * Ss, Ss, w.skip, layer * S * R, n, R, S)
+    product(g.skip, layer * R, L * R, skips, t * Ss, 1, Ss, gates, z, R, S, R, n)
+    if layer + 1 < L:
+        panel_product(dz, 0, R, stream, t * R, R, w.residual, layer * R * R, n, R, R)
+        product(g.residual, layer * R * R, R, stream, t * R, 1, R, gates, z, R, R, R, n)
+        bias = gradients.biases.residual
+        for r in range(n):
+            add(bias, layer * R, stream, (t + r) * R, R)
+    for r in range(n):
+        _gate_back(d_sums, sums + r * 2 * R, dz, r * R, gates, sigmoids, z + r * R, R)
+        add(d_rows, (rows + runs[uintp(t + r)]) * 2 * R, d_sums, sums + r * 2 * R, 2 * R)
+    for tap in range(K):
+        back, d = (K - 1 - tap) * shape.dilations[layer], layer * 2 * R * K * R + tap * R
+        if back == 0:
+            product(g.dilated, d, K * R, d_sums, sums, 1, 2 * R, h, z, R, 2 * R, R, n)
+        else:
+            _shifted(taps, h, first, t, -back, positions, n, R)
+            product(g.dilated, d, K * R, d_sums, sums, 1, 2 * R, taps, 0, R, 2 * R, R, n)
 
-    targets int64 [N] (negative: not scored); weights as `_packed` gives them: [inputs, outputs] head1 [S, H] and head2
-    [H, V], in whole columns; [outputs, inputs] head1_back and head2_back. skips [N, S], whose rows begin `row_stride`,
-    become their gradient. Out: nats float64 [workers], the cross-entropy summed over the targets of each worker. Added
-    to, zeros at first, for each worker: the gradients of `per_target` times it, as PyTorch's weights lie.
-    """
-    N = targets.size
-    if N == 0:
-        return
-    S, H, V = d_skip_bias.size // workers, bias1.size, bias2.size
-    Ss, Hs, Vs, Vp = _row_stride(S), _row_stride(H), _row_stride(V), _round_up(V)
-    begin, end = _own(worker, workers, N)
-    inputs, hidden, d_hidden = (np.empty(BLOCK * Ss, np.float32), np.empty(BLOCK * Hs, np.float32),
-                                np.empty(BLOCK * Hs, np.float32))  # fmt: skip
-    logits = np.zeros(BLOCK * Vs, np.float32)
+
+@inner
+def _taps_back(layer, t, n, model, batch, buffers, scratch):
+    """The gradient of the layer's input, which the sums at all taps give, added to the stream's."""
+    shape, w, dh, taps, stream = model.shape, model.backward.dilated, scratch.narrow, scratch.taps, batch.stream
+    h, scales, d_sums, positions, normed = buffers.h, buffers.scales, buffers.d_sums, batch.positions, shape.normed
+    N, R, K = positions.size, shape.residual, shape.taps
+    first, sums = layer * N, layer % 2 * N * 2 * R
+    fill(dh, 0, n * R, ZERO)
+    for tap in range(K):
+        back, m = (K - 1 - tap) * shape.dilations[layer], (layer * K + tap) * 2 * R * R
+        if back == 0:
+            panel_product(dh, 0, R, d_sums, sums + t * 2 * R, 2 * R, w, m, n, R, 2 * R)
+        else:
+            _shifted(taps, d_sums, sums, t, back, positions, n, 2 * R)
+            panel_product(dh, 0, R, taps, 0, 2 * R, w, m, n, R, 2 * R)
+    for r in range(t, t + n):
+        _norm_back(stream, r * R, dh, (r - t) * R, h, (first + r) * R, scales[uintp(first + r)], R, normed)
+
+
+# ---- the head of n positions from t on, forward and backward
+
+
+@inner
+def _head(t, n, model, batch, buffers, scratch):
+    """Skips -> ReLU -> H -> ReLU -> V logits, which become their gradient. Returns the cross-entropy's sum in nats."""
+    S, H, V, bias1, bias2 = model.shape.skip, model.shape.head, model.shape.ids, model.biases.head1, model.biases.head2
+    Ss, Hs, Vs, hidden, logits = _row_stride(S), _row_stride(H), _row_stride(V), scratch.hidden, scratch.logits
+    targets, inputs, per_target = batch.targets, scratch.inputs, batch.per_target
+    _relu(inputs, 0, buffers.skips, t * Ss, n * Ss)
+    for r in range(n):
+        copy(hidden, r * Hs, bias1, 0, H)
+        copy(logits, r * Vs, bias2, 0, V)
+    panel_product(hidden, 0, Hs, inputs, 0, Ss, model.forward.head1, 0, n, H, S)
+    _relu(hidden, 0, hidden, 0, n * Hs)
+    panel_product(logits, 0, Vs, hidden, 0, Hs, model.forward.head2, 0, n, _round_up(V), H)
     total = 0.0
+    for r in range(n):
+        target = targets[uintp(t + r)]
+        if target < 0:
+            fill(logits, r * Vs, V, ZERO)
+        else:
+            total += cross_entropy(logits, r * Vs, V, target, per_target)
+    return total
+
+
+@inner
+def _head_back(t, n, model, buffers, scratch, gradients):
+    """From the logits' gradient to that of the skips, and those of the head's weights."""
+    S, H, V, g, biases = model.shape.skip, model.shape.head, model.shape.ids, gradients.matrices, gradients.biases
+    Ss, Hs, Vs, hidden, d_hidden = _row_stride(S), _row_stride(H), _row_stride(V), scratch.hidden, scratch.d_hidden
+    logits, inputs, skips, w = scratch.logits, scratch.inputs, buffers.skips, model.backward
+    d_bias1, d_bias2, d_skip_bias = biases.head1, biases.head2, biases.skip
+    product(g.head2, 0, H, logits, 0, 1, Vs, hidden, 0, Hs, V, H, n)
+    fill(d_hidden, 0, n * Hs, ZERO)
+    panel_product(d_hidden, 0, Hs, logits, 0, Vs, w.head2, 0, n, H, V)
+    _relu_back(d_hidden, 0, hidden, 0, n * Hs)
+    product(g.head1, 0, S, d_hidden, 0, 1, Hs, inputs, 0, Ss, H, S, n)
+    fill(skips, t * Ss, n * Ss, ZERO)
+    panel_product(skips, t * Ss, Ss, d_hidden, 0, Hs, w.head1, 0, n, S, H)
+    _relu_back(skips, t * Ss, inputs, 0, n * Ss)
+    for r in range(n):
+        add(d_bias2, 0, logits, r * Vs, V)
+        add(d_bias1, 0, d_hidden, r * Hs, H)
+        add(d_skip_bias, 0, skips, (t + r) * Ss, S)
+
+
+# ---- all layers, by one thread
+
+
+@inner
+def _forward(team, begin, end, model, batch, buffers, scratch):
+    """Positions begin to end. False where another thread never comes."""
+    R, S, normed, table, bias = model.shape.residual, model.shape.skip, model.shape.normed, model.table, model.biases.skip
+    ids, stream, h, scales, skips = batch.ids, batch.stream, buffers.h, buffers.scales, buffers.skips
+    for t in range(begin, end):
+        copy(stream, t * R, table, ids[uintp(t)] * R, R)
+        _norm(h, t * R, scales, t, stream, t * R, R, normed)
+        copy(skips, t * _row_stride(S), bias, 0, S)
+    for layer in range(model.shape.dilations.size):
+        if not _meet(team, layer + 1):
+            return False
+        for t in range(begin, end, BLOCK):
+            _layer(layer, t, min(BLOCK, end - t), model, batch, buffers, scratch)
+    return True
+
+
+@inner
+def _backward(team, begin, end, model, batch, buffers, scratch, gradients):
+    """Positions begin to end, from the skips' gradient. False where another thread never comes."""
+    R, L = model.shape.residual, model.shape.dilations.size
+    fill(batch.stream, begin * R, (end - begin) * R, ZERO)
+    for layer in range(L - 1, -1, -1):
+        for t in range(begin, end, BLOCK):
+            _layer_back(layer, t, min(BLOCK, end - t), model, batch, buffers, scratch, gradients)
+        if not _meet(team, L + L - layer):
+            return False
+        for t in range(begin, end, BLOCK):
+            _taps_back(layer, t, min(BLOCK, end - t), model, batch, buffers, scratch)
+    return True
+
+
+@inner
+def _part(array, number, count):
+    """Part `number` of `count` equal ones of a flat array."""
+    size = array.size // count
+    return array[number * size : (number + 1) * size]
+
+
+@inner
+def _own_gradients(g, slot):
+    m, b, n = g.matrices, g.biases, g.nats.size
+    matrices = Matrices(_part(m.dilated, slot, n), _part(m.residual, slot, n), _part(m.skip, slot, n),
+                        _part(m.head1, slot, n), _part(m.head2, slot, n))  # fmt: skip
+    biases = Biases(_part(b.residual, slot, n), _part(b.skip, slot, n), _part(b.head1, slot, n),
+                    _part(b.head2, slot, n))  # fmt: skip
+    return Gradients(matrices, biases, g.gate_rows, g.nats)
+
+
+@inner
+def _own_buffers(b, worker, n):
+    return Buffers(_part(b.h, worker, n), _part(b.scales, worker, n), _part(b.gates, worker, n),
+                   _part(b.sigmoids, worker, n), _part(b.skips, worker, n), _part(b.d_sums, worker, n))  # fmt: skip
+
+
+@inner
+def _own_batch(b, first, last, R):
+    return Batch(b.ids[first:last], b.targets[first:last], b.positions[first:last], b.runs[first:last],
+                 b.stream[first * R : last * R], b.bounds, b.next_slot, b.together, b.per_target)  # fmt: skip
+
+
+@inner
+def _scratch(shape):
+    R, Ss, Hs, Vs = shape.residual, _row_stride(shape.skip), _row_stride(shape.head), _row_stride(shape.ids)
+    return Scratch(
+        np.empty(BLOCK * 2 * R, np.float32), np.empty(BLOCK * R, np.float32), np.empty(BLOCK * 2 * R, np.float32),
+        np.empty(BLOCK * Ss, np.float32), np.empty(BLOCK * Hs, np.float32), np.empty(BLOCK * Hs, np.float32),
+        np.zeros(BLOCK * Vs, np.float32),
+    )  # fmt: skip
+
+
+@inner
+def _slot(slot, team, model, batch, buffers, scratch, gradients):
+    """Forward pass, head and backward pass of one slot. False where another thread never comes."""
+    first = np.int64(0) if batch.together else batch.bounds[slot]
+    last = np.int64(batch.positions.size) if batch.together else batch.bounds[slot + 1]
+    begin, end = batch.bounds[slot] - first, batch.bounds[slot + 1] - first
+    own, grads = _own_batch(batch, first, last, model.shape.residual), _own_gradients(gradients, slot)
+    if not _forward(team, begin, end, model, own, buffers, scratch):
+        return False
+    nats = 0.0
     for t in range(begin, end, BLOCK):
-        n = min(BLOCK, end - t)
-        _relu(inputs, 0, skips, t * Ss, n * Ss)
-        for r in range(n):
-            copy(hidden, r * Hs, bias1, 0, H)
-            copy(logits, r * Vs, bias2, 0, V)
-        panel_product(hidden, 0, Hs, inputs, 0, Ss, head1, 0, n, H, S)
-        _relu(hidden, 0, hidden, 0, n * Hs)
-        panel_product(logits, 0, Vs, hidden, 0, Hs, head2, 0, n, Vp, H)
-        for r in range(n):
-            target = targets[uintp(t + r)]
-            if target < 0:
-                fill(logits, r * Vs, V, ZERO)
-            else:
-                total += cross_entropy(logits, r * Vs, V, target, per_target)
-            add(d_bias2, worker * V, logits, r * Vs, V)
-        product(d_head2, worker * V * H, H, logits, 0, 1, Vs, hidden, 0, Hs, V, H, n)
-        fill(d_hidden, 0, n * Hs, ZERO)
-        panel_product(d_hidden, 0, Hs, logits, 0, Vs, head2_back, 0, n, H, V)
-        _relu_back(d_hidden, 0, hidden, 0, n * Hs)
-        product(d_head1, worker * H * S, S, d_hidden, 0, 1, Hs, inputs, 0, Ss, H, S, n)
-        fill(skips, t * Ss, n * Ss, ZERO)
-        panel_product(skips, t * Ss, Ss, d_hidden, 0, Hs, head1_back, 0, n, S, H)
-        _relu_back(skips, t * Ss, inputs, 0, n * Ss)
-        for r in range(n):
-            add(d_bias1, worker * H, d_hidden, r * Hs, H)
-            add(d_skip_bias, worker * S, skips, (t + r) * Ss, S)
-    nats[uintp(worker)] = total
+        nats += _head(t, min(BLOCK, end - t), model, own, buffers, scratch)
+        _head_back(t, min(BLOCK, end - t), model, buffers, scratch, grads)
+    gradients.nats[slot] = nats
+    return _backward(team, begin, end, model, own, buffers, scratch, grads)
 
 
-_forward, _head, _backward = (Compiled(f, [__file__]) for f in (wavenet_forward, wavenet_head, wavenet_backward))
+def wavenet_pass(worker, workers, flags, yielder, model, batch, buffers, gradients):
+    """One thread's work: its range of positions where the threads work together, else one free slot after another."""
+    slots = batch.bounds.size - 1
+    if slots == 0:
+        return
+    scratch, together = _scratch(model.shape), batch.together
+    team = Team(np.int64(worker if together else 0), np.int64(workers if together else 1), flags, yielder)
+    own = buffers if together else _own_buffers(buffers, worker, workers)
+    slot = np.int64(worker) if together else fetch_add(batch.next_slot, 0)
+    while slot < slots and _slot(slot, team, model, batch, own, scratch, gradients):
+        slot = np.int64(slots) if together else fetch_add(batch.next_slot, 0)
 
 
-def _packed(matrices: Tensor) -> Tensor:
-    """Matrices [..., K, N] as `gemm.pack` puts each, filled up with zeros to whole columns."""
-    matrices = F.pad(matrices, (0, round_up(matrices.shape[-1]) - matrices.shape[-1]))
-    return matrices.unflatten(-1, (-1, COLUMNS)).transpose(-3, -2).contiguous()
+# ---- from PyTorch
 
 
 def supports(c: WaveNetConfig) -> str | None:
     """None where `build` takes a model of this config, else the reason, a clause."""
     if not c.bias or c.layers < 2 or c.embedding or c.decoder:
         return "the WaveNet kernel needs biases, two layers or more, and no separate embedding or decoder"
-    if c.row:
-        return "the WaveNet kernel takes no conditions yet"
     if any(width % COLUMNS for width in (c.residual, c.skip, c.head)):
         return f"the WaveNet kernel needs channels in multiples of {COLUMNS}"
     if c.residual > WIDEST:
@@ -293,63 +464,137 @@ def supports(c: WaveNetConfig) -> str | None:
     return unsupported_cpu()
 
 
+def slot_bounds(sequences: int, length: int, threads: int) -> tuple[list[int], bool]:
+    """Where the slots of so many sequences begin, with the end, and whether the threads share the sequences."""
+    N = sequences * length
+    if sequences < threads:
+        size = -(-N // (threads * BLOCK)) * BLOCK
+        return [min(N, size * slot) for slot in range(threads)] + [N], True
+    slots = min(sequences, SLOTS * threads)
+    return [sequences * slot // slots * length for slot in range(slots + 1)], False
+
+
+class _Parameters(NamedTuple):
+    """A core's parameters; those of the layers as lists."""
+
+    layers: list[list[nn.Parameter]]  # dilated weights, residual weights, residual biases
+    others: list[nn.Parameter]  # of skip, head1 and head2: weights, then biases
+    gate_rows: list[nn.Parameter]  # what `gate_biases` is made of
+
+
+def _parameters(core: WaveNet) -> _Parameters:
+    layers, linears = core.layers, (core.skip, core.head1, core.head2)
+    conditions = [layer.condition.weight for layer in layers if layer.condition is not None]
+    return _Parameters(
+        [
+            [layer.dilated.weight for layer in layers],
+            [layer.residual.weight for layer in layers[:-1]],
+            [layer.residual.bias for layer in layers[:-1]],
+        ],
+        [linear.weight for linear in linears] + [linear.bias for linear in linears],
+        [layer.dilated.bias for layer in layers] + conditions + list(core.labels.parameters()),
+    )
+
+
+def _panels(matrices: Tensor) -> Tensor:
+    """Matrices [..., K, N] as `gemm.pack` puts each, filled up with zeros to a multiple of COLUMNS."""
+    matrices = F.pad(matrices, (0, round_up(matrices.shape[-1]) - matrices.shape[-1]))
+    return matrices.unflatten(-1, (-1, COLUMNS)).transpose(-3, -2).contiguous()
+
+
+def _model(core: WaveNet, shape: Shape, parameters: _Parameters, gate_rows: Tensor) -> Model:
+    """The weights as they are now."""
+    dilated, residual, residual_bias = (torch.stack(each) for each in parameters.layers)
+    skip, head1, head2, *biases = parameters.others
+    by_tap = dilated.unflatten(2, (shape.taps, shape.residual))  # [L, 2 R, K, R]
+    by_layer = skip.unflatten(1, (-1, shape.residual))  # [S, L, R]
+    forward = (by_tap.permute(0, 2, 3, 1), residual.mT, by_layer.permute(1, 2, 0), head1.T, head2.T)
+    backward = (by_tap.transpose(1, 2), residual, by_layer.transpose(0, 1), head1, head2)
+    panels = Matrices(*map(_panels, forward)), Matrices(*map(_panels, backward))
+    return Model(shape, core.table.weight, *panels, Biases(residual_bias, *biases), gate_rows)
+
+
+def _runs(index: Tensor | None, bounds: list[int]) -> tuple[Tensor, Tensor]:
+    """The positions' runs int64 [N], each of one condition row and within one slot, and the row of each run."""
+    N = bounds[-1]
+    rows = torch.zeros(N, dtype=torch.int64) if index is None else index.flatten()
+    change = torch.zeros(N, dtype=torch.bool)
+    change[1:] = rows[1:] != rows[:-1]
+    change[[begin for begin in bounds if begin < N]] = True
+    return change.cumsum(0) - 1, rows[change]
+
+
+def _buffers(c: WaveNetConfig, bounds: list[int], together: bool, threads: int) -> Buffers:
+    longest = max(end - begin for begin, end in pairwise(bounds))
+    copies, n = (1, bounds[-1]) if together else (threads, longest)
+    L, R = c.layers, c.residual
+    sizes = (L * n * R, L * n, L * n * R, L * n * R, n * row_stride(c.skip), 2 * n * 2 * R)
+    return Buffers(*(torch.empty(copies, size) for size in sizes))
+
+
+def _zero_gradients(model: Model, parameters: _Parameters, slots: int) -> Gradients:
+    def zeros(like: list[nn.Parameter]) -> Tensor:
+        return torch.zeros(slots, len(like), *like[0].shape)
+
+    dilated, residual, residual_bias = (zeros(each) for each in parameters.layers)
+    others = [zeros([p]) for p in parameters.others]
+    matrices, biases = Matrices(dilated, residual, *others[:3]), Biases(residual_bias, *others[3:])
+    return Gradients(matrices, biases, torch.zeros_like(model.gate_rows), torch.zeros(slots, dtype=torch.float64))
+
+
+def _summed(g: Gradients, parameters: _Parameters) -> list[tuple[nn.Parameter, Tensor]]:
+    """Each parameter with its gradient, summed over the slots."""
+    by_layer = zip(parameters.layers, (g.matrices.dilated, g.matrices.residual, g.biases.residual), strict=True)
+    pairs = [pair for ps, grads in by_layer for pair in zip(ps, grads.sum(0), strict=True)]
+    others = (*g.matrices[2:], *g.biases[1:])
+    return pairs + [(p, grads.sum(0)[0]) for p, grads in zip(parameters.others, others, strict=True)]
+
+
+def _nothing(shape: Shape) -> tuple[Any, ...]:
+    """Arguments of `wavenet_pass` with which it does nothing."""
+    none, nothing = np.zeros(0, np.int64), np.zeros(0, np.float32)
+    matrices, biases = Matrices(*[nothing] * 5), Biases(*[nothing] * 4)
+    return (
+        Model(shape, nothing, matrices, matrices, biases, nothing),
+        Batch(none, none, none, none, nothing, np.zeros(1, np.int64), none, False, ZERO),
+        Buffers(*[nothing] * 6),
+        Gradients(matrices, biases, nothing, np.zeros(0)),
+    )
+
+
+_pass = Compiled(wavenet_pass, [__file__])
+
+
 def build(core: nn.Module, workers: WorkerPool, on_event: OnEvent) -> Pass:
     """The pass of a core that `supports` accepts. Raises what numba raises where it cannot compile."""
     assert isinstance(core, WaveNet)
-    c, layers = core.config, core.layers
-    dilations, L, K, R, S = np.array(c.all_dilations), len(layers), c.kernel, c.residual, c.skip
-    normed = c.norm == "rmsnorm"
-    nothing, none = np.zeros(0, np.float32), np.zeros(0, np.int64)
-    workers.load(
-        on_event,
-        (_forward, (none, none, K, normed, *[nothing] * 12)),
-        (_head, (none, *[nothing] * 7, ZERO, np.zeros(0), *[nothing] * 5)),
-        (_backward, (none, none, K, normed, *[nothing] * 15)),
-    )
-    stacked = [
-        [layer.dilated.weight for layer in layers],
-        [layer.dilated.bias for layer in layers],
-        [layer.residual.weight for layer in layers[:-1]],
-        [layer.residual.bias for layer in layers[:-1]],
-    ]
-    others = [core.skip.weight, core.skip.bias, core.head1.weight, core.head1.bias, core.head2.weight, core.head2.bias]
+    c, parameters = core.config, _parameters(core)
+    dilations, normed = np.array(c.all_dilations), c.norm == "rmsnorm"
+    shape = Shape(dilations, c.kernel, c.residual, c.skip, c.head, c.vocab_size, normed)
+    workers.load(on_event, (_pass, _nothing(shape)))
 
-    @torch.no_grad()
-    def backward(
-        ids: Tensor, targets: Tensor, positions: Tensor | None, condition: None, count: int
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    def run(
+        ids: Tensor, targets: Tensor, positions: Tensor | None, condition: Condition | None, count: int
+    ) -> tuple[Tensor, list[tuple[nn.Parameter, Tensor]]]:
         B, T = ids.shape
-        N = B * T
+        bounds, together = slot_bounds(B, T, workers.count)
+        runs, run_rows = _runs(None if condition is None else condition.index, bounds)
+        with torch.enable_grad():
+            gate_rows = core.gate_biases(condition)[:, run_rows]
         positions = (torch.arange(T).expand(B, T) if positions is None else positions).contiguous()
-        dilated, gate_bias, residual, residual_bias = weights = [torch.stack(each) for each in stacked]
-        skip, skip_bias, head1, bias1, head2, bias2 = others
-        d_dilated, d_gate_bias, d_residual, d_residual_bias, d_skip, d_skip_bias, *d_head = (
-            torch.zeros(workers.count, *weight.shape) for weight in (*weights, *others)
-        )
-        h, scales, gates, sigmoids = (torch.empty(L, N, width) for width in (R, 1, R, R))
-        skips, nats = torch.empty(N, row_stride(S)), torch.empty(workers.count, dtype=torch.float64)
-        by_tap, by_layer = dilated.unflatten(2, (K, R)), skip.unflatten(1, (L, R))
-        workers.run(
-            _forward, positions, dilations, K, normed, _packed(by_tap.permute(0, 2, 3, 1)), gate_bias,
-            _packed(residual.mT), residual_bias, _packed(by_layer.permute(1, 2, 0)), skip_bias, core.table(ids), h,
-            scales, gates, sigmoids, skips,
+        batch = Batch(
+            ids.contiguous(), targets.contiguous(), positions, runs, torch.empty(B * T, c.residual),
+            torch.tensor(bounds), np.zeros(1, np.int64), together, np.float32(1 / max(1, count)),
         )  # fmt: skip
-        workers.run(
-            _head, targets.contiguous(), skips, _packed(head1.T), bias1, _packed(head2.T), bias2, _packed(head1),
-            _packed(head2), np.float32(1 / max(1, count)), nats, *d_head, d_skip_bias,
-        )  # fmt: skip
-        dx, d_sums = torch.zeros(N, R), torch.empty(2, N, 2 * R)
-        workers.run(
-            _backward, positions, dilations, K, normed, _packed(by_tap.transpose(1, 2)), _packed(residual),
-            _packed(by_layer.transpose(0, 1)), h, scales, gates, sigmoids, skips, dx, d_sums,
-            d_dilated, d_gate_bias, d_residual, d_residual_bias, d_skip,
-        )  # fmt: skip
-        found: list[tuple[Tensor, Tensor]] = []
-        for ps, grads in zip(stacked, (d_dilated, d_gate_bias, d_residual, d_residual_bias), strict=True):
-            found += zip(ps, grads.sum(0), strict=True)
-        found += [(p, grads.sum(0)) for p, grads in zip(others, (d_skip, d_skip_bias, *d_head), strict=True)]
-        table = core.table.weight
-        found.append((table, torch.zeros_like(table).index_add_(0, ids.flatten(), dx)))
-        return nats.sum().float(), found
+        with torch.no_grad():
+            model = _model(core, shape, parameters, gate_rows.detach().contiguous())
+            gradients = _zero_gradients(model, parameters, len(bounds) - 1)
+            workers.run(_pass, model, batch, _buffers(c, bounds, together, workers.count), gradients)
+            found = _summed(gradients, parameters)
+            table = core.table.weight
+            found.append((table, torch.zeros_like(table).index_add_(0, ids.flatten(), batch.stream)))
+        gate_grads = torch.autograd.grad(gate_rows, parameters.gate_rows, gradients.gate_rows)
+        found += zip(parameters.gate_rows, gate_grads, strict=True)
+        return gradients.nats.sum().float(), found
 
-    return backward
+    return run
