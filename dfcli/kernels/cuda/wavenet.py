@@ -31,7 +31,7 @@ The queues (786 kB a clip) lie in global memory, which for up to about 50 clips 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dfcli.cores.protocols import Picking, prefill
-from dfcli.cores.wavenet import WaveNet, WaveNetConfig
+from dfcli.cores.wavenet import Condition, WaveNet, WaveNetConfig
 from dfcli.system.device import Device
 from dfcli.system.events import Note, OnEvent, ignore
 
@@ -49,7 +49,8 @@ ROWS = 16  # clips of one program where there are many: the rows of a tensor cor
 FEW = 16  # clips that are advanced one by one
 TILE = 64  # width of the pieces that the skip paths and the head are computed in; they are padded to multiples
 WIDEST = 128  # residual channels: a layer's matrices must fit into one multiprocessor's registers
-MOST_IDS = 1024  # the pick holds all logits of a program's clips in registers
+MOST_IDS = 4096  # the pick holds all logits of a program's clips in registers,
+WIDE = 1024  # and beyond this many ids a program has one clip
 FLAGS = 32  # distance of the flags: each on a cache line of its own
 
 
@@ -79,8 +80,9 @@ def _raise(flag, G: tl.constexpr):
 
 
 @triton.jit
-def _pick(logits, uniforms, temperature, top_k, top_p, min_p, V, W: tl.constexpr, MODE: tl.constexpr):
-    """`sampling.pick`: logits [M, W], uniforms [M] float64 -> ids [M]."""
+def _pick(logits, uniforms, picking, V: tl.constexpr, W: tl.constexpr, MODE: tl.constexpr):
+    """`sampling.pick`: logits [M, W], uniforms [M] float64 -> ids [M]; picking float32 [4] in memory."""
+    temperature, top_p, min_p = tl.load(picking), tl.load(picking + 2), tl.load(picking + 3)
     ids = tl.arange(0, W)[None, :]
     logits = tl.where(ids < V, logits, float("-inf"))
     if MODE == "greedy":
@@ -88,9 +90,10 @@ def _pick(logits, uniforms, temperature, top_k, top_p, min_p, V, W: tl.constexpr
     else:
         weights = tl.exp((logits - tl.max(logits, 1)[:, None]) / temperature)
         if MODE == "sorted":  # for top-k and top-p
+            top_k = tl.load(picking + 1).to(tl.int32)
             largest = tl.sort(weights, descending=True)
             sums = tl.cumsum(tl.where(ids < top_k, largest, 0.0).to(tl.float64), 1)
-            enough = (sums >= top_p * tl.max(sums, 1)[:, None]) & (top_p < 1)
+            enough = sums >= tl.where(top_p < 1, top_p, 2.0) * tl.max(sums, 1)[:, None]
             count = tl.minimum(1 + tl.sum((~enough).to(tl.int32), 1), top_k)[:, None]
             smallest = tl.sum(tl.where(ids == count - 1, largest, 0.0), 1)[:, None]
             level = (weights == smallest).to(tl.int32)
@@ -120,89 +123,155 @@ def _linear(
     tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["n", "clock", "top_k"])
+class Weights(NamedTuple):
+    """Pointers to float32 tensors, padded: P residual and S skip channels, H in the head, W ids."""
+
+    table: Any  # [V, P]
+    newest: Any  # [L, 2, P, P]: each layer's newest tap for tanh and sigmoid, [inputs, outputs]
+    past: Any  # [L, taps - 1, 2, P, P]: its other taps, oldest first
+    residual: Any  # [L, P, P]
+    skip: Any  # [L, P, S]
+    head1: Any  # [S, H]
+    head2: Any  # [H, W]
+    biases: Any  # [L, P] of the residual path, then [S], [H] and [W]
+    layers: Any  # int32 [L, 3]: dilation, length of the queue, where it begins
+
+
+class State(NamedTuple):
+    """Pointers to what changes while B clips advance."""
+
+    queues: Any  # [B, places, P]: per layer a ring of its inputs
+    sums: Any  # [B, L, 2, P]: per layer what the past taps put into the next sample
+    gates: Any  # [B, L, P]
+    partials: Any  # [G, B, S]: shares of the skip sums
+    hidden1: Any  # [B, S]
+    hidden2: Any  # [B, H]
+    logits: Any  # [B, W]
+    flags: Any  # int32
+
+
+class Chunk(NamedTuple):
+    """Pointers to what a launch reads and writes."""
+
+    uniforms: Any  # float64 [B, n]
+    rows: Any  # [F, L, 2, P]: the gates' biases
+    index: Any  # int32 [B, n]: which of the F rows
+    ids: Any  # int64 [B, n]
+
+
+class Sizes(NamedTuple):
+    """Constants of a compilation."""
+
+    V: int
+    places: int
+    L: int
+    taps: int
+    R: int
+    P: int
+    S: int
+    H: int
+    W: int
+    normed: bool
+    M: int  # clips of a program
+    G: int  # programs that share them
+    mode: str  # of the pick
+
+
+@triton.jit
+def _chain(weights, state, chunk, picking, clips, j, n, t, c: tl.constexpr):
+    """1. Pick, embedding, and what each layer needs of the one before: leaves `gates` and `queues`."""
+    rows, r = clips[:, None], tl.arange(0, c.P)[None, :]
+    square = tl.arange(0, c.P)[:, None] * c.P + r
+    logits = tl.load(state.logits + rows * c.W + tl.arange(0, c.W)[None, :])
+    picked = _pick(logits, tl.load(chunk.uniforms + clips * n + j), picking, c.V, c.W, c.mode)
+    tl.store(chunk.ids + clips * n + j, picked)
+    x = tl.load(weights.table + picked[:, None] * c.P + r)
+    told = chunk.rows + tl.load(chunk.index + clips * n + j)[:, None].to(tl.int64) * (2 * c.L * c.P) + r
+    for layer in tl.range(0, c.L, num_stages=2):  # with the next layer's weights under way
+        h = x
+        if c.normed:
+            h = x * tl.rsqrt(tl.sum(x * x, 1)[:, None] / c.R + 1.1920929e-07)  # as torch's: the step above 1
+        length, place = tl.load(weights.layers + 3 * layer + 1), tl.load(weights.layers + 3 * layer + 2)
+        tl.store(state.queues + (rows * c.places + place + t % length) * c.P + r, h)
+        at, newest = state.sums + (rows * c.L + layer) * 2 * c.P + r, weights.newest + 2 * layer * c.P * c.P + square
+        a = tl.load(at) + tl.load(told + 2 * layer * c.P)
+        b = tl.load(at + c.P) + tl.load(told + (2 * layer + 1) * c.P)
+        a = _product(h, tl.load(newest), a, c.M)
+        b = _product(h, tl.load(newest + c.P * c.P), b, c.M)
+        gate = (2 * tl.sigmoid(2 * a) - 1) * tl.sigmoid(b)  # tanh by sigmoid
+        tl.store(state.gates + (rows * c.L + layer) * c.P + r, gate)
+        bias = tl.load(weights.biases + layer * c.P + r)
+        x = _product(gate, tl.load(weights.residual + layer * c.P * c.P + square), x + bias, c.M)
+
+
+@triton.jit
+def _shares(weights, state, clips, program, batch, t, c: tl.constexpr, TILE: tl.constexpr):
+    """2. Of every G-th layer: its share of the skip sums, and what its past taps put into the next sample."""
+    rows, r, wide = clips[:, None], tl.arange(0, c.P)[None, :], tl.arange(0, TILE)[None, :]
+    square = tl.arange(0, c.P)[:, None] * c.P + r
+    for start in range(0, c.S, TILE):
+        total = tl.zeros([c.M, TILE], tl.float32)
+        for layer in tl.range(program, c.L, c.G, num_stages=2):
+            gate = tl.load(state.gates + (rows * c.L + layer) * c.P + r)
+            w = tl.load(weights.skip + (layer * c.P + tl.arange(0, c.P)[:, None]) * c.S + start + wide)
+            total = _product(gate, w, total, c.M)
+        tl.store(state.partials + (program * batch + rows) * c.S + start + wide, total)
+    for layer in range(program, c.L, c.G):
+        dilation, length = tl.load(weights.layers + 3 * layer), tl.load(weights.layers + 3 * layer + 1)
+        place = tl.load(weights.layers + 3 * layer + 2)
+        for half in range(2):
+            total = tl.zeros([c.M, c.P], tl.float32)
+            for tap in range(c.taps - 1):
+                moment = place + (t + 1 + tap * dilation) % length
+                x = tl.load(state.queues + (rows * c.places + moment) * c.P + r)
+                w = tl.load(weights.past + ((layer * (c.taps - 1) + tap) * 2 + half) * c.P * c.P + square)
+                total = _product(x, w, total, c.M)
+            tl.store(state.sums + ((rows * c.L + layer) * 2 + half) * c.P + r, total)
+
+
+@triton.jit
+def _head(weights, state, clips, batch, c: tl.constexpr, TILE: tl.constexpr):
+    """3. The sum of the shares, two layers, `logits`."""
+    rows, wide, biases = clips[:, None], tl.arange(0, TILE)[None, :], weights.biases + c.L * c.P
+    for start in range(0, c.S, TILE):
+        total = tl.zeros([c.M, TILE], tl.float32) + tl.load(biases + start + wide)
+        for share in range(c.G):
+            total += tl.load(state.partials + (share * batch + rows) * c.S + start + wide)
+        tl.store(state.hidden1 + rows * c.S + start + wide, tl.where(total < 0, 0.0, total))
+    tl.debug_barrier()
+    _linear(state.hidden2, state.hidden1, weights.head1, biases + c.S, rows, c.S, c.H, c.M, TILE, True)
+    _linear(state.logits, state.hidden2, weights.head2, biases + c.S + c.H, rows, c.H, c.W, c.M, TILE, False)
+
+
+@triton.jit(do_not_specialize=["n", "clock"])
 def _samples(
-    table, newest, past, residual, skip, head1, head2, biases, head_biases, layers,  # see `Persistent.__init__`
-    queues, sums, gates, partials, hidden1, hidden2, logits, flags,  # see `Persistent.start`
-    uniforms, ids, n, clock, temperature, top_k, top_p, min_p,
-    V, places, batch, L: tl.constexpr, TAPS: tl.constexpr, R: tl.constexpr, P: tl.constexpr, S: tl.constexpr,
-    H: tl.constexpr, W: tl.constexpr, TILE: tl.constexpr, FLAGS: tl.constexpr, M: tl.constexpr, G: tl.constexpr,
-    NORMED: tl.constexpr, MODE: tl.constexpr,
+    weights, state, chunk, picking, batch, n, clock, c: tl.constexpr, TILE: tl.constexpr, FLAGS: tl.constexpr
 ):  # fmt: skip
-    """Picks and reads n samples of each clip: uniforms [batch, n] float64 -> ids [batch, n]; `clock` were read before.
+    """Picks and reads n samples of each clip, of which `clock` were read before.
 
     Programs G i .. G i + G - 1 share the clips M i .. M i + M - 1; all programs must run at the same time if G > 1."""
-    program, group = tl.program_id(0) % G, tl.program_id(0) // G
-    clips = (group * M + tl.arange(0, M)).to(tl.int64)
-    rows = clips[:, None]
-    layers_done = flags + 3 * group * FLAGS
+    program, group = tl.program_id(0) % c.G, tl.program_id(0) // c.G
+    clips = (group * c.M + tl.arange(0, c.M)).to(tl.int64)
+    layers_done = state.flags + 3 * group * FLAGS
     shares_done, head_done = layers_done + FLAGS, layers_done + 2 * FLAGS
-    r, wide, everything = tl.arange(0, P)[None, :], tl.arange(0, TILE)[None, :], tl.arange(0, W)[None, :]
-    square = tl.arange(0, P)[:, None] * P + r
     for j in range(n):
-        t = clock + j
-
         if program == 0:
-            _wait(head_done, j, G)
-            u = tl.load(uniforms + clips * n + j)
-            picked = _pick(tl.load(logits + rows * W + everything), u, temperature, top_k, top_p, min_p, V, W, MODE)
-            tl.store(ids + clips * n + j, picked)
-            x = tl.load(table + picked[:, None] * P + r)
-            for layer in tl.range(0, L, num_stages=2):  # with the next layer's weights under way
-                h = x
-                if NORMED:
-                    h = x * tl.rsqrt(tl.sum(x * x, 1)[:, None] / R + 1.1920929e-07)  # as torch's: the step above 1
-                length, place = tl.load(layers + 3 * layer + 1), tl.load(layers + 3 * layer + 2)
-                tl.store(queues + (rows * places + place + t % length) * P + r, h)
-                at = (rows * L + layer) * 2 * P + r
-                a = _product(h, tl.load(newest + 2 * layer * P * P + square), tl.load(sums + at), M)
-                b = _product(h, tl.load(newest + (2 * layer + 1) * P * P + square), tl.load(sums + at + P), M)
-                gate = (2 * tl.sigmoid(2 * a) - 1) * tl.sigmoid(b)  # tanh by sigmoid
-                tl.store(gates + (rows * L + layer) * P + r, gate)
-                bias = tl.load(biases + (3 * layer + 2) * P + r)
-                x = _product(gate, tl.load(residual + layer * P * P + square), x + bias, M)
-            _raise(layers_done, G)
-
-        _wait(layers_done, j + 1, G)
-        for start in range(0, S, TILE):
-            total = tl.zeros([M, TILE], tl.float32)
-            for layer in tl.range(program, L, G, num_stages=2):
-                gate = tl.load(gates + (rows * L + layer) * P + r)
-                w = tl.load(skip + (layer * P + tl.arange(0, P)[:, None]) * S + start + wide)
-                total = _product(gate, w, total, M)
-            tl.store(partials + (program * batch + rows) * S + start + wide, total)
-        for layer in range(program, L, G):
-            dilation, length = tl.load(layers + 3 * layer), tl.load(layers + 3 * layer + 1)
-            place = tl.load(layers + 3 * layer + 2)
-            for half in range(2):
-                total = tl.zeros([M, P], tl.float32) + tl.load(biases + (3 * layer + half) * P + r)
-                for tap in range(TAPS - 1):
-                    moment = place + (t + 1 + tap * dilation) % length
-                    x = tl.load(queues + (rows * places + moment) * P + r)
-                    w = tl.load(past + ((layer * (TAPS - 1) + tap) * 2 + half) * P * P + square)
-                    total = _product(x, w, total, M)
-                tl.store(sums + ((rows * L + layer) * 2 + half) * P + r, total)
-        _raise(shares_done, G)
-
-        if program == G - 1:
-            _wait(shares_done, (j + 1) * G, G)
-            for start in range(0, S, TILE):
-                total = tl.zeros([M, TILE], tl.float32) + tl.load(head_biases + start + wide)
-                for share in range(G):
-                    total += tl.load(partials + (share * batch + rows) * S + start + wide)
-                tl.store(hidden1 + rows * S + start + wide, tl.where(total < 0, 0.0, total))
-            tl.debug_barrier()
-            _linear(hidden2, hidden1, head1, head_biases + S, rows, S, H, M, TILE, True)
-            _linear(logits, hidden2, head2, head_biases + S + H, rows, H, W, M, TILE, False)
-            _raise(head_done, G)
+            _wait(head_done, j, c.G)
+            _chain(weights, state, chunk, picking, clips, j, n, clock + j, c)
+            _raise(layers_done, c.G)
+        _wait(layers_done, j + 1, c.G)
+        _shares(weights, state, clips, program, batch, clock + j, c, TILE)
+        _raise(shares_done, c.G)
+        if program == c.G - 1:
+            _wait(shares_done, (j + 1) * c.G, c.G)
+            _head(weights, state, clips, batch, c, TILE)
+            _raise(head_done, c.G)
 
 
 def supports(config: WaveNetConfig, device: Device) -> str | None:
     """None where `build` takes a model of this config, else the reason, a clause."""
     if config.residual > WIDEST or config.vocab_size > MOST_IDS:
         return f"the kernel holds at most {WIDEST} residual channels and {MOST_IDS} ids"
-    if config.row:
-        return "the kernel takes no conditions yet"
     if torch.cuda.get_device_properties(device.torch_device).major < 8:
         return "the GPU is older than Ampere, and its tensor cores are too old for the kernel"
     return None
@@ -241,17 +310,14 @@ class Persistent:
         dilated, residual = [x.dilated for x in core.layers], [x.residual for x in core.layers[:-1]]
         taps = stacked(dilated, "weight").view(L, 2, R, K, R).permute(0, 3, 1, 4, 2)  # [L, K, half, input, output]
         taps = _padded(taps, L, K, 2, P, P)
-        biases = matrix.new_zeros(L, 3, P)  # per layer tanh's, sigmoid's, the residual's
-        biases[:, :2, :R] = stacked(dilated, "bias").view(L, 2, R)
-        residuals = matrix.new_zeros(L, P, P)  # of the last layer nothing is used
+        biases, residuals = matrix.new_zeros(L, P), matrix.new_zeros(L, P, P)  # of the last layer nothing is used
         if residual:
             residuals[:-1, :R, :R] = stacked(residual, "weight").mT
-            biases[:-1, 2, :R] = stacked(residual, "bias")
+            biases[:-1, :R] = stacked(residual, "bias")
         lengths = [max(1, layer.past) for layer in core.layers]  # of the queues; with one tap they are never read
         places = np.cumsum([0, *lengths])  # where they begin
-        layers = np.stack([c.all_dilations, lengths, places[:-1]], 1)
-        head_biases = [_padded(stacked([core.skip], "bias")[0], S), _padded(core.head1.bias, H), _padded(bias, W)]
-        weights = [
+        head = [_padded(stacked([core.skip], "bias")[0], S), _padded(core.head1.bias, H), _padded(bias, W)]
+        weights = Weights(
             _padded(core.entry(core.table.weight), c.vocab_size, P),
             taps[:, -1],
             taps[:, :-1],
@@ -259,72 +325,82 @@ class Persistent:
             _padded(core.skip.weight.view(c.skip, L, R).permute(1, 2, 0), L, P, S),
             _padded(core.head1.weight.mT, S, H),
             _padded(matrix.mT, H, W),
-            biases,
-            torch.cat([part.float() for part in head_biases]),
-        ]
-        self._weights = [tensor.float().contiguous() for tensor in weights]
-        self._weights.append(torch.from_numpy(layers.astype(np.int32)).to(self._device))
-        self._sizes: dict[str, Any] = {
-            "V": c.vocab_size, "places": int(places[-1]), "L": L, "TAPS": K, "R": R, "P": P, "S": S, "H": H, "W": W,
-            "TILE": TILE, "FLAGS": FLAGS, "NORMED": c.norm == "rmsnorm",
-        }  # fmt: skip
+            torch.cat([part.float() for part in (biases.ravel(), *head)]),
+            torch.from_numpy(np.stack([c.all_dilations, lengths, places[:-1]], 1)).to(self._device),
+        )
+        floats = [tensor.float().contiguous() for tensor in weights[:-1]]
+        self._weights = Weights(*floats, weights.layers.to(torch.int32).contiguous())
+        self._sizes = Sizes(
+            c.vocab_size, int(places[-1]), L, K, R, P, S, H, W, normed=c.norm == "rmsnorm", M=1, G=1, mode=""
+        )
 
     def start(self, batch: int) -> None:
-        self._batch, self._clock = batch, 0
-        self._M = 1 if batch <= FEW else ROWS
-        self._groups = -(-batch // self._M)
-        self._G = max(1, min(self._sizes["L"], self._processors // self._groups))
-        B = self._groups * self._M
-        L, P, S, H, W = (self._sizes[name] for name in "LPSHW")
-        shapes = [
-            (B, self._sizes["places"], P),  # queues: per layer a ring of its inputs
-            (B, L, 2, P),  # sums: per layer, before tanh and sigmoid, without the newest tap
-            (B, L, P),  # gates
-            (self._G, B, S),  # partials: shares of the skip sums
-            (B, S),  # hidden1
-            (B, H),  # hidden2
-            (B, W),  # logits
-        ]
-        self._arrays = [torch.zeros(shape, device=self._device) for shape in shapes]
-        self._flags = torch.zeros(3 * self._groups * FLAGS, dtype=torch.int32, device=self._device)
+        c, self._batch, self._clock = self._sizes, batch, 0
+        M = 1 if batch <= FEW or c.W > WIDE else ROWS
+        self._groups = -(-batch // M)
+        G = max(1, min(c.L, self._processors // self._groups))
+        self._sizes = c._replace(M=M, G=G)
+        B = self._groups * M
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, device=self._device)
+
+        self._state = State(
+            zeros(B, c.places, c.P), zeros(B, c.L, 2, c.P), zeros(B, c.L, c.P), zeros(G, B, c.S), zeros(B, c.S),
+            zeros(B, c.H), zeros(B, c.W), zeros(3 * self._groups * FLAGS).int(),
+        )  # fmt: skip
 
     @torch.inference_mode()
-    def prefill(self, ids: NDArray[np.int64]) -> None:
-        ids = ids[:1] if (ids == ids[:1]).all() else ids  # the same for all: read once
-        newest, state = prefill(self._core, torch.from_numpy(ids).to(self._device), self._core.init_state(len(ids)))
-        queues, sums, *_, logits = (array[: self._batch] for array in self._arrays)
-        logits[:, : newest.shape[1]] = newest
-        _, _, past, *_, biases, _, layers = self._weights
-        R, place = self._sizes["R"], 0
+    def prefill(self, ids: NDArray[np.int64], condition: Condition | None = None) -> None:
+        if (ids == ids[:1]).all() and (condition is None or (condition.index == condition.index[:1]).all()):
+            ids = ids[:1]  # the same for all: read once
+            condition = condition and condition._replace(index=condition.index[:1])
+        told = condition and condition.to(self._device)
+        start = self._core.init_state(len(ids))
+        logits, state = prefill(self._core, torch.from_numpy(ids).to(self._device), start, told)
+        self._state.logits[: self._batch, : logits.shape[1]] = logits
+        past, R = self._weights.past, self._sizes.R
         for number, (layer, queue) in enumerate(zip(self._core.layers, state.queues, strict=True)):
-            place = int(layers[number, 2])
-            queues[:, place : place + layer.past, :R] = queue  # the oldest entry is the first
-            total = biases[number, :2]
+            place = int(self._weights.layers[number, 2])
+            self._state.queues[: self._batch, place : place + layer.past, :R] = queue  # the oldest entry is the first
             for tap in range(layer.kernel - 1):
-                total = total + torch.einsum("br,hrp->bhp", queue[:, tap * layer.dilation], past[number, tap, :, :R])
-            sums[:, number] = total
+                x = queue[:, tap * layer.dilation]
+                self._state.sums[: self._batch, number] += torch.einsum("br,hrp->bhp", x, past[number, tap, :, :R])
         self._clock = 0
 
     @torch.inference_mode()
-    def generate(self, uniforms: NDArray[np.float64], picking: Picking) -> NDArray[np.int64]:
-        temperature, top_k, top_p, min_p = picking
-        mode = "sorted" if top_k < self._sizes["V"] or top_p < 1 else "plain"
-        n, B = uniforms.shape[1], self._groups * self._M
-        chances = torch.zeros((B, n), dtype=torch.float64, device=self._device)
-        chances[: self._batch] = torch.from_numpy(uniforms)
-        ids = torch.zeros((B, n), dtype=torch.int64, device=self._device)
-        self._flags.zero_()
-        _samples[(self._groups * self._G,)](
-            *self._weights, *self._arrays, self._flags, chances, ids, n, self._clock,
-            min(max(temperature, 1e-30), 1e30), top_k, top_p, min_p, batch=B, M=self._M, G=self._G,
-            MODE=mode if temperature else "greedy", **self._sizes,
-            num_warps=8, launch_cooperative_grid=self._G > 1,
+    def generate(
+        self, uniforms: NDArray[np.float64], picking: Picking, condition: Condition | None = None
+    ) -> NDArray[np.int64]:
+        c, n, B = self._sizes, uniforms.shape[1], self._groups * self._sizes.M
+        sorts = picking.top_k < c.V or picking.top_p < 1
+        mode = "greedy" if picking.temperature == 0 else "sorted" if sorts else "plain"
+        chunk = Chunk(
+            torch.zeros((B, n), dtype=torch.float64, device=self._device),
+            self._rows(condition),
+            torch.zeros((B, n), dtype=torch.int32, device=self._device),
+            torch.zeros((B, n), dtype=torch.int64, device=self._device),
+        )
+        chunk.uniforms[: self._batch] = torch.from_numpy(uniforms)
+        if condition is not None:
+            chunk.index[: self._batch] = condition.index
+        temperature = min(max(picking.temperature, 1e-30), 1e30)  # float32 holds no more
+        limits = torch.tensor([temperature, min(picking.top_k, c.V), picking.top_p, picking.min_p], device=self._device)
+        self._state.flags.zero_()
+        _samples[(self._groups * c.G,)](
+            self._weights, self._state, chunk, limits.float(), B, n, self._clock, c._replace(mode=mode), TILE, FLAGS,
+            num_warps=8, launch_cooperative_grid=c.G > 1,
         )  # fmt: skip
         self._clock += n
-        return ids[: self._batch].cpu().numpy()
+        return chunk.ids[: self._batch].cpu().numpy()
+
+    def _rows(self, condition: Condition | None) -> Tensor:
+        """The gates' biases, [F, L, 2, P]."""
+        c, rows = self._sizes, self._core.gate_biases(condition and condition.to(self._device))
+        return _padded(rows.float().transpose(0, 1).unflatten(2, (2, c.R)), rows.shape[1], c.L, 2, c.P).contiguous()
 
     def finite(self) -> bool:
-        return bool(self._arrays[-1][: self._batch, : self._sizes["V"]].isfinite().all())
+        return bool(self._state.logits[: self._batch, : self._sizes.V].isfinite().all())
 
 
 def _padded(tensor: Tensor, *shape: int) -> Tensor:
