@@ -124,7 +124,9 @@ class ThreadedEngine:
         self._ends = np.cumsum(sizes)[:-1].tolist()
 
     def prefill(self, ids: NDArray[np.int64], condition: Condition | None = None) -> None:
-        same = bool((ids == ids[:1]).all()) and (condition is None or bool((condition.index == condition.index[:1]).all()))
+        same = bool((ids == ids[:1]).all()) and (
+            condition is None or bool((condition.index == condition.index[:1]).all())
+        )
         if same:
             condition = condition and condition._replace(index=condition.index[:1])
             for part in self.parts:

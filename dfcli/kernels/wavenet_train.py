@@ -352,7 +352,13 @@ def _head_back(t, n, model, buffers, scratch, gradients):
 @inner
 def _forward(team, begin, end, model, batch, buffers, scratch):
     """Positions begin to end. False where another thread never comes."""
-    R, S, normed, table, bias = model.shape.residual, model.shape.skip, model.shape.normed, model.table, model.biases.skip
+    R, S, normed, table, bias = (
+        model.shape.residual,
+        model.shape.skip,
+        model.shape.normed,
+        model.table,
+        model.biases.skip,
+    )
     ids, stream, h, scales, skips = batch.ids, batch.stream, buffers.h, buffers.scales, buffers.skips
     for t in range(begin, end):
         copy(stream, t * R, table, ids[uintp(t)] * R, R)

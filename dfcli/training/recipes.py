@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from dfcli import cores
@@ -307,8 +308,13 @@ def memory_bytes(core: str, config: cores.CoreConfig, recipe: Recipe, device: De
     elif core == "gpt":
         kept = c.layers * c.channels * (18 + 2 * c.qk_norm + 8 * (c.dropout > 0))
     elif core == "wavenet" and backend.unsupported(config, recipe, device) is None:
-        weights += 3 * 4 * device.threads * config.parameters()  # each thread's gradients, and weights packed both ways
-        return weights + rows * window * 4 * (c.layers * (3 * c.residual + 1) + 8 * c.residual + c.skip)
+        from dfcli.kernels.wavenet_train import slot_bounds  # numba is there, or the kernels would be unsupported
+
+        bounds, together = slot_bounds(rows, window, device.threads)
+        weights += 4 * (len(bounds) + 1) * config.parameters()  # each slot's gradients, and weights packed both ways
+        kept = c.layers * (3 * c.residual + 1) + 4 * c.residual + c.skip
+        positions = rows * window if together else device.threads * max(b - a for a, b in pairwise(bounds))
+        return weights + 4 * (positions * kept + rows * window * c.residual)
     elif core == "wavenet":
         kept = c.layers * c.residual * (6 + c.kernel + (c.norm != "none")) + c.skip + c.head
     else:

@@ -21,7 +21,7 @@ from dfcli.kernels.cuda import wavenet as wavenet_cuda
 from dfcli.kernels.cuda.wavenet import Persistent
 from dfcli.system.device import Device
 from tests.generation.engine import picking, start
-from tests.kernels.test_wavenet_sample import VARIANTS, build
+from tests.kernels.test_wavenet_sample import VARIANTS, build, compare
 
 KIND = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 FEW = KIND == "cpu"  # the interpreter takes about a second for a sample
@@ -32,23 +32,17 @@ def fast(core: WaveNet, opening: list[list[int]], processors: int = 1) -> Persis
     return start(Persistent(core.to(DEVICE.torch_device), DEVICE, processors), opening)
 
 
-def logits(engine: Persistent) -> np.ndarray:
-    return engine._arrays[-1][: engine._batch, : engine._sizes["V"]].cpu().numpy()
-
-
 def same(core: WaveNet, opening: list[list[int]], samples: int, processors: int) -> Persistent:
     """Asserts that the kernel does what the plain step does, sample by sample."""
-    ours, plain = fast(core, opening, processors), start(Plain(core, DEVICE), opening)
-    for uniforms in np.split(Dice(9, range(len(opening))).draw(samples), samples, axis=1):
-        np.testing.assert_array_equal(ours.generate(uniforms, picking()), plain.generate(uniforms, picking()))
-        np.testing.assert_allclose(logits(ours), plain._logits, atol=1e-4)
+    ours = Persistent(core.to(DEVICE.torch_device), DEVICE, processors)
+    compare(core, ours, Plain(core, DEVICE), opening, samples)
     return ours
 
 
 PROGRAMS = [(6, 2, 3), (3, 17, 1), (100, 1, 8), (6, 17, 3)]
 
 
-@pytest.mark.parametrize("variant", ["norm", "kernel 3", "embedding and decoder"] if FEW else VARIANTS)
+@pytest.mark.parametrize("variant", ["norm", "kernel 3", "embedding and decoder", "conditions"] if FEW else VARIANTS)
 def test_logits_and_picks_are_the_plain_steps(variant: str) -> None:
     same(build(**VARIANTS[variant]), [[1, 2, 3], [4, 5, 6]], 2 if FEW else 20, processors=1)
 
@@ -56,7 +50,7 @@ def test_logits_and_picks_are_the_plain_steps(variant: str) -> None:
 @pytest.mark.parametrize(("processors", "clips", "programs"), PROGRAMS[:2] if FEW else PROGRAMS)
 def test_programs_that_share_the_layers(processors: int, clips: int, programs: int) -> None:
     ours = same(build(), [[clip % 12, 3, 5] for clip in range(clips)], 2 if FEW else 12, processors)
-    assert (ours._G, ours._M) == (programs, 1 if clips < 17 else 16)
+    assert (ours._sizes.G, ours._sizes.M) == (programs, 1 if clips < 17 else 16)
 
 
 @pytest.mark.parametrize("filters", [picking(), picking(0), picking(0.8, 5), picking(1, None, 0.9, 0.05)])
@@ -83,7 +77,7 @@ def test_pick_is_the_pick_of_sampling(filters: Picking, clips: int) -> None:
         if round_ % 2:
             values = values.round()  # with many equal ones
         uniforms = rng.random((clips, 1)) * (round_ > 0)
-        engine._arrays[-1][:clips, :V] = torch.from_numpy(values)
+        engine._state.logits[:clips, :V] = torch.from_numpy(values)
         made = engine.generate(uniforms, filters)[:, 0]
         np.testing.assert_array_equal(made, pick(values, filters, uniforms[:, 0]))
 

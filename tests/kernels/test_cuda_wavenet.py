@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -37,17 +36,15 @@ def test_it_compiles_for_a_gpu(M: int, G: int, mode: str, tmp_path: Path, monkey
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from dfcli.kernels.cuda.wavenet import FLAGS, TILE, _samples
+    from dfcli.kernels.cuda.wavenet import FLAGS, TILE, Chunk, Sizes, State, Weights, _samples
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    constants: dict[str, Any] = {
-        "L": 3, "TAPS": 2, "R": 64, "P": 64, "S": 256, "H": 256, "W": 256, "TILE": TILE, "FLAGS": FLAGS, "M": M,
-        "G": G, "NORMED": True, "MODE": mode,
-    }  # fmt: skip
-    kinds = dict.fromkeys(constants, "constexpr") | {"uniforms": "*fp64", "ids": "*i64", "flags": "*i32"}
-    kinds |= dict.fromkeys(("n", "clock", "top_k", "V", "places", "batch"), "i32") | {"layers": "*i32"}
-    kinds |= dict.fromkeys(("temperature", "top_p", "min_p"), "fp32")
-    source = ASTSource(_samples, {name: kinds.get(name, "*fp32") for name in _samples.arg_names}, constants)
+    kinds = {
+        "weights": Weights(*["*fp32"] * 8, "*i32"), "state": State(*["*fp32"] * 7, "*i32"),
+        "chunk": Chunk("*fp64", "*fp32", "*i32", "*i64"), "picking": "*fp32",
+    } | dict.fromkeys(("batch", "n", "clock"), "i32") | dict.fromkeys(("c", "TILE", "FLAGS"), "constexpr")  # fmt: skip
+    sizes = Sizes(256, 100, L=3, taps=2, R=64, P=64, S=256, H=256, W=256, normed=True, M=M, G=G, mode=mode)
+    source = ASTSource(_samples, kinds, {"c": sizes, "TILE": TILE, "FLAGS": FLAGS})
     code = triton.compile(source, target=GPUTarget("cuda", 80, 32), options={"num_warps": 8})
     assert code.metadata.shared <= 99 * 1024  # what one program may use on the smallest GPU from Ampere on
     assert "atom" in code.asm["ptx"] or G == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from dfcli.codecs import MuLaw
-from dfcli.cores import WaveNet, WaveNetConfig, protocols
+from dfcli.cores import Condition, WaveNet, WaveNetConfig, protocols
 from dfcli.cores.protocols import Picking
 from dfcli.generation import engines
 from dfcli.generation.plain import Plain
@@ -29,6 +30,8 @@ VARIANTS = {
     "no bias": {"bias": False},
     "embedding and decoder": {"embedding": 20, "decoder": 30},
     "one layer": {"dilations": (2,), "cycles": 1},
+    "1,024 levels": {"vocab_size": 1024},
+    "conditions": {"labels": (3, 2), "condition": 8, "series": 5, "bias": False, "residual": 33},
 }
 
 
@@ -45,27 +48,50 @@ def build(**values: Any) -> WaveNet:
 
 
 def logits(engine: Any) -> np.ndarray:
-    return np.concatenate([part.logits for part in engine.parts])
+    """[B, at least V], of a compiled engine."""
+    if hasattr(engine, "parts"):
+        return np.concatenate([part.logits for part in engine.parts])
+    return engine._state.logits[: engine._batch].cpu().numpy()
+
+
+def told(core: WaveNet, clips: int, begin: int, end: int) -> Condition | None:
+    """For a model with conditions, rows that change every second position, and differ from clip to clip."""
+    config, generator = core.config, torch.Generator().manual_seed(1)
+    if not config.row:
+        return None
+    labels = torch.stack([torch.randint(names, (7,), generator=generator) for names in config.labels], 1)
+    index = (torch.arange(begin, end) // 2 + torch.arange(clips)[:, None]) % 7
+    return Condition(labels, torch.randn(7, config.series, generator=generator), index).to(core.table.weight.device)
+
+
+def compare(core: WaveNet, fast: Any, plain: Any, opening: list[list[int]], samples: int) -> None:
+    """Asserts that an engine does what the plain one does, sample by sample: `logits(fast)` are its logits."""
+    for engine in (fast, plain):
+        engine.start(len(opening))
+        engine.prefill(np.array(opening, np.int64), told(core, len(opening), 0, len(opening[0])))
+    for place, uniforms in enumerate(np.split(Dice(9, range(len(opening))).draw(samples), samples, axis=1)):
+        condition = told(core, len(opening), len(opening[0]) + place, len(opening[0]) + place + 1)
+        expected = plain.generate(uniforms, picking(), condition)
+        np.testing.assert_array_equal(fast.generate(uniforms, picking(), condition), expected)
+        np.testing.assert_allclose(logits(fast)[:, : core.config.vocab_size], plain._logits, atol=1e-4)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_and_picks_are_the_plain_steps(variant: str) -> None:
     core = build(**VARIANTS[variant])
-    V, opening = core.config.vocab_size, [[1, 2, 3], [4, 5, 6], [1, 1, 1]]
-    fast = start(wavenet_sample.build(core, cpu()), opening)
-    plain = start(Plain(core, cpu()), opening)
-    for uniforms in np.split(Dice(9, range(3)).draw(70), 70, axis=1):
-        np.testing.assert_array_equal(fast.generate(uniforms, picking()), plain.generate(uniforms, picking()))
-        np.testing.assert_allclose(logits(fast)[:, :V], plain._logits, atol=1e-4)
+    compare(core, wavenet_sample.build(core, cpu(2)), Plain(core, cpu()), [[1, 2, 3], [4, 5, 6], [1, 1, 1]], 70)
 
 
-def test_where_the_chunks_are_cut_changes_nothing() -> None:
-    uniforms = Dice(9, range(2)).draw(60)
-    engine = wavenet_sample.build(build(), cpu())
-    whole = start(engine, [[1, 2], [2, 3]]).generate(uniforms, picking())
-    start(engine, [[1, 2], [2, 3]])
-    parts = [engine.generate(part, picking()) for part in np.split(uniforms, [1, 8, 13, 40], axis=1)]
-    np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
+@pytest.mark.parametrize("variant", ["plain", "conditions"])
+def test_where_the_chunks_are_cut_changes_nothing(variant: str) -> None:
+    core, uniforms, made = build(**VARIANTS[variant]), Dice(9, range(2)).draw(60), []
+    engine = wavenet_sample.build(core, cpu())
+    for cuts in ([0, 60], [0, 1, 8, 13, 40, 60]):
+        engine.start(2)
+        engine.prefill(np.array([[1, 2], [2, 3]]), told(core, 2, 0, 2))
+        parts = [engine.generate(uniforms[:, a:b], picking(), told(core, 2, 2 + a, 2 + b)) for a, b in pairwise(cuts)]
+        made.append(np.concatenate(parts, axis=1))
+    np.testing.assert_array_equal(*made)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from dfcli.cores import WaveNet, WaveNetConfig
+from dfcli.cores import Condition, WaveNet, WaveNetConfig
 from dfcli.data.batches import IGNORED
 from dfcli.kernels.threads import WorkerPool
 from dfcli.kernels.wavenet_train import build
-from dfcli.system.device import resolve
 from dfcli.system.events import ignore
 from dfcli.training.recipes import memory_bytes
 from dfcli.training.settings import Recipe
+from tests.generation.engine import cpu
 from tests.kernels import passes
 
 pytestmark = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="for x86-64 processors")
@@ -31,7 +31,10 @@ CASES: list[tuple[dict[str, Any], int, int, int]] = [  # config, sequences, posi
     ({"norm": "rmsnorm", "dilations": (1, 100, 7), "cycles": 1}, 2, 64, 3),
     ({"vocab_size": 300, "head": 48, "skip": 16}, 1, 70, 2),
     ({"norm": "rmsnorm"}, 1, 1, 4),
+    ({"norm": "rmsnorm"}, 37, 20, 2),  # more sequences than slots
 ]
+DEVICE = cpu(2)
+CONDITIONS: dict[str, Any] = {"labels": (3, 2), "condition": 8, "series": 5}
 
 
 def model(seed: int = 0, **config: Any) -> WaveNet:
@@ -39,24 +42,33 @@ def model(seed: int = 0, **config: Any) -> WaveNet:
     return WaveNet(WaveNetConfig(**SMALL | config))
 
 
+def rows(B: int, T: int) -> Condition:
+    """Seven condition rows, which change every 9 positions."""
+    labels = torch.stack([torch.randint(3, (7,)), torch.randint(2, (7,))], 1)
+    return Condition(labels, torch.randn(7, 5), (torch.arange(T) // 9 + torch.arange(B)[:, None]) % 7)
+
+
+@pytest.mark.parametrize("told", [True, False])
 @pytest.mark.parametrize("documents", [True, False])
 @pytest.mark.parametrize(("config", "B", "T", "threads"), CASES)
 def test_loss_and_gradients_are_the_cores(
-    config: dict[str, Any], B: int, T: int, threads: int, documents: bool
+    config: dict[str, Any], B: int, T: int, threads: int, documents: bool, told: bool
 ) -> None:
-    core = model(**config)
+    core = model(**config | (CONDITIONS if told else {}))
+    condition = rows(B, T) if told else None
     ids = torch.randint(20, (B, T))
     positions = passes.starts(B, T) if documents else None
     targets = torch.randint(core.config.vocab_size, (B, T)).masked_fill(torch.rand(B, T) < 0.1, IGNORED)
-    expected = passes.one(core, passes.plain(core), ids, targets, positions)
-    found = passes.one(core, build(core, WorkerPool(threads), ignore), ids, targets, positions)
+    expected = passes.one(core, passes.plain(core), ids, targets, positions, condition)
+    found = passes.one(core, build(core, WorkerPool(threads), ignore), ids, targets, positions, condition)
     passes.assert_alike(found, expected, 1e-5)
 
 
-def test_the_memory_estimate_is_what_a_pass_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("sequences", [1, 4, 40])
+def test_the_memory_estimate_is_what_a_pass_takes(sequences: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the largest tensors that it makes: right within a tenth."""
     core = model(norm="rmsnorm", residual=32, skip=64, head=128)
-    backward, ids = build(core, WorkerPool(2), ignore), torch.randint(20, (4, 4096))
+    backward, ids = build(core, WorkerPool(2), ignore), torch.randint(20, (sequences, 4096))
     made: list[int] = []
 
     def watched(make: Any) -> Any:
@@ -70,10 +82,8 @@ def test_the_memory_estimate_is_what_a_pass_takes(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch, "empty", watched(torch.empty))
     monkeypatch.setattr(torch, "zeros", watched(torch.zeros))
     backward(ids, ids, None, None, 1)
-    recipe = Recipe(batch_size=4, window=4096, optimizer="sgd")
-    estimate = memory_bytes("wavenet", core.config, recipe, resolve("cpu"))
-    embedded = ids.numel() * 4 * core.config.residual
-    assert 0.9 < estimate / (sum(made) + embedded) < 1.1
+    estimate = memory_bytes("wavenet", core.config, Recipe(batch_size=sequences, window=4096, optimizer="sgd"), DEVICE)
+    assert 0.9 < estimate / sum(made) < 1.1
 
 
 def test_large_sums_and_what_is_not_a_number() -> None:
@@ -89,9 +99,11 @@ def test_large_sums_and_what_is_not_a_number() -> None:
 
 
 def test_the_same_bits_every_time() -> None:
-    core, ids = model(norm="rmsnorm"), torch.randint(20, (2, 500))
+    core = model(norm="rmsnorm")
     backward = build(core, WorkerPool(2), ignore)
-    passes.assert_same_bits(core, backward, ids, ids)
+    for B, T in ((1, 500), (9, 100)):  # threads that meet, and threads that take slots
+        ids = torch.randint(20, (B, T))
+        passes.assert_same_bits(core, backward, ids, ids)
 
 
 def test_more_threads_than_cores_do_not_wait_for_each_other_in_vain() -> None:
