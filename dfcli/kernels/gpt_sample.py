@@ -22,6 +22,7 @@ from numpy import uintp
 from numpy.typing import NDArray
 from torch import nn
 
+from dfcli.cores import Condition
 from dfcli.cores.gpt import GPT, GPTConfig, GPTState, Norm
 from dfcli.cores.protocols import Picking
 from dfcli.kernels.compile import Compiled, inner
@@ -291,10 +292,12 @@ class _Sequences:
     def logits(self) -> NDArray[np.float32]:
         return self._state.logits.reshape(len(self._ids), -1)
 
-    def prefill(self, ids: NDArray[np.int64], condition: None = None) -> None:
+    def prefill(self, ids: NDArray[np.int64], condition: Condition | None = None) -> None:
         self._read(ids, self._core.init_state(len(ids)))
 
-    def generate(self, uniforms: NDArray[np.float64], picking: Picking, condition: None = None) -> NDArray[np.int64]:
+    def generate(
+        self, uniforms: NDArray[np.float64], picking: Picking, condition: Condition | None = None
+    ) -> NDArray[np.int64]:
         B, n = uniforms.shape
         ids = np.empty((B, n), np.int64)
         done = 0

@@ -124,10 +124,7 @@ class ThreadedEngine:
         self._ends = np.cumsum(sizes)[:-1].tolist()
 
     def prefill(self, ids: NDArray[np.int64], condition: Condition | None = None) -> None:
-        same = bool((ids == ids[:1]).all()) and (
-            condition is None or bool((condition.index == condition.index[:1]).all())
-        )
-        if same:
+        if (ids == ids[:1]).all() and (condition is None or (condition.index == condition.index[:1]).all()):
             condition = condition and condition._replace(index=condition.index[:1])
             for part in self.parts:
                 part.prefill(ids[:1], condition)

@@ -61,7 +61,7 @@ class _Gates(NamedTuple):
     """The gates' biases, the layers' own and the conditions', as rows; which of the F rows each sample uses."""
 
     rows: NDArray[np.float32]  # [L, F, 2 R], flat
-    index: NDArray[np.int64]  # [B, n]
+    places: NDArray[np.int64]  # [B, n]
 
 
 class _State(NamedTuple):
@@ -106,7 +106,7 @@ def _step(model, state, told, j, B):
     gates, skip, head, logits = state.gates, state.skip, state.head, state.logits
     weights, biases, layers, taps = model.weights, model.biases, model.layers, model.taps
     L, R, S, H, W = len(layers), stream.size // B, skip.size // B, head.size // B, logits.size // B
-    rows, index, F = told.rows, told.index, told.rows.size // (L * 2 * R)
+    rows, places, F = told.rows, told.places, told.rows.size // (L * 2 * R)
     t, c = state.clock[0], 0
     w = past = np.int64(0)  # a literal 0 would be a type of its own and compile `multiply` twice
     for layer in range(L):
@@ -126,7 +126,7 @@ def _step(model, state, told, j, B):
         now = block + t % ahead * B * 2 * R
         w = multiply(sums, now, 2 * R, inputs, np.int64(0), R, B, weights, w, 2 * R, R)
         for b in range(B):
-            _gate(gates, (b * L + layer) * R, sums, now + b * 2 * R, rows, (layer * F + index[b, j]) * 2 * R, R)
+            _gate(gates, (b * L + layer) * R, sums, now + b * 2 * R, rows, (layer * F + places[b, j]) * 2 * R, R)
         if layer + 1 < L:
             for b in range(B):
                 add(stream, b * R, biases, c, R)

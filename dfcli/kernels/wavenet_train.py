@@ -352,13 +352,8 @@ def _head_back(t, n, model, buffers, scratch, gradients):
 @inner
 def _forward(team, begin, end, model, batch, buffers, scratch):
     """Positions begin to end. False where another thread never comes."""
-    R, S, normed, table, bias = (
-        model.shape.residual,
-        model.shape.skip,
-        model.shape.normed,
-        model.table,
-        model.biases.skip,
-    )
+    R, S, normed = model.shape.residual, model.shape.skip, model.shape.normed
+    table, bias = model.table, model.biases.skip
     ids, stream, h, scales, skips = batch.ids, batch.stream, buffers.h, buffers.scales, buffers.skips
     for t in range(begin, end):
         copy(stream, t * R, table, ids[uintp(t)] * R, R)
@@ -483,9 +478,9 @@ def slot_bounds(sequences: int, length: int, threads: int) -> tuple[list[int], b
 class _Parameters(NamedTuple):
     """A core's parameters; those of the layers as lists."""
 
-    layers: list[list[nn.Parameter]]  # dilated weights, residual weights, residual biases
-    others: list[nn.Parameter]  # of skip, head1 and head2: weights, then biases
-    gate_rows: list[nn.Parameter]  # what `gate_biases` is made of
+    layers: list[list[Tensor]]  # dilated weights, residual weights, residual biases
+    others: list[Tensor]  # of skip, head1 and head2: weights, then biases
+    gate_rows: list[Tensor]  # what `gate_biases` is made of
 
 
 def _parameters(core: WaveNet) -> _Parameters:
@@ -539,7 +534,7 @@ def _buffers(c: WaveNetConfig, bounds: list[int], together: bool, threads: int) 
 
 
 def _zero_gradients(model: Model, parameters: _Parameters, slots: int) -> Gradients:
-    def zeros(like: list[nn.Parameter]) -> Tensor:
+    def zeros(like: list[Tensor]) -> Tensor:
         return torch.zeros(slots, len(like), *like[0].shape)
 
     dilated, residual, residual_bias = (zeros(each) for each in parameters.layers)
@@ -548,7 +543,7 @@ def _zero_gradients(model: Model, parameters: _Parameters, slots: int) -> Gradie
     return Gradients(matrices, biases, torch.zeros_like(model.gate_rows), torch.zeros(slots, dtype=torch.float64))
 
 
-def _summed(g: Gradients, parameters: _Parameters) -> list[tuple[nn.Parameter, Tensor]]:
+def _summed(g: Gradients, parameters: _Parameters) -> list[tuple[Tensor, Tensor]]:
     """Each parameter with its gradient, summed over the slots."""
     by_layer = zip(parameters.layers, (g.matrices.dilated, g.matrices.residual, g.biases.residual), strict=True)
     pairs = [pair for ps, grads in by_layer for pair in zip(ps, grads.sum(0), strict=True)]
@@ -581,7 +576,7 @@ def build(core: nn.Module, workers: WorkerPool, on_event: OnEvent) -> Pass:
 
     def run(
         ids: Tensor, targets: Tensor, positions: Tensor | None, condition: Condition | None, count: int
-    ) -> tuple[Tensor, list[tuple[nn.Parameter, Tensor]]]:
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         B, T = ids.shape
         bounds, together = slot_bounds(B, T, workers.count)
         runs, run_rows = _runs(None if condition is None else condition.index, bounds)

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from dfcli.cores import Condition
 from dfcli.cores.gpt import GPT, GPTConfig, GPTState, rotate
 from dfcli.cores.protocols import Picking, prefill
 from dfcli.system.device import Device
@@ -120,11 +121,13 @@ class Graphed:
         self._replays: dict[tuple[int, Picking], Callable[[], object]] = {}
 
     @torch.inference_mode()
-    def prefill(self, ids: NDArray[np.int64], condition: None = None) -> None:
+    def prefill(self, ids: NDArray[np.int64], condition: Condition | None = None) -> None:
         self._read(prefill(self._core, torch.from_numpy(ids).to(self._device), self._state))
 
     @torch.inference_mode()
-    def generate(self, uniforms: NDArray[np.float64], picking: Picking, condition: None = None) -> NDArray[np.int64]:
+    def generate(
+        self, uniforms: NDArray[np.float64], picking: Picking, condition: Condition | None = None
+    ) -> NDArray[np.int64]:
         chances = torch.from_numpy(uniforms).to(self._device)
         picked = torch.empty(uniforms.shape, dtype=torch.int64, device=self._device)
         for j in range(uniforms.shape[1]):

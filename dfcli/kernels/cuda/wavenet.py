@@ -28,6 +28,7 @@ The queues (786 kB a clip) lie in global memory, which for up to about 50 clips 
 
 # Inside its kernels Triton's language is not what its annotations say.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
 
 from __future__ import annotations
 
