@@ -46,8 +46,11 @@ def age(seconds: float) -> str:
     return f"{max(0, int(seconds))} s"
 
 
-def sparkline(values: Sequence[float], width: int = 40, unicode: bool = True) -> str:
-    """The course of `values` in at most `width` block characters, the lowest value as the lowest block."""
+def sparkline(values: Sequence[float], width: int = 40, unicode: bool = True, top: float | None = None) -> str:
+    """The course of `values` in at most `width` block characters, the lowest value as the lowest block.
+
+    Values from `top` on are the highest block; without it the largest value is.
+    """
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return ""
@@ -56,8 +59,16 @@ def sparkline(values: Sequence[float], width: int = 40, unicode: bool = True) ->
         finite = [sum(finite[a:b]) / (b - a) for a, b in pairwise(edges)]
     blocks = "▁▂▃▄▅▆▇█" if unicode else "_.-=+*#@"
     low, high = min(finite), max(finite)
+    if top is not None and low < top < high:
+        high = top
     scale = (len(blocks) - 1) / (high - low) if high > low else 0.0
-    return "".join(blocks[round((value - low) * scale)] for value in finite)
+    return "".join(blocks[round((min(value, high) - low) * scale)] for value in finite)
+
+
+def usual(values: Sequence[float]) -> float | None:
+    """The value that nine of ten stay below: the top of a sparkline that the first steps do not flatten."""
+    finite = sorted(value for value in values if math.isfinite(value))
+    return finite[len(finite) * 9 // 10] if finite else None
 
 
 class Course:

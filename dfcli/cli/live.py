@@ -5,11 +5,16 @@ Training only hands over events; a thread of Rich draws what was last said, four
 
 from __future__ import annotations
 
+import math
+import sys
+import textwrap
+import threading
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from dfcli.cli import output
-from dfcli.cli.figures import Course, age, count, duration, short, si, size, sparkline
+from dfcli.cli.figures import Course, age, count, duration, short, si, size, sparkline, usual
 from dfcli.cli.signals import Stop
 from dfcli.system import processes
 from dfcli.system.events import Note, Progress
@@ -22,7 +27,7 @@ if TYPE_CHECKING:
 
     from dfcli.system.stats import Sampler, Stats
 
-WIDTH = 100  # of the picture, at most
+MOST_COUNTED = 20_000_000  # training tokens beyond which no baseline is counted beside the training
 DAY = 86_400.0  # seconds
 
 
@@ -46,6 +51,9 @@ class TrainView:
         self.saved_at = 0.0
         self.sample: Sample | None = None
         self.progress: Progress | None = None
+        self.unit = "token"  # what the model predicts: "sample" for audio
+        self.baseline: tuple[str, float] | None = None  # the best of the simple models, and its nats
+        self._size: tuple[int, int] | None = None  # of the terminal, when it was last drawn on
         self._sampler: Sampler | None = None
         self._live: Live | None = None
         self._days_told = False
@@ -90,6 +98,9 @@ class TrainView:
         self.best = event.best
         self.best_step = event.step
         self.title = title(plan)
+        self.unit = "sample" if plan.codec_name == "mulaw" else "token"
+        if event.step:
+            self._remember(event)
         if self.quiet:
             return
         peak = plan.device.peak_flops()
@@ -101,9 +112,39 @@ class TrainView:
             return
         from rich.live import Live
 
+        threading.Thread(target=self._count, args=(plan,), daemon=True).start()
         self._live = Live(console=output.stderr(), get_renderable=self.picture, refresh_per_second=4, auto_refresh=True)
         self.stop.announce = False  # the picture says it
         self._live.start()
+
+    def _remember(self, event: Started) -> None:
+        """The course of a resumed run so far."""
+        from dfcli.errors import DfError
+        from dfcli.runs.metrics import read
+        from dfcli.runs.run import METRICS
+
+        with suppress(DfError):
+            for row in read(event.path / METRICS):
+                if row.get("step", 0) <= event.step:
+                    self.losses.add(row.get("train_loss", math.nan))
+                    if (loss := row.get("val_loss")) is not None:
+                        self.val_losses.add(loss)
+                        self.val_loss = loss
+                        if loss == self.best:
+                            self.best_step = row["step"]
+
+    def _count(self, plan: Any) -> None:
+        """The best baseline, counted beside the training where that takes a moment only."""
+        from dfcli.errors import DfError
+        from dfcli.evaluation.baselines import baselines
+
+        dataset = getattr(plan, "dataset", None)
+        if dataset is None or not {"train", "val"} <= dataset.splits.keys():
+            return
+        if dataset.splits["train"].tokens_count <= MOST_COUNTED:
+            with suppress(DfError, MemoryError, ValueError):  # ValueError: the training is over and its data closed
+                found = baselines((dataset, "val"), (dataset, "train"), MOST_COUNTED)
+                self.baseline = min(found.items(), key=lambda item: item[1])
 
     def _take(self, step: Step) -> None:
         self.step = step
@@ -165,24 +206,36 @@ class TrainView:
         from rich.text import Text
 
         console = output.stderr()
-        outside = min(console.width - 2, WIDTH)  # two columns stay free for the ^C that a terminal echoes
+        self._clear_after_resize((console.width, console.height))
+        outside = console.width - 2  # two columns stay free for the ^C that a terminal echoes
         width = outside - 4
         rows = Table.grid(padding=(0, 2))
         rows.add_column(style="dim", min_width=5, no_wrap=True)
         rows.add_column(no_wrap=True, overflow="ellipsis")
-        for name, text in self._rows(max(10, min(48, width - 45))):
+        for name, text in self._rows(width - 7):
             rows.add_row(name, text)
         parts: list[RenderableType] = [self._bar(width), Text(), rows]
         height = console.height - len(rows.rows) - 6
         if self.sample is not None and height >= 3:
-            parts += [Text(), *self._sample_lines(min(7, height))]
+            parts += [Text(), *self._sample_lines(width, min(7, height))]
+        title = Text(self.title, style="bold")
+        title.truncate(outside - 6, overflow="ellipsis")  # Rich alone would make the panel wider
         return Panel(
             Group(*parts),
-            title=Text(self.title, style="bold", overflow="ellipsis"),
+            title=title,
             title_align="left",
             width=outside,
             border_style="dim",
         )
+
+    def _clear_after_resize(self, now: tuple[int, int]) -> None:
+        """A terminal that changes its width folds or cuts the last picture, so that it cannot be drawn over line by
+        line: the screen is cleared instead."""
+        before, self._size = self._size, now
+        if before is not None and before != now and self._live is not None:
+            stream = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
+            with suppress(OSError):
+                stream.write("\x1b[H\x1b[J")
 
     def _bar(self, width: int) -> RenderableType:
         from rich.progress_bar import ProgressBar
@@ -202,36 +255,51 @@ class TrainView:
         grid.add_row(ProgressBar(total=1.0, completed=fraction, width=max(8, width - len(where) - 2)), where)
         return grid
 
-    def _rows(self, spark: int) -> list[tuple[str, Text]]:
-        from rich.text import Text
-
+    def _rows(self, width: int) -> list[tuple[str, Text]]:
         rows: list[tuple[str, Text]] = []
         step = self.step
         if step is not None:
-            line = sparkline(self.losses.values, spark, output.unicode())
-            rows.append(("loss", Text.assemble((f"{step.train_loss:.4f}", "bold"), "  ", (line, "cyan"))))
+            rows.append(("loss", self._loss(step.train_loss, self.losses, width, "cyan", ())))
         if self.val_loss is not None:
-            line = sparkline(self.val_losses.values, spark, output.unicode())
-            text = Text.assemble((f"{self.val_loss:.4f}", "bold green"), "  ", (line, "green"))
-            if self.best is not None:
-                text.append(f"  best {self.best:.4f} at step {count(self.best_step)}", style="dim")
-            rows.append(("val", text))
+            best = () if self.best is None else ((f"best {self.best:.4f} at step {count(self.best_step)}", "dim"),)
+            rows.append(("val", self._loss(self.val_loss, self.val_losses, width, "green", best)))
+        if self.baseline is not None:
+            name, nats = self.baseline
+            figures = f"{nats:.4f}  {_bits(nats)}", f"{name} counts of the training split, to compare with"
+            rows.append(("", fit([(figures[0], "dim"), (figures[1], "dim")], width)))
         if step is not None:
-            text = Text(f"{short(step.tokens_per_second)} tokens/s   {si(step.flops_per_second)}FLOP/s")
+            flops = f"{si(step.flops_per_second)}FLOP/s"
             if self.peak:
-                text.append(f", {step.flops_per_second / self.peak:.0%} of peak")
-            text.append(f"   lr {step.lr:.2e}", style="dim")
-            rows.append(("speed", text))
+                flops += f", {step.flops_per_second / self.peak:.0%} of peak"
+            speed = f"{short(step.tokens_per_second)} {self.unit}s/s"
+            rows.append(("speed", fit([(speed, ""), (flops, ""), (f"lr {step.lr:.2e}", "dim")], width)))
         sampler = self._sampler
         if sampler is not None:
-            rows += machine_rows(sampler.latest)
+            rows += machine_rows(sampler.latest, width)
         if self.saved is not None:
-            text = Text(f"step {count(self.saved.step)}, {ago(time.monotonic() - self.saved_at)} ago")
-            rows.append(("saved", text))
+            text = f"step {count(self.saved.step)}, {ago(time.monotonic() - self.saved_at)} ago"
+            rows.append(("saved", fit([(text, "")], width)))
         now = self._now()
         if now:
             rows.append(("now", now))
         return rows
+
+    def _loss(self, nats: float, course: Course, width: int, style: str, more: tuple[tuple[str, str], ...]) -> Text:
+        """A loss in nats and bits, its course in what is left of `width`, and `more` where there is room."""
+        unit = f"nats a {self.unit}" if width >= 80 else ""
+        text = fit([(f"{nats:.4f}", f"bold {style}"), (unit, "dim"), (_bits(nats), "")], width)
+        extra = fit(list(more), width - len(text) - 14)
+        space = width - len(text) - 2 - (len(extra) + 2 if extra else 0)
+        if space >= 5:
+            line = sparkline(course.values, min(space, 120), output.unicode(), self._top(course))
+            text.append(f"  {line}", style=style)
+        return text.append("  ").append(extra) if extra else text
+
+    def _top(self, course: Course) -> float | None:
+        """Where a sparkline ends: at the baseline once the model is better, else where its usual values end."""
+        if self.baseline is not None and course.values and min(course.values) < self.baseline[1]:
+            return self.baseline[1]
+        return usual(course.values)
 
     def _now(self) -> Text | None:
         from rich.text import Text
@@ -246,15 +314,37 @@ class TrainView:
             return Text(f"batches skipped, since their loss was not finite: {step.skipped}", style="yellow")
         return None
 
-    def _sample_lines(self, height: int) -> list[Text]:
+    def _sample_lines(self, width: int, height: int) -> list[Text]:
         from rich.text import Text
 
         assert self.sample is not None
-        lines = output.printable(self.sample.text).expandtabs(4).strip("\n").split("\n")
+        text = whole_words(output.printable(self.sample.text).expandtabs(4).strip("\n"))
+        lines = [part for line in text.split("\n") for part in (textwrap.wrap(line, width) or [""])]
         return [
             Text(f"a sample at step {count(self.sample.step)}", style="dim"),
             *(Text(line, style="italic", no_wrap=True, overflow="ellipsis") for line in lines[: height - 1]),
         ]
+
+
+def fit(parts: list[tuple[str, str]], width: int) -> Text:
+    """As many of `parts` (text, style) as fit into `width` columns, from the first on: none is cut in its middle."""
+    from rich.text import Text
+
+    text = Text()
+    for part, style in parts:
+        if part and len(text) + 3 * bool(text) + len(part) <= width:
+            text.append("   " if text else "").append(part, style=style)
+    return text
+
+
+def whole_words(text: str) -> str:
+    """`text` without the part of a word that it ends in, where it is long enough to have been cut there."""
+    cut = max(text.rfind(" "), text.rfind("\n"))
+    return f"{text[:cut]} ..." if cut >= 60 and text[-1].isalnum() else text
+
+
+def _bits(nats: float) -> str:
+    return f"{nats / math.log(2):.3f} bits"
 
 
 def title(plan: Any) -> str:
@@ -271,10 +361,8 @@ def ago(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 60 else duration(seconds)
 
 
-def machine_rows(stats: Stats) -> list[tuple[str, Text]]:
+def machine_rows(stats: Stats, width: int) -> list[tuple[str, Text]]:
     """The rows on GPU, CPU and memory; what is not known is left out."""
-    from rich.text import Text
-
     rows: list[tuple[str, Text]] = []
     gpu: list[str] = []
     if stats.gpu_percent is not None:
@@ -285,8 +373,6 @@ def machine_rows(stats: Stats) -> list[tuple[str, Text]]:
         gpu.append(f"{stats.gpu_temperature:.0f} °C")
     if stats.gpu_power_watts is not None:
         gpu.append(f"{stats.gpu_power_watts:.0f} W")
-    if gpu:
-        rows.append(("gpu", Text("   ".join(gpu))))
     cpu: list[str] = []
     if stats.cpu_percent is not None:
         cpu.append(f"{stats.cpu_percent:.0f}% busy")
@@ -294,6 +380,7 @@ def machine_rows(stats: Stats) -> list[tuple[str, Text]]:
         cpu.append(f"{size(stats.memory_used)} of {size(stats.memory_total)} memory used")
     if stats.process_memory is not None:
         cpu.append(f"{size(stats.process_memory)} by this run")
-    if cpu:
-        rows.append(("cpu", Text("   ".join(cpu))))
+    for name, figures in (("gpu", gpu), ("cpu", cpu)):
+        if figures:
+            rows.append((name, fit([(figure, "") for figure in figures], width)))
     return rows

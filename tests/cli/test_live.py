@@ -10,10 +10,10 @@ import time
 
 import pytest
 
-from dfcli.cli.live import TrainView
+from dfcli.cli.live import TrainView, whole_words
 from dfcli.cli.signals import Stop
 from dfcli.system.events import Progress
-from dfcli.training.events import Step
+from dfcli.training.events import Sample, Step
 
 pyte = pytest.importorskip("pyte")
 pexpect = pytest.importorskip("pexpect")
@@ -25,7 +25,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from dfcli.cli.app import run
 from dfcli.cli import app
-from dfcli.cli.live import TrainView
+from dfcli.cli.live import TrainView, whole_words
 from dfcli.cli.signals import Stop
 from dfcli.system.events import Choice, Note, Progress
 from dfcli.training.events import Sample, Saved, Started, Step
@@ -38,10 +38,13 @@ def work(words):
     with TrainView(stop, quiet="quiet" in words) as view, stop:
         view(Note("prepared data-1"))
         view(Choice("layers", "4", "fits the time"))
-        view(Started(plan, Path("."), 0, None))
+        begun = Path(words[words.index("resumed") + 1]) if "resumed" in words else None
+        view(Started(plan, begun or Path("."), 500 if begun else 0, 2.5 if begun else None))
         for i in range(1, 41):
             view(Step(i * 50, 2000, i / 40, i * 1000, i * 0.5, 4 - i * 0.05, 1e-3, 12345.0, 61e9,
                       4.1 - i * 0.05 if i % 10 == 0 else None, 20 - i * 0.5, 2 if "skipped" in words else 0))
+            if i == 20 and "narrow" in words:
+                time.sleep(1.5)
             if i == 20:
                 view(Saved(1000, Path("step-00001000"), True))
                 view(Sample(1000, "To be,\x1b[31m or\nnot \u202eto be"))
@@ -150,6 +153,73 @@ def test_the_picture_fits_any_terminal(rows: int, columns: int):
     assert terminal.end() == 0
     assert "loss" in terminal.text
     assert terminal.text.count("╭") <= 1  # drawn over itself, not below itself
+
+
+def test_figures_are_whole_at_every_width():
+    for columns in (60, 80, 120, 200):
+        terminal = Terminal("wait", rows=30, columns=columns)
+        terminal.read(until="validation 75%")
+        shown = terminal.read(until="% busy")
+        box = next(line for line in shown.splitlines() if line.startswith("╭"))
+        assert len(box) == columns - 2  # as wide as the terminal
+        assert "2.2500" in shown
+        assert "3.246 bits" in shown
+        assert ("nats a token" in shown) == (columns >= 86)
+        assert ("best 2.6000 at step 1,500" in shown) == (columns >= 80)
+        assert "…" not in shown.split("loss")[1].split("a sample")[0]
+        terminal.child.kill(15)
+        terminal.end()
+
+
+def test_a_resize_leaves_one_picture():
+    terminal = Terminal("narrow", "wait", columns=120)
+    terminal.read(until="step 950")
+    terminal.child.setwinsize(30, 60)
+    terminal.screen.resize(30, 60)
+    terminal.read(until="validation 75%")
+    shown = terminal.read(until="% busy")
+    assert (shown.count("╭"), shown.count("╰")) == (1, 1)
+    terminal.child.kill(15)
+    terminal.end()
+
+
+def test_a_resumed_run_keeps_its_course_and_its_best(tmp_path):
+    from dfcli.runs.metrics import HEADER, append
+
+    (tmp_path / "metrics.jsonl").write_bytes(HEADER)
+    for step, loss in ((100, 5.0), (200, 4.5), (300, 2.5), (500, 4.2), (600, 1.0)):
+        append(tmp_path / "metrics.jsonl", {"step": step, "train_loss": loss, "val_loss": loss})
+    terminal = Terminal("wait", "resumed", str(tmp_path))
+    shown = terminal.read(until="validation 75%")
+    assert "best 2.5000 at step 300" in shown  # what came after the step it resumes from was given up
+    line = next(line for line in shown.splitlines() if "│ val" in line)
+    assert len(re.findall("[▁▂▃▄▅▆▇█]", line)) == 4 + 3
+    terminal.child.kill(15)
+    terminal.end()
+
+
+def test_a_preview_ends_with_a_whole_word_and_is_folded_between_words(capsys: pytest.CaptureFixture[str]):
+    text = "Shall I compare thee to a summer's day? Thou art more lovely and more temp"
+    assert whole_words(text) == text.removesuffix(" temp") + " ..."
+    assert whole_words("Thou art") == "Thou art"
+    with TrainView(Stop()) as view:
+        view.sample = Sample(1, text)
+        lines = [line.plain for line in view._sample_lines(30, 7)]
+    assert " ".join(lines[1:]) == whole_words(text)
+    assert max(map(len, lines[1:])) <= 30
+
+
+def test_the_course_is_scaled_to_what_matters():
+    view = TrainView(Stop())
+    for loss in (9.0, 5.0, 4.0, 3.0, 2.9, 2.8, 2.7, 2.6, 2.5, 2.4, 2.3, 2.2):
+        view.losses.add(loss)
+    view.baseline = ("bigram", 3.0)
+    text = view._loss(2.2, view.losses, 60, "cyan", ()).plain
+    assert text.startswith("2.2000   3.174 bits  ████▇▆▅▅▄▃▂▁") or text.startswith("2.2000   3.174 bits  ████▇▆▅▄▄▃▂▁")
+    view.baseline = None
+    assert view._loss(2.2, view.losses, 60, "cyan", ()).plain.count("█") >= 2
+    view.unit = "sample"
+    assert "nats a sample" in view._loss(2.2, view.losses, 90, "cyan", ()).plain
 
 
 def test_no_color_means_none():
