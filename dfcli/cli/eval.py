@@ -47,6 +47,12 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option("--limit", metavar="N", help="Score only the first N tokens, for a quick look.")
     ] = None,
+    measures: Annotated[
+        bool,
+        typer.Option(
+            "--measures", metavar="", help="Of a vocoder: also spectral distances of clips that it makes again."
+        ),
+    ] = False,
     checkpoint: Checkpoint = "best",
     device: Device = "auto",
     json: Json = False,
@@ -81,6 +87,7 @@ def evaluate(
                     split=split,
                     stride=stride,
                     limit=limit,
+                    measures=measures,
                     checkpoint=checkpoint,
                     device=device,
                     on_event=listener,
@@ -125,7 +132,21 @@ def _print(found: list[Evaluation]) -> None:
             output.paragraph(
                 f"{whose}the codec's own signal-to-noise ratio is {snr}; FLAC needs {flac} a 16-bit sample"
             )
+        _print_measures(one)
         output.say(f"{whose}{short(one.tokens_per_second)} tokens/s", style="dim")
+
+
+def _print_measures(one: Evaluation) -> None:
+    """Spectral distances, the smallest first."""
+    if one.measures is None:
+        return
+    rows = [
+        (one.run if name == "model" else name, f"{d['log_spectral']:.2f} dB", f"{d['multi_resolution']:.3f}")
+        for name, d in sorted(one.measures.items(), key=lambda item: item[1]["log_spectral"])
+    ]
+    output.write("\n")
+    output.table(("SOUND", "LOG-SPECTRAL DISTANCE", "MULTI-RESOLUTION STFT"), rows, right=("LOG-SPECTRAL DISTANCE",))
+    output.write("\n")
 
 
 def _perplexity(loss: float) -> float:

@@ -18,6 +18,7 @@ from dfcli.data.dataset import Dataset, reopen
 from dfcli.errors import CorruptError, DfError, UsageError
 from dfcli.evaluation.baselines import baselines, count_targets
 from dfcli.evaluation.sweep import Loss, sweep
+from dfcli.evaluation.vocoder import measured
 from dfcli.ingest.prepare import prepare
 from dfcli.runs.pack import FIGURES
 from dfcli.runs.run import Run, newest
@@ -51,6 +52,7 @@ class Evaluation:
     bits_per_16bit_sample: float | None  # with the bits of the 16-bit values that each level stands for; audio only
     quantization_snr: float | None  # dB, of the recordings through the codec; where the dataset says it
     flac_bits_per_sample: float | None  # of the same recordings at 16 bits; where the dataset says it
+    measures: dict[str, dict[str, float]] | None  # distances of resynthesised clips and the floors, where asked for
     baselines: dict[str, dict[str, float]]  # name -> loss and bits, in the units above
     protocol: str  # how it was measured, in a sentence
     seconds: float  # of the model's sweep
@@ -64,6 +66,7 @@ def evaluate(
     split: str | None = None,
     stride: int | None = None,
     limit: int | None = None,
+    measures: bool = False,
     checkpoint: str | int = "best",
     device: str = "auto",
     on_event: OnEvent = ignore,
@@ -74,7 +77,8 @@ def evaluate(
     name another dataset, prepared with the same codec, or files and folders, which are scored whole as the
     split "all". `stride` is for GPTs, from 1 to the context (the default): a smaller one gives each target
     more context and takes longer. `limit` scores only that many tokens from the start of the split. Characters of
-    `data` that the codec lacks are left out and counted.
+    `data` that the codec lacks are left out and counted. `measures`: also make recordings again from their mel
+    spectrograms, and compare.
     Raises UsageError for options out of range, DfError if the run's data is gone or has changed, or cannot
     be expressed in its codec, CorruptError for damaged files.
     """
@@ -86,7 +90,7 @@ def evaluate(
         on_event(Note(f"the newest run is {run.name}"))
     elif not isinstance(run, Run):
         run = Run.open(run)
-    if not data and stride is None and limit is None and (packed := _packed(run, split, on_event)):
+    if not (data or stride or limit or measures) and (packed := _packed(run, split, on_event)):
         return packed
     with _dataset(run, data, on_event) as dataset:
         split = _split(dataset, split)
@@ -105,6 +109,10 @@ def evaluate(
             raise DfError(f"the loss of run {run.name} is not finite", "try an earlier `--checkpoint`")
         with _counted(run, dataset, on_event) as train:
             others = baselines((dataset, split), train, limit, on_event)
+        found = None
+        if measures:
+            made = measured(run, core, dataset, split, where, on_event)
+            found = {name: distances._asdict() for name, distances in made.items()}
         sizes = _sizes(run.codec, dataset, split, loss.tokens, limit)
         inside = _bits_inside_levels(run.codec, dataset, split, limit)
         bits = _bits(loss.mean, sizes, inside)
@@ -128,6 +136,7 @@ def evaluate(
             bits_per_16bit_sample=bits.get("bits_per_16bit_sample"),
             quantization_snr=fidelity.get("snr"),
             flac_bits_per_sample=fidelity.get("flac_bits_per_sample"),
+            measures=found,
             baselines={name: {"loss": nats, **_bits(nats, sizes, inside)} for name, nats in others.items()},
             protocol=_protocol(loss, dataset, split, others),
             seconds=seconds,
