@@ -3,7 +3,7 @@
 Why it exists: a small model's products are so short that calling a library for each takes longer than the work, and
 no C compiler may be expected on a user's machine. numba compiles plain loops, but LLVM keeps the sums of a product in
 memory there, which costs a third of the speed or more. So the inner loop alone is generated as vector code, which LLVM
-translates for any CPU: a vector of 8 floats is one AVX2 register, two of NEON.
+translates for any CPU: a vector of 8 floats is one AVX2 register, two of NEON; with AVX-512 `product` uses 16.
 
 What is generated, here for a tile of 4 rows and 2 vectors; the sums stay in registers during the loop:
 
@@ -15,7 +15,7 @@ What is generated, here for a tile of 4 rows and 2 vectors; the sums stay in reg
 
 One generator (`_tile`) serves two products:
 
-- `product`, for training: tiles of up to 6 rows and 16 columns. `a` may lie either way round, b by rows.
+- `product`, for training: tiles of up to 12 rows and 16 columns. `a` may lie either way round, b by rows.
   `panel_product` is the same for a large b that `pack` has put into panels of 16 columns, so that a tile reads b from
   front to back.
 - `multiply`, for generation: one or two rows times a matrix in tiles of 32 outputs (`tiles`). At batch 1 each weight is
@@ -33,22 +33,22 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import extending, types
 from numpy import uintp
 from numpy.typing import NDArray
 
 from dfcli.kernels.compile import inner
 
-WIDTH = 8  # floats of a vector
-COLUMNS = 2 * WIDTH  # of one tile of `product`
-ROWS = 6  # of its largest tile: 12 sums, 2 vectors of b and 1 of a in 16 registers
-TILE = 4 * WIDTH  # outputs of one tile of `multiply`; channels are padded to multiples of it
+COLUMNS = 16  # of one tile of `product`
+# Lanes of a vector, and rows of the largest tile: 12 sums, and a vector or two of b, in 32 registers of 16 floats
+# (AVX-512) or 16 of 8.
+LANES, ROWS = (16, 12) if binding.get_host_cpu_features().get("avx512f") else (8, 6)
+TILE = 32  # outputs of one tile of `multiply`, in vectors of WIDTH; channels are padded to multiples of it
+WIDTH = 8
 _NEAR = 128  # inputs of such a tile whose weights take 16 KiB
 
-_FLOATS = ir.VectorType(ir.FloatType(), WIDTH)
 _I64, _I32 = ir.IntType(64), ir.IntType(32)
-_WORDS = ir.VectorType(_I32, WIDTH)
 _intrinsic: Any = extending.intrinsic
 _size = types.int64
 
@@ -61,38 +61,38 @@ def _pointer(context: Any, builder: Any, kind: Any, array: Any, offset: Any) -> 
     return builder.gep(context.make_array(kind)(context, builder, value=array).data, [offset])
 
 
-def _broadcast(builder: Any, value: Any) -> Any:
-    """A vector of 8 times the value."""
-    nothing = ir.Constant(_FLOATS, ir.Undefined)
+def _vector(builder: Any, pointer: Any, index: int, kind: Any) -> Any:
+    return builder.bitcast(builder.gep(pointer, [_I64(kind.count * index)]), kind.as_pointer())
+
+
+def _broadcast(builder: Any, value: Any, kind: Any) -> Any:
+    """A vector that holds the value in each lane."""
+    nothing = ir.Constant(kind, ir.Undefined)
     first = builder.insert_element(nothing, value, _I32(0))
-    return builder.shuffle_vector(first, nothing, ir.Constant(_WORDS, [0] * WIDTH))
+    return builder.shuffle_vector(first, nothing, ir.Constant(ir.VectorType(_I32, kind.count), [0] * kind.count))
 
 
-def _vector(builder: Any, pointer: Any, index: int, kind: Any = _FLOATS) -> Any:
-    return builder.bitcast(builder.gep(pointer, [_I64(WIDTH * index)]), kind.as_pointer())
-
-
-def _b_row(builder: Any, b: Any, vectors: int, paired: bool) -> list[Any]:
+def _b_row(builder: Any, b: Any, vectors: int, kind: Any, paired: bool) -> list[Any]:
     """The vectors of one row of b, which may be bfloat16 in pairs."""
     if not paired:
-        return [builder.load(_vector(builder, b, v), align=4) for v in range(vectors)]
-    found = []
+        return [builder.load(_vector(builder, b, v, kind), align=4) for v in range(vectors)]
+    found, words = [], ir.VectorType(_I32, kind.count)
     for v in range(vectors // 2):
-        word = builder.load(_vector(builder, b, v, _WORDS), align=4)
-        low = builder.shl(word, ir.Constant(_WORDS, [16] * WIDTH))
-        found += [builder.bitcast(low, _FLOATS), builder.bitcast(word, _FLOATS)]
+        word = builder.load(_vector(builder, b, v, words), align=4)
+        low = builder.shl(word, ir.Constant(words, [16] * kind.count))
+        found += [builder.bitcast(low, kind), builder.bitcast(word, kind)]
     return found
 
 
-def _tile(rows: int, vectors: int, chains: int = 1) -> Any:
+def _tile(rows: int, columns: int, lanes: int, chains: int = 1) -> Any:
     """Code of `out[o + m o_row + n] += sum over k < K of a[i + m a_row + k a_k] * b[j + k b_row + n]`, for m < rows and
-    n < 8 vectors, with `chains` sets of sums. K is a positive multiple of `chains`.
+    n < columns, in vectors of `lanes`, with `chains` sets of sums. K is a positive multiple of `chains`.
 
     Its arguments: out, o, o_row, a, i, a_row, a_k, b, j, b_row, K.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kinds = signature.args
+        kinds, kind, vectors = signature.args, ir.VectorType(ir.FloatType(), lanes), columns // lanes
         out, o, o_row, a, i, a_row, a_k, b, j, b_row, K = arguments
         paired = kinds[7].dtype != types.float32
         if paired:
@@ -101,8 +101,8 @@ def _tile(rows: int, vectors: int, chains: int = 1) -> Any:
         outs = [builder.gep(first, [builder.mul(o_row, _I64(m))]) for m in range(rows)]
         begins = [builder.mul(a_row, _I64(m)) for m in range(rows)]
         starts = [_I64(0), _pointer(context, builder, kinds[3], a, i), _pointer(context, builder, kinds[7], b, j)]
-        starts += [builder.load(_vector(builder, row, v), align=4) for row in outs for v in range(vectors)]
-        starts += [ir.Constant(_FLOATS, [0.0] * WIDTH)] * (rows * vectors * (chains - 1))
+        starts += [builder.load(_vector(builder, row, v, kind), align=4) for row in outs for v in range(vectors)]
+        starts += [ir.Constant(kind, [0.0] * lanes)] * (rows * vectors * (chains - 1))
 
         before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
         builder.branch(loop)
@@ -111,9 +111,9 @@ def _tile(rows: int, vectors: int, chains: int = 1) -> Any:
         k, a, b, *totals = phis
         sums = []
         for _ in range(chains):
-            weights = _b_row(builder, b, vectors, paired)
+            weights = _b_row(builder, b, vectors, kind, paired)
             for begin in begins:
-                value = _broadcast(builder, builder.load(builder.gep(a, [begin])))
+                value = _broadcast(builder, builder.load(builder.gep(a, [begin])), kind)
                 for weight in weights:
                     part = builder.fmul(weight, value, flags=("contract",))
                     sums.append(builder.fadd(part, totals[len(sums)], flags=("contract",)))
@@ -130,7 +130,7 @@ def _tile(rows: int, vectors: int, chains: int = 1) -> Any:
             total = sums[n]
             for chain in range(1, chains):
                 total = builder.fadd(total, sums[chain * count + n])
-            builder.store(total, _vector(builder, outs[n // vectors], n % vectors), align=4)
+            builder.store(total, _vector(builder, outs[n // vectors], n % vectors, kind), align=4)
         return context.get_dummy_value()
 
     return codegen
@@ -142,27 +142,27 @@ def _tile_type(out: Any, a: Any, b: Any) -> Any:
 
 @_intrinsic
 def _one_row(_context, out, o, o_row, a, i, a_row, a_k, b, j, b_row, K):
-    return _tile_type(out, a, b), _tile(1, 2)
+    return _tile_type(out, a, b), _tile(1, COLUMNS, LANES)
 
 
 @_intrinsic
 def _four_rows(_context, out, o, o_row, a, i, a_row, a_k, b, j, b_row, K):
-    return _tile_type(out, a, b), _tile(4, 2)
+    return _tile_type(out, a, b), _tile(4, COLUMNS, LANES)
 
 
 @_intrinsic
 def _rows(_context, out, o, o_row, a, i, a_row, a_k, b, j, b_row, K):
-    return _tile_type(out, a, b), _tile(ROWS, 2)
+    return _tile_type(out, a, b), _tile(ROWS, COLUMNS, LANES)
 
 
 @_intrinsic
 def _one_wide_row(_context, out, o, o_row, a, i, a_row, a_k, b, j, b_row, K):
-    return _tile_type(out, a, b), _tile(1, 4, chains=2)
+    return _tile_type(out, a, b), _tile(1, TILE, WIDTH, chains=2)
 
 
 @_intrinsic
 def _two_wide_rows(_context, out, o, o_row, a, i, a_row, a_k, b, j, b_row, K):
-    return _tile_type(out, a, b), _tile(2, 4)
+    return _tile_type(out, a, b), _tile(2, TILE, WIDTH)
 
 
 @_intrinsic
@@ -237,7 +237,7 @@ def product(out, o, o_row, a, i, a_row, a_k, b, j, b_row, M, N, K):
         while m + ROWS <= M:
             _rows(out, o + m * o_row + n, o_row, a, i + m * a_row, a_row, a_k, b, j + n, b_row, K)
             m += ROWS
-        if m + 4 <= M:
+        while m + 4 <= M:
             _four_rows(out, o + m * o_row + n, o_row, a, i + m * a_row, a_row, a_k, b, j + n, b_row, K)
             m += 4
         while m < M:

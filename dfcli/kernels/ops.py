@@ -127,12 +127,39 @@ def norm(out, o, x, i, n):
     return scale
 
 
+@any_order
+def layer_norm(out, o, x, i, n):
+    """LayerNorm without gain and bias: out[o : o + n] = scale * (x[i : i + n] - mean). Returns the scale, 1 /
+    sqrt(variance + 1e-5)."""
+    total = ZERO
+    for k in range(n):
+        total += x[uintp(i + k)]
+    mean, total = total / np.float32(n), ZERO
+    for k in range(n):
+        total += (x[uintp(i + k)] - mean) * (x[uintp(i + k)] - mean)
+    scale = np.float32(1 / np.sqrt(total / np.float32(n) + np.float32(1e-5)))
+    for k in range(n):
+        out[uintp(o + k)] = (x[uintp(i + k)] - mean) * scale
+    return scale
+
+
 @inner
 def norm_back(dx, d, dy, g, y, i, scale, n):
     """The gradient of `norm`, added: dx[d : d + n] from dy[g : g + n], what the norm gave y[i : i + n], its scale."""
     mean = dot(dy, g, y, i, n) / np.float32(n)
     for k in range(n):
         dx[uintp(d + k)] += scale * (dy[uintp(g + k)] - y[uintp(i + k)] * mean)
+
+
+@any_order
+def layer_norm_back(dx, d, dy, g, y, i, scale, n):
+    """The gradient of `layer_norm`, as `norm_back`."""
+    slope, total = dot(dy, g, y, i, n) / np.float32(n), ZERO
+    for k in range(n):
+        total += dy[uintp(g + k)]
+    mean = total / np.float32(n)
+    for k in range(n):
+        dx[uintp(d + k)] += scale * (dy[uintp(g + k)] - mean - y[uintp(i + k)] * slope)
 
 
 @inner
@@ -146,9 +173,94 @@ def rotate(x, i, D, cos, sin, angle, direction):
         x[uintp(i + k)], x[uintp(i + half + k)] = a * c - b * s, a * s + b * c
 
 
+ACTIVATIONS = ("relu", "relu2", "gelu", "gelu_tanh")  # `kind` is the place in this list
+_E0, _E1, _E2, _E3, _E4 = (np.float32(a) for a in (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429))
+_CUBE, _TANH = np.float32(0.044715), np.float32(2 * (2 / np.pi) ** 0.5)
+
+
+@inner
+def _gelu(x):
+    """The normal distribution's function of x, and its density times x. GELU is x times the first; its derivative is
+    their sum. To 1.5e-7: Abramowitz & Stegun 7.1.26."""
+    z = abs(x) * np.float32(0.5**0.5)
+    t = ONE / (ONE + np.float32(0.3275911) * z)
+    e = exp(max(-z * z, _LEAST))
+    tail = _HALF * ((((_E4 * t + _E3) * t + _E2) * t + _E1) * t + _E0) * t * e
+    return (ONE - tail if x > ZERO else tail), x * np.float32(0.3989422804) * e
+
+
+@inner
+def _gelu_tanh(x):
+    """(1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2 and x times its derivative: as `_gelu`."""
+    z = _TANH * (x + _CUBE * x * x * x)
+    s = ONE / (ONE + exp(clamp(-z, np.float32(87))))
+    return s, x * s * (ONE - s) * _TANH * (ONE + np.float32(3) * _CUBE * x * x)
+
+
+@inner
+def activate(out, o, x, i, n, kind):
+    """out[o : o + n] = the activation of x[i : i + n]."""
+    if kind == 3:
+        for k in range(n):
+            out[uintp(o + k)] = x[uintp(i + k)] * _gelu_tanh(x[uintp(i + k)])[0]
+    elif kind == 2:
+        for k in range(n):
+            out[uintp(o + k)] = x[uintp(i + k)] * _gelu(x[uintp(i + k)])[0]
+    elif kind == 1:
+        for k in range(n):
+            value = ZERO if x[uintp(i + k)] < ZERO else x[uintp(i + k)]
+            out[uintp(o + k)] = value * value
+    else:
+        for k in range(n):
+            out[uintp(o + k)] = ZERO if x[uintp(i + k)] < ZERO else x[uintp(i + k)]
+
+
+@inner
+def activate_back(dy, d, y, o, x, i, n, kind):
+    """y[o : o + n] = the activation of x[i : i + n], again; dy[d : d + n] becomes the gradient with respect to x."""
+    if kind == 3:
+        for k in range(n):
+            share, rest = _gelu_tanh(x[uintp(i + k)])
+            y[uintp(o + k)] = x[uintp(i + k)] * share
+            dy[uintp(d + k)] *= share + rest
+    elif kind == 2:
+        for k in range(n):
+            share, rest = _gelu(x[uintp(i + k)])
+            y[uintp(o + k)] = x[uintp(i + k)] * share
+            dy[uintp(d + k)] *= share + rest
+    else:
+        power = kind + 1
+        for k in range(n):
+            value = ZERO if x[uintp(i + k)] < ZERO else x[uintp(i + k)]
+            y[uintp(o + k)] = value * value if power == 2 else value
+            dy[uintp(d + k)] *= TWO * value if power == 2 else (ONE if value > ZERO else ZERO)
+
+
+@inner
+def _mixed(x, more):
+    """A hash of 32 bits (lowbias32 of Chris Wellons, with another key in its middle); vector code."""
+    x = np.uint32(np.uint32(x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D))
+    x = np.uint32(np.uint32(np.uint32(x ^ (x >> np.uint32(15))) + more) * np.uint32(0x846CA68B))
+    return np.uint32(x ^ (x >> np.uint32(16)))
+
+
+@inner
+def dropped(out, o, x, i, n, seed, stream, first, p):
+    """out[o : o + n] = dropout of x[i : i + n]: zero with probability p, else x / (1 - p).
+
+    The elements have the numbers `first`, ... of their `stream`. Whether one stays is a pure function of seed, stream
+    and number, so that the backward pass makes the same choice."""
+    key = _mixed(np.uint32(seed), np.uint32(stream))
+    more = _mixed(key, np.uint32(seed >> 32))
+    least, scale = np.uint32(p * 4294967296.0), np.float32(1 / (1 - p))
+    for k in range(n):
+        stays = _mixed(np.uint32(np.uint32(first + k) ^ key), more) >= least
+        out[uintp(o + k)] = x[uintp(i + k)] * scale if stays else ZERO
+
+
 @inner
 def copy_to_rows(out, o, rows, x, i, n):
-    """Puts x[i : i + n] into each of the `rows` rows of n that begin at out[o]."""
+    """Put x[i : i + n] into each of the `rows` rows of n that begin at out[o]."""
     for r in range(rows):
         copy(out, o + r * n, x, i, n)
 
@@ -157,6 +269,20 @@ def copy_to_rows(out, o, rows, x, i, n):
 def relu(x):
     for i in range(x.size):
         x[i] = max(x[i], np.float32(0))
+
+
+@inner
+def set_rows(out, o, o_row, x, i, rows, n):
+    """Put x[i : i + n] into each of the `rows` rows that begin at out[o], o_row apart."""
+    for r in range(rows):
+        copy(out, o + r * o_row, x, i, n)
+
+
+@inner
+def add_rows(out, o, x, i, x_row, rows, n):
+    """out[o : o + n] += the sum of the `rows` rows that begin at x[i], x_row apart."""
+    for r in range(rows):
+        add(out, o, x, i + r * x_row, n)
 
 
 @inner

@@ -16,10 +16,11 @@ from torch import Tensor
 from dfcli.cores.protocols import Picking
 from dfcli.cores.wavenet import Condition
 from dfcli.kernels.compile import Compiled, inner
-from dfcli.kernels.gemm import call, load_acquire, store_release
+from dfcli.kernels.gemm import call, fetch_add, load_acquire, store_release
 from dfcli.system.events import OnEvent
 
 _FLAG_STRIDE = 8  # int64 of one cache line
+_COUNTERS = 2
 _SPINS = 2000  # about 10 microseconds
 
 
@@ -47,11 +48,23 @@ def barrier(flags, worker, workers, count, yielder):
     return True
 
 
+@inner
+def take(flags, workers, counter):
+    """The next number, from 0 on, of one of two counters that all workers share: how work is given out in portions, so
+    that a worker whose CPU is busy takes fewer."""
+    return fetch_add(flags, (workers + 1 + counter) * _FLAG_STRIDE)
+
+
 def _flat(argument: Any) -> Any:
     if isinstance(argument, tuple):
         flat = [_flat(each) for each in argument]
         return type(argument)(*flat) if hasattr(argument, "_fields") else tuple(flat)  # a NamedTuple stays one
     return argument.detach().view(-1).numpy() if isinstance(argument, Tensor) else argument
+
+
+def _flags(workers: int) -> NDArray[np.int64]:
+    """Each on a cache line: how often each worker has come to a barrier, whether to stop, and the counters."""
+    return np.zeros((workers + 1 + _COUNTERS) * _FLAG_STRIDE, np.int64)
 
 
 class WorkerPool:
@@ -65,7 +78,7 @@ class WorkerPool:
         there, must be contiguous; they are passed as flat arrays."""
         count = count or self.count
         flat = [_flat(a) for a in arguments]
-        flags = np.zeros((count + 1) * _FLAG_STRIDE, np.int64)
+        flags = _flags(count)
         try:
             running = [
                 self._pool.submit(function, worker, count, flags, self._yielder, *flat) for worker in range(count)
@@ -73,7 +86,7 @@ class WorkerPool:
             for each in wait(running, return_when=FIRST_EXCEPTION).done:
                 each.result()
         except BaseException:  # a worker that failed or never began, or a signal: nobody is to wait for it
-            flags[-_FLAG_STRIDE] = 1
+            flags[count * _FLAG_STRIDE] = 1
             raise
 
     def load(self, on_event: OnEvent, *functions: tuple[Compiled, tuple[Any, ...]]) -> None:
@@ -86,7 +99,7 @@ class WorkerPool:
                 on_event(event)
 
         for function, arguments in functions:
-            function.load(once, 0, 1, np.zeros(2 * _FLAG_STRIDE, np.int64), self._yielder, *arguments)
+            function.load(once, 0, 1, _flags(1), self._yielder, *arguments)
 
 
 class Sequences(Protocol):

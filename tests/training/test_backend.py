@@ -14,7 +14,7 @@ from dfcli import cores, kernels
 from dfcli.kernels import gpt_train, wavenet_train
 from dfcli.system.device import resolve
 from dfcli.system.events import Choice, Note
-from dfcli.training import recipes
+from dfcli.training import presets, recipes
 from dfcli.training.backend import unsupported
 from dfcli.training.settings import Recipe
 from dfcli.training.state import State
@@ -38,11 +38,7 @@ def processor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_whom_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason("gpt", GPT) is None
-    for other in (
-        {"position": "learned"}, {"norm": "layernorm"}, {"activation": "gelu"}, {"bias": True}, {"qkv_bias": True},
-        {"qk_norm": False}, {"tied_head": True}, {"head_bias": True}, {"dropout": 0.1},
-        {"channels": 24}, {"channels": 192}, {"context": 1024},
-    ):  # fmt: skip
+    for other in ({"channels": 24}, {"channels": 192}, {"context": 1024}):
         assert reason("gpt", GPT, **other), other
     assert reason("wavenet", WAVENET) is None
     for other in (
@@ -62,6 +58,8 @@ def test_whom_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_they_fit_what_the_recipes_choose_for_a_laptop() -> None:
+    for name in ("makemore", "nano-cpu"):
+        assert reason("gpt", presets.preset("gpt", name)["config"] | {"vocab_size": 65}) is None
     for layers, heads, channels in recipes.GPT_SIZES[:3]:
         assert reason("gpt", GPT, layers=layers, heads=heads, channels=channels) is None
     for _, _, R in recipes.WAVENET_SIZES:
