@@ -1,6 +1,6 @@
 """The processes of one training: one alone, or several that torchrun started, on one machine or more.
 
-torchrun gives each process its rank in the environment. `join` connects them; callers then use the same methods as a
+torchrun gives each process its rank in the environment. `joined` connects them; callers then use the same methods as a
 process alone, for which each method does nothing. Two ways of communication:
 
 - The store (a key-value server that torchrun runs) carries plans, errors and turns. A process can wait in it for hours,
@@ -14,6 +14,7 @@ where its hooks do not see them. PyTorch is imported when processes join, so tha
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from dfcli.errors import DfError, UsageError
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from dfcli.system.device import Device
 
 T = TypeVar("T")
+
+_GROUPS = itertools.count()  # trainings of this process so far: the same in each process
 
 TIMEOUT = timedelta(minutes=10)  # of a collective: the first process may write a checkpoint meanwhile
 BUCKET = 2**24  # gradients that travel together: 64 MB of float32
@@ -105,6 +109,9 @@ class Processes:
         """The value, of the kinds that JSON has, of the first process."""
         return value
 
+    def refuse(self, error: DfError) -> None:
+        """In the first process: raise `error` in the others, unless they have had a value from this one."""
+
     def connect(self, device: Device) -> None:
         """Open the collectives, for tensors on `device`. Every process calls it once, before the methods below."""
 
@@ -137,16 +144,16 @@ ALONE = Processes()
 
 
 class Group(Processes):
-    """One of several processes. `store` is torchrun's."""
+    """One of several processes. `store` is torchrun's; nothing else uses its part `name`."""
 
-    def __init__(self, store: Any) -> None:
+    def __init__(self, store: Any, name: str) -> None:
         import torch
         import torch.distributed
 
         distributed: Any = torch.distributed
         self.rank, self.count = rank(), count()
         self._torch, self._distributed = torch, distributed
-        self._root, self._store, self._exchanges = store, distributed.PrefixStore("dfcli", store), 0
+        self._store, self._exchanges = distributed.PrefixStore(name, store), 0
 
     # --- by the store
 
@@ -172,13 +179,21 @@ class Group(Processes):
         return result
 
     def from_first(self, value: Any) -> Any:
-        return json.loads(self._exchange(json.dumps(value).encode() if self.first else b"")[0])
+        found = json.loads(self._exchange(json.dumps([value, None]).encode() if self.first else b"")[0])
+        if found[1]:
+            raise Elsewhere(*found[1])
+        return found[0]
+
+    def refuse(self, error: DfError) -> None:
+        if not self._exchanges:
+            self._exchange(json.dumps([None, [error.message, error.hint, error.exit_code]]).encode())
 
     def _exchange(self, mine: bytes) -> list[bytes]:
         """What each process has given to this call, by rank. Waits as long as it takes."""
         self._exchanges += 1
-        self._store.set(f"{self._exchanges}/{self.rank}", mine)
-        return [self._wait(f"{self._exchanges}/{number}") for number in range(self.count)]
+        with _connected():
+            self._store.set(f"{self._exchanges}/{self.rank}", mine)
+            return [self._wait(f"{self._exchanges}/{number}") for number in range(self.count)]
 
     def _wait(self, key: str) -> bytes:
         pause = 0.001
@@ -195,7 +210,7 @@ class Group(Processes):
         with _connected():
             self._distributed.init_process_group(
                 "cpu:gloo,cuda:nccl" if on_gpu else "gloo", rank=self.rank, world_size=self.count, timeout=TIMEOUT,
-                store=self._distributed.PrefixStore("collectives", self._root),
+                store=self._distributed.PrefixStore("collectives", self._store),
                 device_id=self._where if on_gpu else None,
             )  # fmt: skip
 
@@ -264,6 +279,18 @@ class Group(Processes):
             self._distributed.destroy_process_group()
 
 
+@cache
+def _server() -> Any:
+    """torchrun's store. The first process serves it where torchrun does not."""
+    import torch.distributed
+
+    distributed: Any = torch.distributed
+    if not distributed.is_available():
+        raise UsageError("this PyTorch cannot connect processes", "train in one process, without torchrun")
+    with _connected():
+        return next(distributed.rendezvous("env://"))[0]
+
+
 @contextmanager
 def joined() -> Iterator[Processes]:
     """The processes that torchrun started, connected through its store; `ALONE` where it started one, or none.
@@ -273,14 +300,7 @@ def joined() -> Iterator[Processes]:
     if count() == 1:
         yield ALONE
         return
-    import torch.distributed
-
-    distributed: Any = torch.distributed
-    if not distributed.is_available():
-        raise UsageError("this PyTorch cannot connect processes", "train in one process, without torchrun")
-    with _connected():
-        store, _, _ = next(distributed.rendezvous("env://"))
-    group = Group(store)
+    group = Group(_server(), f"dfcli-{next(_GROUPS)}")
     try:
         yield group
     finally:

@@ -120,7 +120,13 @@ def train(
     )
     with joined() as group:
         session = Session(group, previews, on_event, stop, clock)
-        return _lead(request, resume, session) if group.first else _follow(request, session)
+        if not group.first:
+            return _follow(request, session)
+        try:
+            return _lead(request, resume, session)
+        except DfError as error:
+            group.refuse(error)
+            raise
 
 
 def _lead(request: Request, resume: bool, session: Session) -> TrainResult:
