@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import psutil
 import torch
@@ -56,6 +57,27 @@ class Device:
         else:
             with torch.autocast(self.kind, getattr(torch, self.precision)):
                 yield
+
+    @contextmanager
+    def repeatable(self) -> Iterator[None]:
+        """Inside the block a GPU computes the same bits each time, so that a resumed training is exact. The backward
+        pass of fused attention adds in any order otherwise. (How much time this takes is not measured yet.)"""
+        if self.kind != "cuda":
+            yield
+            return
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        settings: Any = torch.utils.deterministic
+        filled = settings.fill_uninitialized_memory
+        settings.fill_uninitialized_memory = False  # a safeguard that writes all new memory
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*deterministic.*")
+                yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+            settings.fill_uninitialized_memory = filled
 
     def memory_bytes(self) -> tuple[int, int]:
         """(free, total) bytes of the memory that tensors on this device live in; of a CPU's, the share of a process."""

@@ -144,6 +144,16 @@ def update_rows(tables: list[tuple[Tensor, ...]], lr: float, eps: float) -> None
         table.index_add_(0, rows, grad / mean.sqrt().add_(eps)[:, None], alpha=-lr)
 
 
+def update_table(table: Tensor, grad: Tensor, updates: Tensor, square: Tensor, lr: float, eps: float) -> None:
+    """As `update_rows`, from a whole gradient [N, C] whose other rows are zero. It does not look for the rows that were
+    read: a GPU would have to wait until their number is known."""
+    now = grad.square().mean(dim=1)
+    read = now > 0
+    updates += read
+    square.copy_(torch.where(read, square.lerp(now, 1 / updates.clamp(min=1)), square))
+    table.addcmul_(grad, torch.where(read, lr / square.sqrt().add(eps), 0.0)[:, None], value=-1)
+
+
 class Rows:
     """RMSprop without momentum for the rows of tables, by name, each [N, C]: the gradient over its root mean square,
     the mean being over all the gradients that this row has had so far, all C channels together.
@@ -161,19 +171,15 @@ class Rows:
 
     @torch.no_grad()
     def step(self, lr_factor: float, update_rows: Any = update_rows) -> None:
-        tables = []
+        tables, lr, eps = [], self.recipe.table_lr * lr_factor, self.recipe.eps
         for name, table in self.tables.items():
-            p = table.weight
-            if p.grad is None:
-                continue
-            if p.grad.is_sparse:
+            p, kept = table.weight, (self.state["row_updates"][name], self.state["row_square"][name])
+            if p.grad is not None and p.grad.is_sparse:
                 grad = p.grad.coalesce()
-                rows, grad = grad.indices()[0], grad.values()
-            else:
-                rows = p.grad.norm(dim=1).nonzero().squeeze(1)
-                grad = p.grad[rows]
-            tables.append((p, rows, grad, self.state["row_updates"][name], self.state["row_square"][name]))
-        update_rows(tables, self.recipe.table_lr * lr_factor, self.recipe.eps)
+                tables.append((p, grad.indices()[0], grad.values(), *kept))
+            elif p.grad is not None:
+                update_table(p, p.grad, *kept, lr, eps)
+        update_rows(tables, lr, eps)
 
 
 class Optimizer:

@@ -194,7 +194,7 @@ class Session:
         device, recipe, group = plan.device, plan.recipe, self.group
         group.connect(device)
         gpus = [device.torch_device] if device.kind == "cuda" else []
-        with _memory(plan), torch.random.fork_rng(devices=gpus):
+        with _memory(plan), device.repeatable(), torch.random.fork_rng(devices=gpus):
             torch.manual_seed(plan.seed)
             core = cores.build(plan.core, asdict(plan.config))
             if state is None and plan.init:

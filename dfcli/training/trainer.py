@@ -76,6 +76,7 @@ class Trainer:
         self.budget = Budget(recipe, state, pulse, validation.tokens if validation else 0)
         self.meter = Meter(recipe, state, self.budget, core.config.flops_per_token(), store.log, on_event)
         self.saver = Saver(recipe, state, self.budget, core, self.optimizer, store, on_event)
+        self.drawn: dict[int, list[Batch]] = {}  # the next step's micro-batches, where they are drawn ahead
         self.backend: Backend = TorchBackend(core, recipe, device)
 
     def run(self) -> str | None:
@@ -127,14 +128,20 @@ class Trainer:
         and the gradient's norm. The gradient is that of the mean over the targets of all micro-batches together, of
         which each process computes its rows."""
         seed_dropout(step_seed(self.seed, step, self.processes.rank), self.device)
-        micros = [self.batches.at(step, micro) for micro in range(self.recipe.accumulate)]
+        micros = self.drawn.pop(step, None) or self.draw(step)
         count = sum(int((batch.targets != IGNORED).sum()) for batch in micros)
         total = torch.zeros((), device=self.device.torch_device)
         for batch in micros:
             total += self.backward(batch.part(self.processes.rows(len(batch.ids))), count)
+        if self.device.kind != "cpu":  # which computes meanwhile
+            self.drawn = {step + 1: self.draw(step + 1)}
         self.processes.add_gradients(self.optimizer.named.values(), total)
         nats, norm = torch.stack((total, self.optimizer.gradient_norm())).tolist()  # the step's one wait for the device
         return nats, count, norm
+
+    def draw(self, step: int) -> list[Batch]:
+        """The micro-batches of a step."""
+        return [self.batches.at(step, micro) for micro in range(self.recipe.accumulate)]
 
     def backward(self, batch: Batch, count: int) -> Tensor:
         """Add the gradients of a micro-batch to those there are, of the mean over `count` targets. Returns its

@@ -197,6 +197,15 @@ def test_autocast_follows_the_precision():
     assert (a @ a).dtype == torch.float32
 
 
+def test_a_gpu_computes_the_same_bits_each_time_in_training():
+    with gpu("Test GPU").repeatable():
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory  # pyright: ignore[reportAttributeAccessIssue]
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def test_cpu_memory_and_synchronize():
     cpu = devices.resolve("cpu")
     free, total = cpu.memory_bytes()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -380,3 +381,20 @@ def test_seeds_of_steps_differ() -> None:
     seeds = {step_seed(seed, step) for seed in range(20) for step in range(50)}
     assert len(seeds) == 1000
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_batches_drawn_while_a_gpu_computes_are_those_of_their_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU that is said to be a GPU: the same weights, and each batch is drawn one step ahead."""
+    ends, asked = [], []
+    for device in (DEVICE, dataclasses.replace(DEVICE, kind="cuda")):
+        core, recipe = build("wavenet"), Recipe(batch_size=2, accumulate=2, steps=3, compile="off")
+        one = Trainer(core, recipe, Rows(2), Memory(), device, seed=5)
+        drawn: list[int] = []
+        monkeypatch.setattr(
+            one, "draw", lambda step, one=one, drawn=drawn: drawn.append(step) or Trainer.draw(one, step)
+        )
+        one.run()
+        ends.append(core.state_dict())
+        asked.append(drawn)
+    assert asked == [[0, 1, 2], [0, 1, 2, 3]]
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
