@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dfcli.codecs import MuLaw
 from dfcli.errors import DfError, UsageError
-from dfcli.generation.wav import Wav, pcm
+from dfcli.generation.wav import MOST_SAMPLES, Wav, WavFile, WavStream, pcm
 from dfcli.ingest.audio import Recording
-from dfcli.system.files import os_errors
+from dfcli.system.files import free_bytes, os_errors
 
 SILENCE = 0.01  # the amplitude (-40 dB) that a clip must exceed to count as begun
 
@@ -37,15 +37,21 @@ class AudioClip:
         """Made and written."""
         return max(0, self._wav.samples - self._kept)
 
+    @property
+    def done(self) -> bool:
+        return self.samples == self._total
+
     def feed(self, ids: NDArray[np.integer[Any]]) -> None:
-        """Takes further ids [n]."""
-        samples = self._codec.decode(ids)
+        """Takes further ids [n], as far as the clip goes."""
+        if self.done:
+            return
+        samples = self._codec.decode(ids[: self._total - self.samples])
         if not self._begun:
             loud = np.abs(samples) > SILENCE
             self._begun = bool(loud.any())
             self.silent += int(loud.argmax()) if self._begun else len(samples)
         self._wav.append(pcm((samples - np.float32(self._shift)) / np.float32(self._gain)))
-        if self.samples == self._total:
+        if self.done:
             self.close()
 
     def close(self) -> None:
@@ -54,35 +60,69 @@ class AudioClip:
 
 
 class Prime:
-    """A recording to be continued, as the model hears it: mono, at its rate, through its codec.
+    """A recording as the model hears it: mono, at its rate, through its codec.
 
     It is read as a stream, once here for its length (`samples`) and its `newest` ids (as many as the model
-    sees), and again by each call of `blocks`. Raises DfError if it cannot be read.
+    sees, or all where `context` is None), and again by each call of `blocks`. `rate`: its own, in Hz. Raises DfError,
+    which calls it `name`, if it cannot be read.
     """
 
-    def __init__(self, path: Path, codec: MuLaw, normalize: str, context: int) -> None:
-        self._path, self._codec, self._normalize = path, codec, normalize
-        self.samples = 0
+    def __init__(self, path: Path, codec: MuLaw, normalize: str, context: int | None, name: str = "the prime") -> None:
+        self._path, self._codec, self._normalize, self._name = path, codec, normalize, name
+        self.samples = self.rate = 0
         self.gain, self.shift = 1.0, 0.0  # by which the recording was normalised
-        self.newest = np.empty(0, np.uint8)
+        kept = [np.empty(0, codec.dtype)]
         for ids in self.blocks():
             self.samples += len(ids)
-            self.newest = np.concatenate([self.newest, ids])[-context:]
+            kept.append(ids)
+            if context is not None:
+                kept = [np.concatenate(kept)[-context:]]
+        self.newest = np.concatenate(kept)
 
-    def blocks(self) -> Iterator[NDArray[np.uint8]]:
+    def blocks(self) -> Iterator[NDArray[Any]]:
         """Its ids, in blocks [n]."""
         try:
             recording = Recording(self._path)
+            self.rate = recording.rate
             for samples in recording.stream(self._codec.sample_rate, self._normalize):
                 self.gain, self.shift = recording.gain, recording.shift
                 yield self._codec.encode(samples)
         except DfError as error:
-            raise DfError(f"the prime {self._path} cannot be used: {error.message}", error.hint) from None
+            raise DfError(f"{self._name} {self._path} cannot be used: {error.message}", error.hint) from None
 
     def copy(self, wav: Wav) -> None:
         """Writes it, as the model hears it but at its own level, to `wav`."""
         for ids in self.blocks():
             wav.append(pcm((self._codec.decode(ids) - np.float32(self.shift)) / np.float32(self.gain)))
+
+
+class Output:
+    """Where clips are written: `paths`, or one binary stream (then `paths` is None).
+
+    `out` is the path of one clip; of several, out-01.wav, out-02.wav, ... `kept` is a file that is still to be read
+    while they are written. Raises UsageError where no wav can be written, DfError where the system says so.
+    """
+
+    def __init__(self, out: str | Path | BinaryIO, num: int, kept: Path | None) -> None:
+        self.paths: list[Path] | None = None
+        if isinstance(out, str | Path):
+            self.paths = out_paths(Path(out), num, kept)
+        elif num != 1:
+            raise UsageError("only one clip can be streamed", "give a file to write with `-o out.wav`")
+        else:
+            self._stream = out
+
+    def check_room(self, samples: list[int], kept: int, rate: int) -> None:
+        """Raises UsageError or DfError where clips of so many `samples`, each behind `kept` others, do not fit."""
+        if self.paths is None:
+            return
+        if max(samples) + kept > MOST_SAMPLES:
+            raise UsageError(f"a wav file holds at most {MOST_SAMPLES // rate:,} seconds at {rate:,} Hz")
+        if free_bytes(self.paths[0].parent) < 2 * (sum(samples) + kept * len(samples)):
+            raise DfError(f"there is no room for {sum(samples) / rate:,.0f} s of sound in {self.paths[0].parent}")
+
+    def open(self, clip: int, rate: int) -> Wav:
+        return WavStream(self._stream, rate) if self.paths is None else WavFile(self.paths[clip], rate)
 
 
 def out_paths(out: Path, num: int, kept: Path | None) -> list[Path]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dfcli.codecs import Codec
 from dfcli.errors import DfError
+from dfcli.generation.conditions import At
 from dfcli.generation.engines import choose
 from dfcli.generation.sampling import Dice, Filters
 from dfcli.runs.run import Run, newest
@@ -89,24 +90,27 @@ class Generator:
         seconds: float,
         longest: int | None = None,
         done: Callable[[range], bool] = lambda clips: False,
+        told: Callable[[range, int], At] | None = None,
     ) -> Iterator[tuple[range, NDArray[np.int64]]]:
         """Yields `tokens` ids after `opening` for each clip, as they come: (clips, their ids [clips, n]).
 
         A chunk is about `seconds` of work and at most `longest` ids; where the cuts fall changes no id.
-        Clips end early when `done` says so after one of their chunks. Raises DfError where the model's output is not
-        finite.
+        Clips end early when `done` says so after one of their chunks. `told(clips, ids of the opening)` gives the
+        conditions of a conditioned model's positions. Raises DfError where the model's output is not finite.
         """
         picking = filters.picking()
         for start in range(0, self._num, self._at_once):
             clips = range(start, min(self._num, start + self._at_once))
             dice = Dice(seed, clips)
             self.engine.start(len(clips))
-            self.engine.prefill(np.tile(opening, (len(clips), 1)))
+            at = told(clips, len(opening)) if told else None
+            self.engine.prefill(np.tile(opening, (len(clips), 1)), at and at(0, len(opening)))
             made, size = 0, 1
             while made < tokens and not (made and done(clips)):
                 size = min(size, tokens - made, longest or tokens)
                 began = time.perf_counter()
-                ids = self.engine.generate(dice.draw(size), picking)
+                place = len(opening) + made
+                ids = self.engine.generate(dice.draw(size), picking, at and at(place, place + size))
                 took = time.perf_counter() - began
                 if not self.engine.finite():  # once a chunk: weights that were loaded are known to be finite
                     raise DfError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -19,15 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfcli.codecs import MuLaw, TextCodec
-from dfcli.errors import DfError, UsageError
-from dfcli.generation.audio import AudioClip, Prime, out_paths
+from dfcli.errors import UsageError
+from dfcli.generation.audio import AudioClip, Output, Prime
+from dfcli.generation.conditions import Wanted, planned
 from dfcli.generation.generator import Generator, Model, load
 from dfcli.generation.sampling import Filters, chosen_seed
 from dfcli.generation.text import TextClip
-from dfcli.generation.wav import MOST_SAMPLES, WavFile, WavStream
 from dfcli.runs.run import Run
 from dfcli.system.events import Choice, Note, OnEvent, ignore
-from dfcli.system.files import free_bytes
 
 TOKENS = 500  # of a text, where the caller does not say
 MOST_CLIPS = 100_000  # of one call
@@ -53,6 +52,7 @@ class SampleResult:
     audio_seconds: float | None = None  # made, of all clips together
     times_real_time: float | None = None
     leading_silence: list[float] | None = None  # seconds before each clip's first sound; without a prime
+    labels: list[dict[str, str]] | None = None  # of each clip, for a model with labels
 
 
 @dataclass(frozen=True)
@@ -135,10 +135,12 @@ def sample_text(
 
 def sample_audio(
     run: Run | str | Path | None = None,
-    seconds: float = 4.0,
+    seconds: float | None = None,
     out: str | Path | BinaryIO = "out.wav",
     *,
     num: int = 1,
+    labels: Mapping[str, str] | None = None,
+    mel: str | Path | None = None,
     prime: str | Path | None = None,
     keep_prime: bool = False,
     temperature: float = 1.0,
@@ -151,16 +153,18 @@ def sample_audio(
     checkpoint: str | int = "best",
     on_event: OnEvent = ignore,
 ) -> SampleResult:
-    """Writes `seconds` of sound by the model of a run (the newest that makes sound, if `run` is None) as 16-bit
-    mono wav.
+    """Writes sound by the model of a run (the newest that makes sound, if `run` is None) as 16-bit mono wav: `seconds`
+    of it, 4 by default.
 
     `out` is a path: the file is replaced when the first samples are ready, grows while more are made, and
     is a valid wav all along; for `num` clips the paths are out-01.wav, out-02.wav, ... Or `out` is a binary
-    stream, for one clip. `prime` is a recording, of any rate, that the model continues; the output holds
-    the continuation, or both with `keep_prime`. Without it a clip begins at the model's boundary, which is
-    silence: the result says how long that lasts. A `seed` of None draws one, which the result names. Ctrl-C
-    ends early and keeps what was made. Memory does not depend on `seconds`. Tells AudioProgress.
-    Raises UsageError for options out of range and for a run of text, DfError where the output cannot be
+    stream, for one clip. `labels` chooses names for a model with labels, such as {"speaker": "george"}; each clip draws
+    those that are left out. A model of short recordings ends a clip by itself; `mel` is a recording whose sound a
+    vocoder makes again from its mel spectrogram. For both, `seconds` is a limit. `prime` is a recording, of any rate,
+    that the model continues; the output holds the continuation, or both with `keep_prime`. Without it a clip begins at
+    the model's boundary, which is silence: the result says how long that lasts. A `seed` of None draws one, which the
+    result names. Ctrl-C ends early and keeps what was made. Memory does not depend on `seconds`. Tells AudioProgress.
+    Raises UsageError for options out of range, unknown labels and a run of text, DfError where the output cannot be
     written.
     """
     filters = Filters(temperature, top_k, top_p, min_p)
@@ -169,60 +173,54 @@ def sample_audio(
         raise UsageError(f"the number of samples must be from 1 to {MOST_CLIPS:,}, not {num}")
     if prime is None and keep_prime:
         raise UsageError("there is no prime to keep", "give one with `--prime clip.wav`")
-    kept_file = Path(prime) if prime is not None and keep_prime else None
-    target = out_paths(Path(out), num, kept_file) if isinstance(out, str | Path) else out
-    if not isinstance(target, list) and num != 1:
-        raise UsageError("only one clip can be streamed", "give a file to write with `-o out.wav`")
+    output = Output(out, num, Path(prime) if prime is not None and keep_prime else None)
     run, step, model = load(run, "audio", checkpoint, device, on_event)
     codec = model.codec
     if not isinstance(codec, MuLaw):
         raise UsageError(f"run {run.name} makes text, not sound", "use `df sample gpt`")
     _note_top_k(top_k, codec.vocab_size, on_event)
-    rate = codec.sample_rate
-    total = round(seconds * rate) if math.isfinite(seconds) else 0
-    if total < 1:
-        raise UsageError(f"the length must be at least one sample of {rate:,} Hz, not {seconds} seconds")
-    normalize = run.dataset["normalize"]
-    recording = None if prime is None else Prime(Path(prime), codec, normalize, model.context)
-    kept = recording.samples if recording is not None and keep_prime else 0
-    if isinstance(target, list) and total + kept > MOST_SAMPLES:
-        raise UsageError(f"a wav file holds at most {MOST_SAMPLES // rate:,} seconds at {rate:,} Hz")
-    if isinstance(target, list) and free_bytes(target[0].parent) < 2 * num * (total + kept):
-        raise DfError(f"there is no room for {num * seconds:,.0f} s of sound in {target[0].parent}")
+    limit = _limit(seconds, codec.sample_rate)
+    recording = None if prime is None else Prime(Path(prime), codec, run.dataset["normalize"], model.context)
+    wanted = Wanted(num, labels or {}, None if mel is None else Path(mel), recording, limit, seed)
+    plan = planned(run, codec, wanted, on_event)
+    kept, level = 0, (1.0, 0.0)
+    if recording and keep_prime:
+        kept, level = recording.samples, (recording.gain, recording.shift)
+    output.check_room(plan.samples, kept, codec.sample_rate)
     opening = model.opening(np.empty(0) if recording is None else recording.newest)
-
     generator = Generator(model, num, engine, on_event)
 
+    began = time.perf_counter()
     clips: list[AudioClip] = []
     interrupted = False
-    longest = max(1, int(AUDIO_CHUNK * rate))
-    began = time.perf_counter()
     try:
-        for group, ids in generator.generate(opening, total, filters, seed, seconds=AUDIO_CHUNK, longest=longest):
+        for group, ids in generator.generate(
+            opening, max(plan.samples), filters, seed, seconds=AUDIO_CHUNK,
+            longest=max(1, int(AUDIO_CHUNK * codec.sample_rate)), told=plan.at,
+            done=lambda group: all(clip.done for clip in clips[group.start :]),
+        ):  # fmt: skip
             if len(clips) == group.start:  # the first samples are ready: now there is something to write
                 for i in group:
-                    wav = WavFile(target[i], rate) if isinstance(target, list) else WavStream(target, rate)
-                    level = (recording.gain, recording.shift) if recording is not None and keep_prime else (1.0, 0.0)
-                    clips.append(AudioClip(wav, codec, total, kept, *level))
-                    if recording is not None and keep_prime:
+                    wav = output.open(i, codec.sample_rate)
+                    clips.append(AudioClip(wav, codec, plan.samples[i], kept, *level))
+                    if recording and keep_prime:
                         recording.copy(wav)
             for clip, row in zip(clips[group.start :], ids, strict=True):
                 clip.feed(row)
-            heard = sum(clip.samples for clip in clips) / rate
-            on_event(AudioProgress(heard, num * total / rate, heard / (time.perf_counter() - began)))
+            on_event(_progress(clips, plan.samples, codec.sample_rate, began))
     except KeyboardInterrupt:
         interrupted = True
     finally:
         for clip in clips:
             clip.close()
     took = time.perf_counter() - began
-    made = sum(clip.samples for clip in clips)
+    made, rate = sum(clip.samples for clip in clips), codec.sample_rate
     return SampleResult(
         run=run.name,
         checkpoint=step,
         seed=seed,
         engine=generator.engine.name,
-        samples=[str(path) for path in target[: len(clips)]] if isinstance(target, list) else [],
+        samples=[str(path) for path in (output.paths or [])[: len(clips)]],
         tokens=made,
         seconds=took,
         tokens_per_second=made / took,
@@ -231,7 +229,23 @@ def sample_audio(
         audio_seconds=made / rate,
         times_real_time=made / rate / took,
         leading_silence=None if recording is not None else [clip.silent / rate for clip in clips],
+        labels=plan.labels,
     )
+
+
+def _limit(seconds: float | None, rate: int) -> int | None:
+    """Samples. Raises UsageError where that is less than one."""
+    if seconds is None:
+        return None
+    samples = round(seconds * rate) if math.isfinite(seconds) else 0
+    if samples < 1:
+        raise UsageError(f"the length must be at least one sample of {rate:,} Hz, not {seconds} seconds")
+    return samples
+
+
+def _progress(clips: list[AudioClip], samples: list[int], rate: int, began: float) -> AudioProgress:
+    heard = sum(clip.samples for clip in clips) / rate
+    return AudioProgress(heard, sum(samples) / rate, heard / (time.perf_counter() - began))
 
 
 def _note_top_k(top_k: int | None, vocab_size: int, on_event: OnEvent) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from dfcli.codecs import Chars, Codec, MuLaw
 from dfcli.cores import CORES, GPT, GPTConfig, WaveNet, WaveNetConfig
+from dfcli.data.conditions import Conditioning
 from dfcli.runs.run import Run
 
 RATE = 1000  # Hz
@@ -23,6 +24,7 @@ def save(
     lines: bool = False,
     lead: int = 1,
     normalize: str = "none",
+    told: Conditioning | None = None,
 ) -> Run:
     name_of_core = next(known for known, (_, kind) in CORES.items() if isinstance(core, kind))
     info = {
@@ -35,6 +37,8 @@ def save(
         },
         "seed": 0,
     }  # fmt: skip
+    if told:
+        info["conditioning"] = told.to_json()
     run = Run.create(name, info, codec)
     run.save(1, core.state_dict(), {}, {"val_loss": 1.0})
     return run
@@ -52,3 +56,17 @@ def wavenet_run(name: str = "wavenet", normalize: str = "none") -> Run:
     torch.manual_seed(4)
     core = WaveNet(WaveNetConfig(256, dilations=(1, 2, 4), cycles=1, residual=8, skip=8, head=8))
     return save(name, core, MuLaw(RATE), boundary=128, normalize=normalize)
+
+
+def conditioned_run(told: Conditioning, name: str = "told") -> Run:
+    """A WaveNet with these conditions, which matter."""
+    torch.manual_seed(4)
+    config = WaveNetConfig(
+        256, dilations=(1, 2, 4), cycles=1, residual=8, skip=8, head=8, labels=told.counts,
+        condition=4 * bool(told.names), series=told.series,
+    )  # fmt: skip
+    core = WaveNet(config)
+    with torch.no_grad():
+        for parameter in core.parameters():
+            parameter *= 3
+    return save(name, core, MuLaw(RATE), boundary=128, told=told)

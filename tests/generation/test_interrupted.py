@@ -19,7 +19,7 @@ import json, os, signal, sys, time
 from dfcli.cli.signals import exit_on_termination
 from dfcli.generation import engines, sample
 
-engines.FAST.clear()  # nothing is to be compiled
+engines._kernel = lambda core, device: None  # nothing is to be compiled
 run, folder = sys.argv[1:]
 for name in ("SIGINT", "SIGTERM", "SIGKILL"):
     for moment in (0, 0.01, 0.3):

@@ -18,6 +18,7 @@ from dfcli.codecs import Chars, MuLaw
 from dfcli.cores import CharWaveNet, CharWaveNetConfig
 from dfcli.cores.protocols import Engine, Picking
 from dfcli.errors import DfError, UsageError
+from dfcli.generation import audio as audio_module
 from dfcli.generation import generator, sample
 from dfcli.generation.plain import Plain
 from dfcli.generation.sample import AudioProgress, SampleResult, sample_audio, sample_text
@@ -31,7 +32,7 @@ from tests.generation.runs import RATE, gpt_run, save, wavenet_run
 @pytest.fixture(autouse=True)
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """No fast engines here: they have tests of their own."""
-    monkeypatch.setattr("dfcli.generation.engines.FAST", {})
+    monkeypatch.setattr("dfcli.generation.engines._kernel", lambda core, device: None)
 
 
 def text(**options: Any) -> SampleResult:
@@ -309,7 +310,7 @@ def stopping(monkeypatch: pytest.MonkeyPatch, after: int, action: Callable[[], N
     """Makes every engine do `action` before it makes its chunk number `after`, in chunks of 50 ids."""
     generate, chunks = Plain.generate, []
 
-    def counted(self: Engine, uniforms: np.ndarray, picking: Picking) -> np.ndarray:
+    def counted(self: Engine, uniforms: np.ndarray, picking: Picking, condition: None) -> np.ndarray:
         chunks.append(1)
         if len(chunks) == after:
             action()
@@ -395,7 +396,7 @@ def test_wrong_requests_leave_nothing(
 
 
 def test_no_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sample, "free_bytes", lambda path: 1999)
+    monkeypatch.setattr(audio_module, "free_bytes", lambda path: 1999)
     with pytest.raises(DfError, match="no room for 1 s of sound"):
         audio(tmp_path / "out.wav", 1, run=wavenet_run())
     assert not (tmp_path / "out.wav").exists()
@@ -404,7 +405,7 @@ def test_no_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_memory_does_not_grow_with_the_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An hour at the rate of these tests, by an engine that costs nothing."""
 
-    def noise(self: Engine, uniforms: np.ndarray, picking: Picking) -> np.ndarray:
+    def noise(self: Engine, uniforms: np.ndarray, picking: Picking, condition: None) -> np.ndarray:
         return (uniforms * 256).astype(np.int64)
 
     monkeypatch.setattr(Plain, "generate", noise)

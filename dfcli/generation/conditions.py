@@ -1,0 +1,165 @@
+"""What each clip is told beside its ids, and how long it becomes: labels that are asked for or drawn, a recording's mel
+spectrogram, and a course that ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dfcli.codecs import MuLaw
+from dfcli.cores import Condition
+from dfcli.data.conditions import Conditioning, Rows
+from dfcli.errors import UsageError
+from dfcli.generation.audio import Prime
+from dfcli.runs.run import Run
+from dfcli.system.events import Note, OnEvent
+from dfcli.system.words import counted
+
+SECONDS = 4.0  # of a clip that does not end by itself, where the caller does not say
+SHOWN = 12  # names in a message
+
+# The condition of the positions from one number up to another, for the clips of a batch.
+At = Callable[[int, int], Condition]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a caller asks of clips of sound."""
+
+    num: int
+    labels: Mapping[str, str]
+    mel: Path | None  # a recording whose sound is made again
+    prime: Prime | None
+    limit: int | None  # samples
+    seed: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long each clip becomes, in samples; `at(clips, ids of the opening)`: what they are told, None for a model
+    without conditions; the name of each label, for each clip."""
+
+    samples: list[int]
+    at: Callable[[range, int], At] | None = None
+    labels: list[dict[str, str]] | None = None
+
+
+def planned(run: Run, codec: MuLaw, wanted: Wanted, on_event: OnEvent) -> Plan:
+    """The clips of a run as they are wanted. Tells which labels were drawn. Raises UsageError for what the model cannot
+    be told."""
+    told = run.conditioning
+    fixed = wanted.limit or round(SECONDS * codec.sample_rate)
+    if told is None or not told.names:
+        _refuse_labels(wanted.labels)
+    if wanted.mel is not None and (told is None or told.mel is None):
+        raise UsageError(f"run {run.name} is no vocoder: it takes no mel spectrogram", "leave out --mel")
+    if told is None:
+        return Plan([fixed] * wanted.num)
+    if told.mel is not None:
+        return _copies(told, run, codec, wanted, on_event)
+    return _labelled(told, wanted, fixed, on_event)
+
+
+def _copies(told: Conditioning, run: Run, codec: MuLaw, wanted: Wanted, on_event: OnEvent) -> Plan:
+    """All clips are told the mel spectrogram of one recording, and are as long."""
+    if wanted.mel is None:
+        raise UsageError(f"run {run.name} is a vocoder: it needs the recording that it makes again", "`--mel clip.wav`")
+    if wanted.prime is not None:
+        raise UsageError("--mel and --prime exclude each other: a mel spectrogram is of the whole clip")
+    clip = Prime(wanted.mel, codec, run.dataset["normalize"], None, "the recording of --mel")
+    if clip.rate != codec.sample_rate:
+        on_event(Note(f"{wanted.mel.name} was resampled from {clip.rate:,} to {codec.sample_rate:,} Hz"))
+    rows = told.of_sound(codec, clip.newest)
+    samples = min(clip.samples, wanted.limit or clip.samples)
+
+    def at(clips: range, opening: int) -> At:
+        return _positions([rows] * len(clips), told.hop, 1 - opening)
+
+    return Plan([samples] * wanted.num, at)
+
+
+def _labelled(told: Conditioning, wanted: Wanted, fixed: int, on_event: OnEvent) -> Plan:
+    """Clips with labels. Those of short recordings end by themselves, at a length drawn from the training documents
+    with their labels; but not behind a prime. What is drawn depends on (seed, clip) alone."""
+    names = checked_names(told, wanted.labels)
+    after = wanted.prime.samples if wanted.prime else 0
+    places, lengths = [], []
+    for clip in range(wanted.num):
+        *chances, chance = _chances(wanted.seed, clip, len(names) + 1)
+        row = [known.index(wanted.labels[label]) if label in wanted.labels else int(drawn * len(known))
+               for (label, known), drawn in zip(names.items(), chances, strict=True)]  # fmt: skip
+        places.append(row)
+        lengths.append(after + fixed if after or told.progress is None else told.progress.length(row, chance))
+    chosen = [{label: known[place] for (label, known), place in zip(names.items(), row, strict=True)} for row in places]
+    _say_drawn(names, chosen, wanted.labels, on_event)
+
+    def at(clips: range, opening: int) -> At:
+        rows = [told.of_labels(places[clip], lengths[clip]) for clip in clips]
+        return _positions(rows, told.hop, after - opening + 1)
+
+    ends = [length - after for length in lengths]
+    return Plan([min(end, wanted.limit or end) for end in ends], at, chosen)
+
+
+def _positions(rows: list[Rows], hop: int, offset: int) -> At:
+    """For clips with these rows, of which position p predicts sample p + offset. What lies before the first row or
+    behind the last uses that one."""
+    last = np.array([_count(each) - 1 for each in rows])[:, None]
+
+    def at(begin: int, end: int) -> Condition:
+        samples = np.maximum(np.arange(begin, end) + offset, 0)
+        frames = np.minimum(samples // hop if hop else 0 * samples, last)  # [B, T]
+        first, width = frames[:, :1], int((frames[:, -1] - frames[:, 0]).max()) + 1
+        taken = torch.from_numpy(np.minimum(first + np.arange(width), last))  # [B, width]
+        index = torch.from_numpy(frames - first + width * np.arange(len(rows))[:, None])
+        return Condition(_rows([r.labels for r in rows], taken), _rows([r.series for r in rows], taken), index)
+
+    return at
+
+
+def _count(rows: Rows) -> int:
+    return max(len(part) for part in rows if part is not None)
+
+
+def _rows(parts: list[torch.Tensor | None], taken: torch.Tensor) -> torch.Tensor | None:
+    """The rows `taken` [B, width] of each clip, one clip after the other."""
+    found = [part[row] for part, row in zip(parts, taken, strict=True) if part is not None]
+    return torch.cat(found) if found else None
+
+
+def _chances(seed: int, clip: int, count: int) -> list[float]:
+    """Numbers in [0, 1), from a part of the clip's Philox stream that `sampling.Dice` never reaches."""
+    counter = np.array([0, 0, 0, 1], np.uint64)
+    philox = np.random.Philox(key=np.array([seed, clip], np.uint64), counter=counter)
+    return np.random.Generator(philox).random(count).tolist()
+
+
+def checked_names(told: Conditioning, wanted: Mapping[str, str]) -> dict[str, list[str]]:
+    """The names of each label. Raises UsageError where a label or a name is wanted that there is not."""
+    for label, name in wanted.items():
+        if label not in told.names:
+            raise UsageError(f"the model has no label {label!a}", f"its labels are {', '.join(told.names)}")
+        known = told.names[label]
+        if name not in known:
+            more = f", and {len(known) - SHOWN:,} more" if len(known) > SHOWN else ""
+            raise UsageError(f"the model knows no {label} {name!a}", f"there are {', '.join(known[:SHOWN])}{more}")
+    return told.names
+
+
+def _refuse_labels(wanted: Mapping[str, str]) -> None:
+    if wanted:
+        raise UsageError("the model was trained without labels", "leave out --label")
+
+
+def _say_drawn(
+    names: dict[str, list[str]], chosen: list[dict[str, str]], wanted: Mapping[str, str], on_event: OnEvent
+) -> None:
+    for label, known in names.items():
+        if label not in wanted:
+            drawn = ", ".join(row[label] for row in chosen[:SHOWN]) + (", ..." if len(chosen) > SHOWN else "")
+            of = counted(len(known), "name")
+            on_event(Note(f"{label}: {drawn}, drawn from {of}; `--label {label}=NAME` chooses one"))
