@@ -118,6 +118,12 @@ def wavenet(
         str | None, typer.Option("-o", "--output", metavar="FILE", help="The wav to write; `-` is stdout.")
     ] = None,
     num: Num = 1,
+    label: Annotated[
+        list[str] | None, typer.Option("--label", metavar="NAME=VALUE", help="Such as speaker=george; repeatable.")
+    ] = None,
+    mel: Annotated[
+        Path | None, typer.Option("--mel", metavar="CLIP", help="Make this recording's sound again (a vocoder).")
+    ] = None,
     prime: Annotated[Path | None, typer.Option("--prime", metavar="CLIP", help="Go on from this recording.")] = None,
     keep_prime: Annotated[
         bool, typer.Option("--keep-prime", metavar="", help="Put the recording before what was made.")
@@ -136,12 +142,16 @@ def wavenet(
 
     `--num 3 -o out.wav` writes out-01.wav, out-02.wav and out-03.wav. A WaveNet
     of text writes text on stdout instead, and needs neither --seconds nor -o;
-    `df sample gpt --run NAME` takes a prompt for it.
+    `df sample gpt --run NAME` takes a prompt for it. A label that is left out is
+    drawn. A model of short, labelled recordings ends a clip by itself, and a
+    vocoder makes a clip as long as its --mel; --seconds is then a limit.
 
     Examples:
       df sample wavenet --seconds 4 -o out.wav
       df sample wavenet --seconds 10 -o - | ffplay -nodisp -autoexit -
       df sample wavenet --seconds 2 -o more.wav --prime clip.wav --keep-prime
+      df sample wavenet --label speaker=george --label digit=7 -o seven.wav
+      df sample wavenet --mel clip.wav -o again.wav
     """
     from dfcli.runs import Run, newest
 
@@ -157,14 +167,15 @@ def wavenet(
                     f"the run `{found.name}` is a {found.kind} that makes text",
                     f"type `df sample gpt --run {_word(found)}`",
                 )
-            if seconds is not None or out is not None or prime is not None or keep_prime:
+            if seconds is not None or out is not None or prime is not None or keep_prime or label or mel is not None:
                 raise UsageError(
-                    f"the run `{found.name}` makes text: --seconds, -o and --prime are for sound",
+                    f"the run `{found.name}` makes text: --seconds, -o, --prime, --label and --mel are for sound",
                     f"type `df sample wavenet --run {_word(found)}`",
                 )
             _write_text(found, "", json, listener, **options)
         else:
-            _write_sound(found, seconds, out, json, listener, prime=prime, keep_prime=keep_prime, **options)
+            told = {"labels": _labels(label or []), "mel": mel}
+            _write_sound(found, seconds, out, json, listener, prime=prime, keep_prime=keep_prime, **told, **options)
 
 
 def _write_text(run: Run, prompt: str, json: bool, listener: output.Listener, **options: Any) -> None:
@@ -188,8 +199,9 @@ def _write_text(run: Run, prompt: str, json: bool, listener: output.Listener, **
 def _write_sound(
     run: Run, seconds: float | None, out: str | None, json: bool, listener: output.Listener, **options: Any
 ) -> None:
-    if seconds is None or out is None:
-        wanted = (("--seconds (how much sound to make)", seconds), ("-o (where to write it)", out))
+    ends = run.conditioning is not None and (run.conditioning.mel is not None or run.conditioning.progress is not None)
+    if (seconds is None and not ends) or out is None:
+        wanted = (("--seconds (how much sound to make)", True if ends else seconds), ("-o (where to write it)", out))
         missing = " and ".join(name for name, value in wanted if value is None)
         raise UsageError(f"{missing} must be given", f"for example `{_sound_line(run)}`")
     if out == "-" and json:
@@ -223,6 +235,19 @@ def _write_sound(
     _tell(result)
     if result.interrupted:
         raise typer.Exit(INTERRUPTED)
+
+
+def _labels(given: list[str]) -> dict[str, str]:
+    """ "speaker=george" -> {"speaker": "george"}"""
+    labels: dict[str, str] = {}
+    for text in given:
+        label, equals, name = text.partition("=")
+        if not (label and equals and name):
+            raise UsageError(f"`--label {text}` is no NAME=VALUE", "for example `--label speaker=george`")
+        if label in labels:
+            raise UsageError(f"`--label {label}=...` is given twice", "give it once")
+        labels[label] = name
+    return labels
 
 
 def _sound_line(run: Run) -> str:
