@@ -19,6 +19,7 @@ from dfcli.errors import DfError, UsageError
 from dfcli.ingest.builtin import builtin_sources
 from dfcli.ingest.prepare import prepare
 from dfcli.runs.export import architecture
+from dfcli.runs.huggingface import Folder, start
 from dfcli.runs.run import Run, runs_home
 from dfcli.system import processes
 from dfcli.system.device import Device, resolve
@@ -30,6 +31,7 @@ from dfcli.training.presets import preset
 from dfcli.training.request import Request, corpus_file
 from dfcli.training.settings import Recipe, change, override
 
+DROPOUTS = ("dropout", "ngram_dropout")  # of a core's config: what another training may change
 SHARE = 0.8  # of the memory that is free: what a training is planned to take
 
 
@@ -118,13 +120,18 @@ def make(request: Request, *, show: bool = False, on_event: OnEvent = ignore) ->
     request.check(show=show)
     device = resolve(request.device)
     entry = preset(request.kind, request.preset) if request.preset else {}
-    parent = Run.open(request.init) if request.init else None
+    parent = start(request.init) if request.init else None
     core = parent.info["core"]["name"] if parent else entry.get("core", request.kind)
     config_values, recipe_values = override(core, request.overrides)
     recipe_values |= request.options()
     if parent:
         _check_init(request, parent, config_values)
-        entry = {"config": parent.info["core"]["config"], "recipe": {}, "data": _protocol_of(parent)}
+        values = parent.info["core"]["config"]
+        if request.preset:
+            entry = entry | {"config": values, "vocab_size": values["vocab_size"]}
+        else:  # dropout follows from the new data
+            values = {name: value for name, value in values.items() if name not in DROPOUTS}
+            entry = {"config": values, "recipe": {}, "data": _protocol_of(parent)}
     base = entry.get("config", {}) | config_values
     # Bad values are refused before the data is looked at; what is not known yet stands in for itself.
     _config(core, {"vocab_size": entry.get("vocab_size", 256)} | recipes.completed(core, base, base))
@@ -161,8 +168,9 @@ def make(request: Request, *, show: bool = False, on_event: OnEvent = ignore) ->
         budget = change(Recipe(), recipe_values)
         try:
             draft = recipes.default(
-                core, _corpus(dataset), device, budget.steps, budget.minutes, pinned, fixed=parent is not None
-            )
+                core, _corpus(dataset), device, budget.steps, budget.minutes, pinned,
+                earlier=parent.info["recipe"] if parent else None,
+            )  # fmt: skip
         except ValueError as error:  # what is given does not go together
             raise UsageError(str(error)) from None
         values, recipe = draft.config | base | {"vocab_size": vocab_size}, change(Recipe(), draft.recipe)
@@ -179,7 +187,7 @@ def make(request: Request, *, show: bool = False, on_event: OnEvent = ignore) ->
         kind=request.kind, name=name, preset=request.preset, source=entry.get("source", ""),
         published=entry.get("published", ""), corpus=entry.get("corpus", ""), core=core, config=config, recipe=recipe,
         seed=seed, device=device, data=data, protocol=protocol, codec_name=codec_name, dataset=dataset,
-        init=parent.name if parent else None, choices=tuple(choices),
+        init=_reference(parent) if parent else None, choices=tuple(choices),
     )  # fmt: skip
 
 
@@ -273,25 +281,31 @@ def _windowed(core: str, config: cores.CoreConfig, recipe: Recipe) -> Recipe:
     return recipe
 
 
-def _check_init(request: Request, parent: Run, config_values: dict[str, Any]) -> None:
+def _reference(parent: Run | Folder) -> str:
+    """What finds it again: a name in the data home, else a path."""
+    return parent.name if parent.path == runs_home() / parent.name else str(parent.path)
+
+
+def _check_init(request: Request, parent: Run | Folder, config_values: dict[str, Any]) -> None:
     if parent.kind != request.kind:
         raise UsageError(f"run `{parent.name}` is a {parent.kind}, not a {request.kind}")
     for key, value in config_values.items():
-        if key != "dropout" and value != parent.info["core"]["config"].get(key):
+        if key not in DROPOUTS and value != parent.info["core"]["config"].get(key):
             raise UsageError(f"--init takes the model of run `{parent.name}` as it is: {key} cannot be changed")
     parent.resolve("best")
 
 
-def _protocol_of(run: Run) -> dict[str, Any]:
+def _protocol_of(run: Run | Folder) -> dict[str, Any]:
     return run.dataset.get("protocol", {})
 
 
-def _sources(request: Request, entry: dict[str, Any], parent: Run | None, choices: list[Choice]) -> tuple[str, ...]:
+def _sources(
+    request: Request, entry: dict[str, Any], parent: Run | Folder | None, choices: list[Choice]
+) -> tuple[str, ...]:
     """What is trained on: what was asked for, the preset's corpus, the other run's data, or the built-in corpus."""
     if request.data:
         return request.data
-    if parent:
-        record = parent.dataset
+    if parent and (record := parent.dataset)["name"]:
         if (own := reopen(record)) is not None:
             own.close()
             sources, reason = (own.name,), f"the data of run `{parent.name}`"
@@ -303,6 +317,8 @@ def _sources(request: Request, entry: dict[str, Any], parent: Run | None, choice
     if corpus := entry.get("corpus"):
         choices.append(Choice("data", corpus, "what the preset was published on"))
         return (str(corpus_file(request.preset, corpus)),)
+    if parent:
+        raise UsageError(f"`{parent.name}` was trained elsewhere, on data that are not here", "give text with `--data`")
     usual = "mulaw" if request.kind == "wavenet" else "chars"
     kind = "audio" if entry.get("data", {}).get("codec", usual) == "mulaw" else "text"
     what = "the Python standard library's sources" if kind == "text" else "melodies made by this project"
@@ -328,7 +344,10 @@ def _corpus(dataset: Dataset) -> recipes.Corpus:
         raise UsageError(f"dataset {dataset.name} has no training split")
     codec = dataset.codec
     unit = "sample" if codec.name == "mulaw" else "id"
-    return recipes.Corpus(train.tokens_count, train.documents, train.longest, codec.vocab_size, dataset.lines, unit)
+    val = dataset.splits["val"].tokens_count if "val" in dataset.splits else 0
+    return recipes.Corpus(
+        train.tokens_count, train.documents, train.longest, codec.vocab_size, dataset.lines, val, unit
+    )
 
 
 def _free_name(request: Request, data: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ An entry holds
 - core, config: which core, and what differs from its config's defaults; vocab_size: of the published data
 - recipe: fields of `settings.Recipe`; seed: the published one
 - data: what the published protocol fixes (arguments of `data.prepare`); corpus: the name of the published data
+- start: what `--init` must give, where it is not trained from the beginning
 - source, published: where the values are from, and the figure to compare with; notes: what had to be chosen here
 """
 
@@ -146,6 +147,23 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "source": "Radford et al. 2019; lr from Brown et al. 2020, table 2.1; the rest as `gpt2`",
             "published": "1,557,611,200 parameters",
             "notes": _GPT2_NOTES,
+        },
+        "finetune_shakespeare": {
+            "core": "gpt",
+            "start": "the weights of a published GPT-2",
+            "vocab_size": 50_257,
+            "config": _GPT2 | {"layers": 48, "heads": 25, "channels": 1600},
+            "recipe": {
+                "batch_size": 1, "accumulate": 32, "steps": 20, "optimizer": "adamw", "lr": 3e-5,
+                "betas": (0.9, 0.95), "weight_decay": 0.1, "decay": "matrices", "clip": 1.0, "log_every": 1,
+                "eval_every": 5, "eval_tokens": 40_960, "checkpoint_every": 20,
+            },
+            "seed": 1337,
+            "data": {"codec": "gpt2"},
+            "corpus": "shakespeare",
+            "source": "karpathy/nanoGPT, config/finetune_shakespeare.py",
+            "published": "no figure is published; GPT-2 XL there, whose folder `--init` takes",
+            "notes": ("`--init` takes any size of GPT-2; the model is that of its folder",),
         },
     },
     "wavenet": {

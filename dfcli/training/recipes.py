@@ -41,6 +41,8 @@ LR = {
 TOKENS_PER_PARAMETER = {"gpt": 4.0, "wavenet": 12.0}  # a model that sees fewer is too large for its budget
 PARAMETERS_PER_TOKEN = 10.0  # a model with more than that for each token of the corpus only learns it by heart
 NGRAM_TOKENS = (20_000, 100_000, 500_000, 500_000, 500_000)  # from so many ids on, 2-grams, 3-grams, ... pay
+GOING_ON = 0.3  # of the earlier peak rates, for weights that are trained already
+PRETRAINED_LR = 5e-5  # AdamW, for weights trained elsewhere
 EFFICIENCY = 0.45  # the share of a device's peak rate that a small model's training usually reaches
 
 
@@ -53,6 +55,7 @@ class Corpus:
     longest: int  # ids of the longest document
     vocab_size: int
     lines: bool
+    val_tokens: int = 0
     unit: str = "id"  # what an id stands for, in a word: a sample of sound, or just an id
 
 
@@ -70,15 +73,23 @@ class Draft:
 
 
 def default(
-    core: str, corpus: Corpus, device: Device, steps: int, minutes: float, pinned: dict[str, Any], fixed: bool = False
+    core: str,
+    corpus: Corpus,
+    device: Device,
+    steps: int,
+    minutes: float,
+    pinned: dict[str, Any],
+    earlier: dict[str, Any] | None = None,
 ) -> Draft:
     """The default recipe of `core` for a budget of `steps` or else `minutes`.
 
-    `pinned` holds the config values and recipe values that are given and so not chosen here; `fixed` says that they
-    are the whole config (that of a model trained before).
+    `pinned` holds the config values and recipe values that are given and so not chosen here; `earlier` is the
+    recipe by which the weights were trained before (empty where it is not known): then `pinned` holds the whole config.
     """
     make = {"gpt": _gpt, "wavenet": _wavenet, "charwavenet": _charwavenet}[core]
-    draft = make(corpus, device, steps, minutes, pinned, fixed)
+    draft = make(corpus, device, steps, minutes, pinned, earlier is not None)
+    if earlier is not None:
+        _going_on(draft, corpus, device, steps, minutes, earlier, pinned)
     given = {name: value for name, value in pinned.items() if name in Recipe.__dataclass_fields__}
     draft.recipe |= given
     draft.choices = [choice for choice in draft.choices if choice.what not in given]
@@ -264,6 +275,41 @@ def _dropout(draft: Draft, corpus: Corpus, device: Device, steps: int, minutes: 
         if name not in pinned:
             draft.config[name] = share
             draft.choose(name, f"{share:g}", f"the budget reads the corpus {times}")
+
+
+def _going_on(
+    draft: Draft,
+    corpus: Corpus,
+    device: Device,
+    steps: int,
+    minutes: float,
+    earlier: dict[str, Any],
+    pinned: dict[str, Any],
+) -> None:
+    """For weights that are trained already: a part of their peak rates, which falls to zero after a short warm-up, so
+    that what was learned is not shaken off; the loss over the whole validation split where that takes little time."""
+    recipe = draft.recipe
+    optimizer = pinned.get("optimizer", earlier.get("optimizer", "adamw"))
+    if optimizer == earlier.get("optimizer"):
+        kept = ("optimizer", "betas", "eps", "momentum", "weight_decay", "decay", "clip")
+        recipe |= {name: earlier[name] for name in kept if name in earlier}
+        rates = {name: GOING_ON * earlier[name] for name in ("lr", "adam_lr", "table_lr") if name in earlier}
+        reason = f"{GOING_ON:g} of the earlier training's"
+    elif earlier:
+        rates, reason = {"lr": GOING_ON * LR["gpt" if draft.core == "gpt" else "wavenet"][optimizer]}, "low, to go on"
+    else:
+        recipe |= {"optimizer": optimizer, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "clip": 1.0}
+        rates, reason = {"lr": PRETRAINED_LR}, "for weights trained elsewhere: nanoGPT takes 3e-5, llm.c 1e-4"
+    recipe |= rates | {"schedule": "linear", "warmup": 10, "decay_start": 0.0, "final_lr": 0.0}
+    draft.choose("lr", f"{rates['lr']:.3g}", reason)
+    config: Any = cores.config(draft.core, draft.config)
+    if steps:
+        short = corpus.val_tokens <= steps * recipe["batch_size"] * (recipe.get("window") or config.context) / 2
+    else:
+        rate = EFFICIENCY * (device.peak_flops() or 1e15)
+        short = corpus.val_tokens * config.flops_per_token() <= rate * 60 * minutes / 5
+    if short:
+        recipe["eval_tokens"] = 0
 
 
 def _cadence(draft: Draft, device: Device, steps: int) -> None:

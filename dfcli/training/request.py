@@ -12,7 +12,8 @@ from typing import Any
 from dfcli.errors import UsageError
 from dfcli.ingest.download import corpus_path
 from dfcli.ingest.prepare import check_sources
-from dfcli.runs.run import Run, refuse_taken
+from dfcli.runs.huggingface import start
+from dfcli.runs.run import refuse_taken
 from dfcli.system.files import check_name
 from dfcli.training.presets import PRESETS, preset
 
@@ -52,7 +53,7 @@ class Request:
         self._check_values()
         entry = preset(self.kind, self.preset) if self.preset else {}
         if self.init:
-            Run.open(self.init)
+            start(self.init)
         if resume:
             return
         check_sources(self.data)
@@ -77,8 +78,14 @@ class Request:
             raise UsageError(f"--lr must be above 0 and at most 1,000, not {self.lr:g}")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise UsageError(f"--seed must be from 0 to 2^63 - 1, not {self.seed}")
-        if self.init is not None and self.preset is not None:
+        weights = preset(self.kind, self.preset).get("start") if self.preset else None
+        if self.init is not None and self.preset is not None and not weights:
             raise UsageError("--init takes the model of another run, --preset a published one", "give one of them")
+        if weights and self.init is None:
+            raise UsageError(
+                f"preset `{self.preset}` starts from {weights}",
+                "give the Hugging Face folder (config.json, model.safetensors, tokenizer.json) with `--init FOLDER`",
+            )
         if self.name is not None:
             check_name(self.name, "run")
         for option, value in self.options().items():

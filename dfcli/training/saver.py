@@ -65,7 +65,7 @@ class Saver:
     def save(self) -> None:
         """Save a checkpoint of the current step, unless there is one. Raises DfError where it cannot be written."""
         s, began = self.state, self.budget.seconds
-        if s.step == self.saved_step or not s.step:
+        if s.step == self.saved_step or not (s.step or s.val_losses):  # step 0 alone where it was evaluated
             return
         s.seconds = began
         model = {name: tensor.detach() for name, tensor in self.core.state_dict().items()}

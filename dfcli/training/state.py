@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -52,7 +51,7 @@ class State:
         """Note a finite validation loss, in nats a token, of the current step."""
         self.val_loss = loss
         self.val_losses.append(loss)
-        self.train_losses.append(self.nats / self.scored if self.scored else math.inf)
+        self.train_losses.append(self.nats / self.scored if self.scored else loss)
         self.nats, self.scored = 0.0, 0
         if self.best_val_loss is None or loss < self.best_val_loss:
             self.best_val_loss, self.best_step = loss, self.step

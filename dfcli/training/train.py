@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from dfcli.errors import CorruptError, DfError, UsageError
 from dfcli.evaluation.sweep import sweep
 from dfcli.ingest.download import corpus_path
 from dfcli.runs import run as runs
+from dfcli.runs.huggingface import start
 from dfcli.runs.run import Run
 from dfcli.system.device import resolve
 from dfcli.system.events import Choice, Note, OnEvent, ignore
@@ -37,6 +39,9 @@ from dfcli.training.trainer import Trainer
 from dfcli.training.validation import preview_of, validation_of
 
 FINISHED = "finished"  # in place of a state: there is nothing left to train
+
+
+OLD_TOKENS = 32_768  # that the loss on earlier data is measured over
 
 
 @dataclass(frozen=True)
@@ -198,7 +203,7 @@ class Session:
             torch.manual_seed(plan.seed)
             core = cores.build(plan.core, asdict(plan.config))
             if state is None and plan.init:
-                core.load_state_dict(Run.open(plan.init).load("best").model)
+                core.load_state_dict(start(plan.init).load("best").model)
             core.to(device.torch_device)
             batches = Batches(
                 dataset.splits["train"], batch_size=recipe.batch_size, window=recipe.window, seed=plan.seed,
@@ -210,6 +215,7 @@ class Session:
             trainer = Trainer(
                 core, recipe, batches, run if group.first else Nowhere(run.path), device, seed=plan.seed, state=state,
                 validation=validation, on_event=self.on_event, stop=self.stop, clock=self.clock, processes=group,
+                start_counts=plan.init is not None,
             )  # fmt: skip
             if state is not None:
                 saved = run.load(state.step, optimizer=True)
@@ -218,10 +224,13 @@ class Session:
             group.send(list(core.state_dict().values()))  # the same bits everywhere, whatever processor drew them
             reached = trainer.state
             self.on_event(Started(plan, run.path, reached.step, reached.best_val_loss))
+            before = self._old_loss(plan, dataset, core)
             stopped = trainer.run()
             val_loss = reached.best_val_loss
             if stopped is None and validation is not None:
                 val_loss = self._close(run, plan, dataset, core, reached)
+            if stopped is None and plan.init:
+                self._tell_start(run, plan, dataset, core, reached, before)
         if reached.best_step is not None and reached.best_step < reached.step and stopped is None:
             of = f"step {reached.best_step} of {reached.step}"
             self.on_event(Note(f"the validation loss was lowest at {of}: sample and eval use that checkpoint"))
@@ -232,13 +241,42 @@ class Session:
         result = TrainResult(
             run=run.name, path=str(run.path), preset=plan.preset, steps=reached.step, tokens_seen=reached.tokens,
             train_seconds=reached.seconds, tokens_per_second=reached.tokens / max(1e-9, reached.seconds),
-            val_loss=val_loss, best_step=reached.best_step or reached.step, parameters=plan.parameters,
+            val_loss=val_loss,
+            best_step=reached.step if reached.best_step is None else reached.best_step, parameters=plan.parameters,
             device=device.name, seed=plan.seed, skipped=reached.skipped, stopped=stopped,
         )  # fmt: skip
         if stopped is None and group.first:
             write_json(run.path / runs.RESULT, {"format": 1, **asdict(result)})
         self.on_event(Finished(result))
         return result
+
+    def _old_loss(self, plan: Plan, dataset: Dataset, core: cores.Core) -> float | None:
+        """The loss on what the weights were trained on before, over about OLD_TOKENS of its validation split; None
+        where that is not at hand, or is what they are trained on now."""
+        parent = start(plan.init) if plan.init else None
+        if not isinstance(parent, Run) or not parent.dataset["name"]:
+            return None
+        old = reopen(parent.dataset)
+        if old is None:
+            return None
+        with old:
+            if old.fingerprint == dataset.fingerprint or "val" not in old.splits:
+                return None
+            found = sweep(core, old, "val", plan.device, limit=OLD_TOKENS, processes=self.group, on_event=self.on_event)
+            return found.mean
+
+    def _tell_start(
+        self, run: Run, plan: Plan, dataset: Dataset, core: cores.Core, reached: State, before: float | None
+    ) -> None:
+        """Tell what training changed, on the new data and on the old."""
+        if reached.val_losses and reached.best_val_loss is not None:
+            text = f"the validation loss went from {reached.val_losses[0]:.4f} to {reached.best_val_loss:.4f}"
+            self.on_event(Note(f"{text}: nothing was better than the start" if reached.best_step == 0 else text))
+        if before is not None:
+            core.load_state_dict(run.load("best").model)
+            after = self._old_loss(plan, dataset, core)
+            data = f"the data of run `{plan.init}`"
+            self.on_event(Note(f"on {data} the validation loss went from {before:.4f} to {after:.4f}"))
 
     def _close(self, run: Run, plan: Plan, dataset: Dataset, core: cores.Core, reached: State) -> float | None:
         """The loss of the best checkpoint over the whole validation split."""
@@ -322,6 +360,8 @@ def changed_option(run: Run, request: Request) -> str:
         raise UsageError(f"run `{run.name}` is a {run.kind}, not a {request.kind}")
     for name in ("preset", "seed", "init"):
         wanted = getattr(request, name)
+        if name == "init" and wanted is not None and wanted != info[name]:
+            wanted = os.path.abspath(wanted)  # as a folder is recorded
         if wanted is not None and wanted != info[name]:
             return f"--{name}"
     for name, wanted in request.options().items():

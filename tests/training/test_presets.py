@@ -29,7 +29,7 @@ def test_every_preset_is_valid_and_names_its_source(kind: str, name: str) -> Non
     assert entry["source"]
     assert entry["published"]
     assert set(entry) <= {
-        "core", "vocab_size", "config", "recipe", "seed", "data", "corpus", "source", "published", "notes",
+        "core", "vocab_size", "config", "recipe", "seed", "data", "corpus", "source", "published", "notes", "start",
     }  # fmt: skip
 
 

@@ -537,7 +537,7 @@ def test_init_goes_on_with_the_lectures_wavenet(tmp_path: Path) -> None:
     second = train("wavenet", steps=2, name="b", init="a")
     assert second.parameters == first.parameters
     recipe = Run.open("b").info["recipe"]
-    assert (recipe["packing"], recipe["optimizer"], recipe["lr"]) == ("last", "sgd", 0.1)
+    assert (recipe["packing"], recipe["optimizer"], recipe["lr"]) == ("last", "sgd", 0.03)
 
 
 def test_init_refuses_another_model(text: str) -> None:
