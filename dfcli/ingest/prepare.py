@@ -35,6 +35,7 @@ from dfcli.ingest.sources import (
 from dfcli.ingest.texts import Texts
 from dfcli.system.events import Choice, Note, OnEvent, ignore
 from dfcli.system.files import Temporary, building, check_name, clean_debris, os_errors
+from dfcli.system.words import counted
 
 RULES = 2  # of how sources become ids; raised where the same sources and options give other ids than before
 
@@ -45,6 +46,7 @@ def prepare(
     name: str | None = None,
     val: Sequence[str] = (),
     test: Sequence[str] = (),
+    kind: Kind | None = None,
     keep: bool = True,
     on_event: OnEvent = ignore,
     **options: Any,
@@ -52,8 +54,9 @@ def prepare(
     """Prepare `sources` (paths of files and folders, names of fetched corpora, `-` for standard input), or open them if
     they are the name of a prepared dataset. What was prepared before from the same sources and options is used again.
 
-    `val` and `test` are sources of their own for these splits. `options` are the fields of `options.Options`. With
-    `keep` False, a dataset that is not there yet is removed when it is closed.
+    `val` and `test` are sources of their own for these splits. `options` are the fields of `options.Options`. `kind`
+    "audio" makes a folder that holds any recordings a source of recordings. With `keep` False, a dataset that is not
+    there yet is removed when it is closed.
 
     Raises DfError where a source cannot be used, UsageError where options make no sense.
     """
@@ -69,7 +72,7 @@ def prepare(
 
     paths = [_paths(group) for group in (sources, val, test)]
     groups, skipped = _discover(paths)
-    kind = _kind([source for group in groups for source in group], chosen, on_event)
+    kind = _kind([source for group in groups for source in group], chosen, kind, on_event)
     groups = [_of_kind(group, kind, skipped) for group in groups]
     if not groups[0]:
         raise nothing_usable(skipped)
@@ -166,10 +169,10 @@ def _discover(paths: list[list[str]]) -> tuple[list[list[Source]], list[Skipped]
     return groups, skipped
 
 
-def _kind(sources: list[Source], options: Options, on_event: OnEvent) -> Kind:
-    """Text or audio: as the codec says, else what was named, else what most of the bytes are."""
+def _kind(sources: list[Source], options: Options, wanted: str | None, on_event: OnEvent) -> Kind:
+    """Text or audio: as the codec says, else what was named, else what is `wanted` if it is there, else what most of
+    the usable files are."""
     given = {source.kind for source in sources if source.given}
-    sizes = {kind: sum(source.size for source in sources if source.kind == kind) for kind in ("text", "audio")}
     kind: Kind
     if options.codec is not None:
         codec = options.codec if isinstance(options.codec, Codec) else CODECS[options.codec]
@@ -184,10 +187,19 @@ def _kind(sources: list[Source], options: Options, on_event: OnEvent) -> Kind:
     elif given:
         (kind,) = given
     else:
-        kind = "audio" if sizes["audio"] > sizes["text"] else "text"
-        if all(sizes.values()):
-            reason = f"{sizes['audio']:,} bytes of audio files beside {sizes['text']:,} bytes of others"
-            on_event(Choice("kind of data", kind, reason))
+        counts = {"audio": sum(source.kind == "audio" for source in sources)}
+        counts["text"] = 0
+        if counts["audio"]:
+            counts["text"] = sum(source.looks_like_text() for source in sources if source.kind == "text")
+        kind = (
+            "audio" if counts["audio"] >= max(1, counts["text"]) or (wanted == "audio" and counts["audio"]) else "text"
+        )
+        if all(counts.values()):
+            beside = counts["text" if kind == "audio" else "audio"]
+            reason = f"{counted(counts[kind], 'file')} beside {beside:,} of the other kind"
+            on_event(
+                Choice("kind of data", kind, f"a WaveNet looks for sound first; {reason}" if wanted == kind else reason)
+            )
     options.refuse_for(kind)
     return kind
 

@@ -14,10 +14,11 @@ import numpy as np
 from dfcli.codecs import MuLaw
 from dfcli.data.dataset import BLOCK
 from dfcli.errors import DfError, UsageError
-from dfcli.ingest.audio import Recording, Report
+from dfcli.ingest.audio import Recording
 from dfcli.ingest.build import Build, Made, Writers
 from dfcli.ingest.fidelity import Fidelity, FidelityMeter, summary
 from dfcli.ingest.labels import untrained
+from dfcli.ingest.metering import Report
 from dfcli.ingest.sources import Source, list_some, nothing_usable
 from dfcli.ingest.splits import TRAIN
 from dfcli.system.events import Choice, Note
@@ -78,10 +79,8 @@ class Recordings(Build):
         return Made(codec, codec.zero_level, rule, self._levels(every, codec), names, fidelity)
 
     def _probe(self, source: Source) -> tuple[Source, Recording] | None:
-        if source.path is None:
-            raise UsageError("recordings cannot be read from standard input", "give files or a folder")
         try:
-            return source, Recording(source.path)
+            return source, Recording(source.path or source.open)
         except DfError as error:
             self._refuse(source, error)
             return None
@@ -162,25 +161,35 @@ class Recordings(Build):
 
     def _levels(self, sounds: list[Sound], codec: MuLaw) -> dict[str, Any]:
         """What the recordings sound like; what is wrong with them is told."""
+        plain = self._options.normalize == "none"
         odd = {
             "silent": [sound for sound in sounds if sound.report.silent],
-            "clipped": [sound for sound in sounds if sound.report.clipped > CLIPPED],
+            "beyond_scale": [sound for sound in sounds if sound.report.peak > 1 and plain],
+            "clipped": [
+                sound for sound in sounds if plain and sound.report.clipped > CLIPPED and sound.report.peak <= 1
+            ],
             "off_centre": [
                 sound for sound in sounds if abs(sound.report.offset) > OFF_CENTRE and not sound.report.silent
             ],
+            "incomplete": [sound for sound in sounds if sound.report.notes],
         }
+        peak = max(sound.report.peak for sound in sounds)
         words = {
             "silent": "silent",
+            "beyond_scale": f"louder than full scale, 1, with samples of up to {peak:,.4g}, and cut off there: "
+            "`--normalize peak` keeps all",
             "clipped": f"clipped (over {CLIPPED:.1%} of the samples at full scale)",
             "off_centre": f"off-centre (mean level beyond {OFF_CENTRE:.0%} of full scale)",
+            "incomplete": "not as its header says",
         }
         for what, found in odd.items():
             if found:
-                names = list_some([sound.source.name for sound in found])
+                names = [sound.source.name for sound in found]
+                if what == "incomplete":
+                    names = [f"{sound.source.name} ({'; '.join(sound.report.notes)})" for sound in found]
                 share = f"{len(found):,} of {counted(len(sounds), 'recording')} {'is' if len(found) == 1 else 'are'}"
-                self._on_event(Note(f"{share} {words[what]}: {names}"))
-        peak = max(sound.report.peak for sound in sounds)
-        if self._options.normalize == "none" and peak < QUIET and len(odd["silent"]) < len(sounds):
+                self._on_event(Note(f"{share} {words[what]}: {list_some(names)}"))
+        if plain and peak < QUIET and len(odd["silent"]) < len(sounds):
             quiet = f"the recordings are quiet: the loudest reaches {peak:.1%} of full scale, and samples will too"
             self._on_event(Note(f"{quiet}; `df data prepare SOURCE --normalize peak` raises each to full scale"))
         seconds = sum(sound.samples for sound in sounds) / codec.sample_rate

@@ -20,31 +20,16 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from dfcli.errors import DfError, UsageError
-from dfcli.ingest.audio import EXTENSIONS as AUDIO_EXTENSIONS
+from dfcli.ingest.containers import EXTENSIONS, sniff
 from dfcli.system.events import Note, OnEvent
 from dfcli.system.files import data_home, os_errors
 
 STDIN = "-"
 CHUNK = 1 << 20  # bytes read at once
-# Audio by its name, though it cannot be read: it is told apart from text, so that the reason given is the
-# right one.
-OTHER_AUDIO = (
-    ".aac",
-    ".aif",
-    ".aifc",
-    ".aiff",
-    ".amr",
-    ".ape",
-    ".au",
-    ".caf",
-    ".m4a",
-    ".mka",
-    ".mp2",
-    ".snd",
-    ".wma",
-    ".wv",
-)
-AUDIO_SIGNATURES = (b"RIFF", b"fLaC", b"OggS", b"ID3")
+TEXT_SIGNATURES = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF8, codecs.BOM_UTF32_BE)
+HEAD = 8192  # bytes that say what a file is
+# Audio by its name, though it cannot be read: it is told apart from text, so that the reason given is the right one.
+OTHER_AUDIO = (".aac", ".amr", ".ape", ".m4a", ".mka", ".wma", ".wv")
 
 Kind = str
 """Of a source: "text" or "audio"."""
@@ -86,6 +71,18 @@ class Source:
             return file
         with os_errors("read", self.path):
             return self.path.open("rb")
+
+    def looks_like_text(self) -> bool:
+        """Whether it begins as text does. Raises DfError."""
+        with self.open() as file:
+            head = file.read(HEAD)
+        if head.startswith(TEXT_SIGNATURES):
+            return True
+        try:
+            codecs.getincrementaldecoder("utf-8")().decode(head)
+        except UnicodeDecodeError:
+            return False
+        return bool(head) and b"\0" not in head
 
     def sha256(self) -> str:
         """The hash of its contents, hexadecimal. Raises DfError."""
@@ -148,7 +145,7 @@ def discover(items: Iterable[str]) -> tuple[list[Source], list[Skipped]]:
             skipped.append(Skipped(name, f"the same file as {seen[identity]}"))
         else:
             seen[identity] = name
-            sources.append(Source(path, name, _kind(path, given), status.st_size, given, below))
+            sources.append(Source(path, name, _kind(path), status.st_size, given, below))
 
     for item in items:
         if item == STDIN:
@@ -287,14 +284,15 @@ def shown(path: str | Path) -> str:
     return text if text.isprintable() else ascii(text)
 
 
-def _kind(path: Path, given: bool) -> Kind:
-    if path.suffix.lower() in (*AUDIO_EXTENSIONS, *OTHER_AUDIO):
+def _kind(path: Path) -> Kind:
+    """Audio by its name or by what stands in it; anything else may be text."""
+    if path.suffix.lower() in (*EXTENSIONS, *OTHER_AUDIO):
         return "audio"
-    if given:  # an unusual name: look inside
-        with os_errors("read", path), path.open("rb") as file:
-            if file.read(4).startswith(AUDIO_SIGNATURES):
-                return "audio"
-    return "text"
+    try:
+        with path.open("rb") as file:
+            return "audio" if sniff(file.read(HEAD)) else "text"
+    except OSError:  # told when it is read
+        return "text"
 
 
 def _walk(folder: Path, skipped: list[Skipped]) -> Iterator[Path]:
@@ -331,4 +329,7 @@ def _spool_stdin() -> Source:
         while data := sys.stdin.buffer.read(CHUNK):
             spooled.write(data)
         spooled.flush()
-    return Source(None, "standard input", "text", spooled.tell(), True, spooled=spooled)
+        size = spooled.tell()
+        spooled.seek(0)
+        kind = "audio" if sniff(spooled.read(HEAD)) else "text"
+    return Source(None, "standard input", kind, size, True, spooled=spooled)

