@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 MOST_COUNTED = 20_000_000  # training tokens beyond which no baseline is counted beside the training
 DAY = 86_400.0  # seconds
+LABEL = 7  # columns of the names of rows
+WIDE = 80  # columns of a row from which on units are written out
 
 
 class TrainView:
@@ -210,9 +212,9 @@ class TrainView:
         outside = console.width - 2  # two columns stay free for the ^C that a terminal echoes
         width = outside - 4
         rows = Table.grid(padding=(0, 2))
-        rows.add_column(style="dim", min_width=5, no_wrap=True)
+        rows.add_column(style="dim", width=LABEL, no_wrap=True)
         rows.add_column(no_wrap=True, overflow="ellipsis")
-        for name, text in self._rows(width - 7):
+        for name, text in self._rows(width - LABEL - 2):
             rows.add_row(name, text)
         parts: list[RenderableType] = [self._bar(width), Text(), rows]
         height = console.height - len(rows.rows) - 6
@@ -265,8 +267,9 @@ class TrainView:
             rows.append(("val", self._loss(self.val_loss, self.val_losses, width, "green", best)))
         if self.baseline is not None:
             name, nats = self.baseline
-            figures = f"{nats:.4f}  {_bits(nats)}", f"{name} counts of the training split, to compare with"
-            rows.append(("", fit([(figures[0], "dim"), (figures[1], "dim")], width)))
+            unit = f"nats a {self.unit}" if width >= WIDE else ""
+            parts = (f"{nats:.4f}", unit, _bits(nats), "counted on the training split, to compare with")
+            rows.append((name, fit([(part, "dim") for part in parts], width)))
         if step is not None:
             flops = f"{si(step.flops_per_second)}FLOP/s"
             if self.peak:
@@ -286,7 +289,7 @@ class TrainView:
 
     def _loss(self, nats: float, course: Course, width: int, style: str, more: tuple[tuple[str, str], ...]) -> Text:
         """A loss in nats and bits, its course in what is left of `width`, and `more` where there is room."""
-        unit = f"nats a {self.unit}" if width >= 80 else ""
+        unit = f"nats a {self.unit}" if width >= WIDE else ""
         text = fit([(f"{nats:.4f}", f"bold {style}"), (unit, "dim"), (_bits(nats), "")], width)
         extra = fit(list(more), width - len(text) - 14)
         space = width - len(text) - 2 - (len(extra) + 2 if extra else 0)

@@ -115,7 +115,8 @@ def wavenet(
     run: RunName = None,
     seconds: Annotated[float | None, typer.Option("--seconds", metavar="S", help="How much sound to make.")] = None,
     out: Annotated[
-        str | None, typer.Option("-o", "--output", metavar="FILE", help="The wav to write; `-` is stdout.")
+        str | None,
+        typer.Option("-o", "--output", metavar="FILE", help="A .wav, .flac, .ogg or .mp3, or a folder; `-` is stdout."),
     ] = None,
     num: Num = 1,
     label: Annotated[
@@ -124,6 +125,13 @@ def wavenet(
     mel: Annotated[
         Path | None, typer.Option("--mel", metavar="CLIP", help="Make this recording's sound again (a vocoder).")
     ] = None,
+    best: Annotated[
+        int | None, typer.Option("--best", metavar="K", help="Keep the K most likely of the --num clips.")
+    ] = None,
+    normalize: Annotated[
+        Literal["none", "peak"],
+        typer.Option("--normalize", case_sensitive=False, help="peak: bring each clip to the usual level, -1 dB."),
+    ] = "none",
     prime: Annotated[Path | None, typer.Option("--prime", metavar="CLIP", help="Go on from this recording.")] = None,
     keep_prime: Annotated[
         bool, typer.Option("--keep-prime", metavar="", help="Put the recording before what was made.")
@@ -140,7 +148,8 @@ def wavenet(
 ) -> None:
     """Make sound with a trained WaveNet, into a wav that grows while it is made.
 
-    `--num 3 -o out.wav` writes out-01.wav, out-02.wav and out-03.wav. A WaveNet
+    `--num 3 -o out.wav` writes out-01.wav, out-02.wav and out-03.wav. Only a wav
+    grows while it is made; other formats appear when they are complete. A WaveNet
     of text writes text on stdout instead, and needs neither --seconds nor -o;
     `df sample gpt --run NAME` takes a prompt for it. A label that is left out is
     drawn. A model of short, labelled recordings ends a clip by itself, and a
@@ -148,6 +157,7 @@ def wavenet(
 
     Examples:
       df sample wavenet --seconds 4 -o out.wav
+      df sample wavenet --seconds 4 -o best.flac --num 8 --best 2
       df sample wavenet --seconds 10 -o - | ffplay -nodisp -autoexit -
       df sample wavenet --seconds 2 -o more.wav --prime clip.wav --keep-prime
       df sample wavenet --label speaker=george --label digit=7 -o seven.wav
@@ -167,15 +177,16 @@ def wavenet(
                     f"the run `{found.name}` is a {found.kind} that makes text",
                     f"type `df sample gpt --run {_word(found)}`",
                 )
-            if seconds is not None or out is not None or prime is not None or keep_prime or label or mel is not None:
+            if any((seconds, out, prime, keep_prime, label, mel, best, normalize != "none")):
                 raise UsageError(
                     f"the run `{found.name}` makes text: --seconds, -o, --prime, --label and --mel are for sound",
                     f"type `df sample wavenet --run {_word(found)}`",
                 )
             _write_text(found, "", json, listener, **options)
         else:
+            options |= {"prime": prime, "keep_prime": keep_prime, "best": best, "normalize": normalize}
             told = {"labels": _labels(label or []), "mel": mel}
-            _write_sound(found, seconds, out, json, listener, prime=prime, keep_prime=keep_prime, **told, **options)
+            _write_sound(found, seconds, out, json, listener, **told, **options)
 
 
 def _write_text(run: Run, prompt: str, json: bool, listener: output.Listener, **options: Any) -> None:
@@ -227,8 +238,9 @@ def _write_sound(
     listener.close()
     if json:
         output.write_json(dataclasses.asdict(result))
-    for path in result.samples:
-        output.say(f"wrote {output.one_line(path)}")
+    for i, path in enumerate(result.samples):
+        nats = f" ({result.nats_per_sample[i]:.3f} nats a sample)" if result.nats_per_sample else ""
+        output.say(f"wrote {output.one_line(path)}{nats}")
     if result.leading_silence and max(result.leading_silence) >= 0.1:
         waits = ", ".join(f"{silent:.1f}" for silent in result.leading_silence)
         output.say(f"silent at first: {waits} s")

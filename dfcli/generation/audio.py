@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from dfcli.codecs import MuLaw
 from dfcli.errors import DfError, UsageError
-from dfcli.generation.wav import MOST_SAMPLES, Wav, WavFile, WavStream, pcm
+from dfcli.generation.outputs import FORMATS, Held, check_format, is_folder, open_output
+from dfcli.generation.wav import MOST_SAMPLES, Wav, pcm
 from dfcli.ingest.audio import Recording
 from dfcli.system.files import free_bytes, os_errors
 
@@ -30,6 +31,7 @@ class AudioClip:
         self._wav, self._codec, self._gain, self._shift = wav, codec, gain, shift
         self._total, self._kept = total, kept
         self._begun = False
+        self.ids: list[NDArray[np.integer[Any]]] = []  # made, where they are kept to be scored
         self.silent = 0  # samples before the first sound
 
     @property
@@ -99,37 +101,69 @@ class Prime:
 class Output:
     """Where clips are written: `paths`, or one binary stream (then `paths` is None).
 
-    `out` is the path of one clip; of several, out-01.wav, out-02.wav, ... `kept` is a file that is still to be read
-    while they are written. Raises UsageError where no wav can be written, DfError where the system says so.
+    `out` is the path of one clip; of several, out-01.wav, out-02.wav, ...; or a folder, whose files `name` names.
+    `kept` is a file that is still to be read while they are written. With `best` (so many of the clips are chosen) or
+    `peak` (each is brought to a usual level), clips are held in memory until `finish`. Raises UsageError where no file
+    can be written, DfError where the system says so.
     """
 
-    def __init__(self, out: str | Path | BinaryIO, num: int, kept: Path | None) -> None:
+    def __init__(
+        self, out: str | Path | BinaryIO, num: int, kept: Path | None, best: int | None = None, peak: bool = False
+    ) -> None:
+        if best is not None and not 1 <= best <= num:
+            raise UsageError(f"--best must be from 1 to the number of clips, {num}, not {best}", "such as `--num 8`")
         self.paths: list[Path] | None = None
+        self._count, self._kept, self._peak = num if best is None else best, kept, peak
+        self._held: dict[int, Held] | None = {} if best is not None or peak else None
+        self._folder: Path | None = None
         if isinstance(out, str | Path):
-            self.paths = out_paths(Path(out), num, kept)
-        elif num != 1:
+            if is_folder(Path(out), str(out)):
+                self._folder = Path(out)
+            else:
+                self.paths = out_paths(Path(out), self._count, kept)
+        elif self._count != 1:
             raise UsageError("only one clip can be streamed", "give a file to write with `-o out.wav`")
         else:
             self._stream = out
+
+    def name(self, run: str, seed: int) -> None:
+        """Name the files of a folder by run and seed, and make the folder."""
+        if self._folder is not None:
+            with os_errors("write", self._folder):
+                self._folder.mkdir(exist_ok=True)
+            self.paths = out_paths(self._folder / f"{run}-{seed}.wav", self._count, self._kept)
 
     def check_room(self, samples: list[int], kept: int, rate: int) -> None:
         """Raises UsageError or DfError where clips of so many `samples`, each behind `kept` others, do not fit."""
         if self.paths is None:
             return
+        check_format(self.paths[0], rate)
         if max(samples) + kept > MOST_SAMPLES:
             raise UsageError(f"a wav file holds at most {MOST_SAMPLES // rate:,} seconds at {rate:,} Hz")
         if free_bytes(self.paths[0].parent) < 2 * (sum(samples) + kept * len(samples)):
             raise DfError(f"there is no room for {sum(samples) / rate:,.0f} s of sound in {self.paths[0].parent}")
 
     def open(self, clip: int, rate: int) -> Wav:
-        return WavStream(self._stream, rate) if self.paths is None else WavFile(self.paths[clip], rate)
+        if self._held is not None:
+            self._held[clip] = Held()
+            return self._held[clip]
+        return self._target(clip, rate)
+
+    def finish(self, order: list[int], rate: int) -> None:
+        """Write the clips that are held, if any: as many as there are files, in this order."""
+        for place, clip in enumerate(order[: self._count] if self._held is not None else ()):
+            assert self._held is not None
+            self._held[clip].write(self._target(place, rate), self._peak)
+
+    def _target(self, place: int, rate: int) -> Wav:
+        return open_output(self._stream if self.paths is None else self.paths[place], rate)
 
 
 def out_paths(out: Path, num: int, kept: Path | None) -> list[Path]:
     """`out` for one clip; out-01.wav, out-02.wav, ... for several. `kept` is a file that is still to be
     read while they are written. Raises UsageError where no wav can be written, DfError where the system says so."""
-    if out.suffix.lower() not in (".wav", ""):
-        raise UsageError(f"{out} does not end in .wav", "sound is written as wav")
+    if out.suffix.lower() not in (".wav", "", *FORMATS):
+        raise UsageError(f"{out} ends in no format of sound", f"known: .wav, {', '.join(FORMATS)}")
     width = max(2, len(str(num)))
     paths = [out] if num == 1 else [out.with_stem(f"{out.stem}-{i:0{width}}") for i in range(1, num + 1)]
     with os_errors("write", out):  # such as a name that is too long
@@ -137,7 +171,7 @@ def out_paths(out: Path, num: int, kept: Path | None) -> list[Path]:
             raise UsageError(f"there is no folder {out.parent}", "make it first")
         for path in paths:
             if path.exists() and not path.is_file():
-                raise UsageError(f"{path} is not a file", "name a wav file; `-o -` writes to a pipe")
+                raise UsageError(f"{path} is not a file", "name a file; `-o -` writes a wav to a pipe")
             if kept is not None and path.exists() and kept.exists() and path.samefile(kept):
                 raise UsageError(f"{path} cannot be both the prime and the output", "write to another file")
     return paths

@@ -23,6 +23,7 @@ from dfcli.errors import UsageError
 from dfcli.generation.audio import AudioClip, Output, Prime
 from dfcli.generation.conditions import Wanted, planned
 from dfcli.generation.generator import Generator, Model, load
+from dfcli.generation.likelihood import mean_nats
 from dfcli.generation.sampling import Filters, chosen_seed
 from dfcli.generation.text import TextClip
 from dfcli.runs.run import Run
@@ -53,6 +54,7 @@ class SampleResult:
     times_real_time: float | None = None
     leading_silence: list[float] | None = None  # seconds before each clip's first sound; without a prime
     labels: list[dict[str, str]] | None = None  # of each clip, for a model with labels
+    nats_per_sample: list[float] | None = None  # of each clip that `best` chose, as the model finds it
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,8 @@ def sample_audio(
     out: str | Path | BinaryIO = "out.wav",
     *,
     num: int = 1,
+    best: int | None = None,
+    normalize: str = "none",
     labels: Mapping[str, str] | None = None,
     mel: str | Path | None = None,
     prime: str | Path | None = None,
@@ -153,12 +157,14 @@ def sample_audio(
     checkpoint: str | int = "best",
     on_event: OnEvent = ignore,
 ) -> SampleResult:
-    """Writes sound by the model of a run (the newest that makes sound, if `run` is None) as 16-bit mono wav: `seconds`
-    of it, 4 by default.
+    """Writes sound by the model of a run (the newest that makes sound, if `run` is None), 16 bit, mono: `seconds` of it,
+    4 by default.
 
-    `out` is a path: the file is replaced when the first samples are ready, grows while more are made, and
-    is a valid wav all along; for `num` clips the paths are out-01.wav, out-02.wav, ... Or `out` is a binary
-    stream, for one clip. `labels` chooses names for a model with labels, such as {"speaker": "george"}; each clip draws
+    `out` is a path that ends in .wav, .flac, .ogg or .mp3; for `num` clips the paths are out-01.wav, out-02.wav, ...
+    A wav is replaced when the first samples are ready, grows while more are made, and is valid all along; the other
+    formats appear when they are whole. A folder gets files named by run and seed. Or `out` is a binary stream, for one
+    clip of wav. `best` writes so many of the clips, those that the model finds most likely first; `normalize` "peak"
+    brings each clip to -1 dB. With either, clips are held in memory until they are whole. `labels` chooses names for a model with labels, such as {"speaker": "george"}; each clip draws
     those that are left out. A model of short recordings ends a clip by itself; `mel` is a recording whose sound a
     vocoder makes again from its mel spectrogram. For both, `seconds` is a limit. `prime` is a recording, of any rate,
     that the model continues; the output holds the continuation, or both with `keep_prime`. Without it a clip begins at
@@ -173,12 +179,18 @@ def sample_audio(
         raise UsageError(f"the number of samples must be from 1 to {MOST_CLIPS:,}, not {num}")
     if prime is None and keep_prime:
         raise UsageError("there is no prime to keep", "give one with `--prime clip.wav`")
-    output = Output(out, num, Path(prime) if prime is not None and keep_prime else None)
+    if normalize not in ("none", "peak"):
+        raise UsageError(f"there is no normalisation {normalize!r} of clips", "known: none, peak")
+    kept_file = Path(prime) if prime is not None and keep_prime else None
+    output = Output(out, num, kept_file, best, normalize == "peak")
     run, step, model = load(run, "audio", checkpoint, device, on_event)
     codec = model.codec
     if not isinstance(codec, MuLaw):
         raise UsageError(f"run {run.name} makes text, not sound", "use `df sample gpt`")
+    if best is not None and run.conditioning is not None:
+        raise UsageError(f"--best cannot rank clips of `{run.name}`, whose model takes conditions", "leave it out")
     _note_top_k(top_k, codec.vocab_size, on_event)
+    output.name(run.name, seed)
     limit = _limit(seconds, codec.sample_rate)
     recording = None if prime is None else Prime(Path(prime), codec, run.dataset["normalize"], model.context)
     wanted = Wanted(num, labels or {}, None if mel is None else Path(mel), recording, limit, seed)
@@ -207,6 +219,7 @@ def sample_audio(
                         recording.copy(wav)
             for clip, row in zip(clips[group.start :], ids, strict=True):
                 clip.feed(row)
+                clip.ids += [row] if best is not None else []
             on_event(_progress(clips, plan.samples, codec.sample_rate, began))
     except KeyboardInterrupt:
         interrupted = True
@@ -215,12 +228,17 @@ def sample_audio(
             clip.close()
     took = time.perf_counter() - began
     made, rate = sum(clip.samples for clip in clips), codec.sample_rate
+    order = list(range(len(clips)))
+    nats = [mean_nats(model, opening, np.concatenate(clip.ids)) for clip in clips] if best is not None else []
+    if best is not None:
+        order = sorted(order, key=lambda i: nats[i])[:best]
+    output.finish(order, rate)
     return SampleResult(
         run=run.name,
         checkpoint=step,
         seed=seed,
         engine=generator.engine.name,
-        samples=[str(path) for path in (output.paths or [])[: len(clips)]],
+        samples=[str(path) for path in (output.paths or [])[: len(order)]],
         tokens=made,
         seconds=took,
         tokens_per_second=made / took,
@@ -228,8 +246,9 @@ def sample_audio(
         sample_rate=rate,
         audio_seconds=made / rate,
         times_real_time=made / rate / took,
-        leading_silence=None if recording is not None else [clip.silent / rate for clip in clips],
+        leading_silence=None if recording is not None else [clips[i].silent / rate for i in order],
         labels=plan.labels,
+        nats_per_sample=None if best is None else [nats[i] for i in order],
     )
 
 

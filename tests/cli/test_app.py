@@ -13,7 +13,7 @@ from dfcli.errors import CorruptError, DfError, UsageError
 
 COMMANDS = [
     "train", "sample gpt", "sample wavenet", "eval", "data prepare", "data list", "data show", "data get",
-    "data remove", "runs list", "runs show", "runs path", "runs remove",
+    "data remove", "runs list", "runs show", "runs path", "runs rename", "runs pack", "runs remove",
 ]  # fmt: skip
 
 
@@ -55,13 +55,18 @@ def test_options_are_those_of_the_design(here, monkeypatch: pytest.MonkeyPatch):
         "json",
         "sample gpt": "run prompt prompt-file tokens stop num temperature top-k top-p min-p seed device engine "
         "checkpoint json",
-        "sample wavenet": "run seconds output num prime keep-prime temperature top-k top-p min-p seed device engine "
+        "sample wavenet": "run seconds output num best normalize prime keep-prime temperature top-k top-p min-p seed device engine "
         "checkpoint json",
-        "eval": "run data split stride checkpoint device json",
+        "eval": "run data split stride limit checkpoint device json",
         "data prepare": "name codec bpe label levels lines sample-rate normalize val-fraction test-fraction val test",
         "data get": "output",
         "data remove": "yes",
         "runs remove": "yes",
+        "runs pack": "output checkpoint",
+        "runs list": "json",
+        "runs show": "json",
+        "data list": "json",
+        "data show": "json",
     }
     for command, options in expected.items():
         shown = here(*command.split(), "--help").out

@@ -323,3 +323,15 @@ def test_interrupted_sound_is_kept(tmp_path):
     assert process.returncode == 130
     assert "stopped early; what was made is kept" in err
     assert 0 < soundfile.info(tmp_path / "out.wav").frames < 20000 * 4000
+
+
+def test_the_most_likely_clips_in_another_format(here, tmp_path):
+    words = ["sample", "wavenet", "--seconds", 0.1, "--seed", 4, "--num", 4, "--best", 2, "--normalize", "peak"]
+    shown = here(*words, "-o", "out.flac")
+    assert shown.code == 0, shown.err
+    assert {path.name for path in tmp_path.glob("out*")} == {"out-01.flac", "out-02.flac"}
+    nats = [float(found) for found in re.findall(r"wrote out-0\d.flac \((\d\.\d+) nats a sample\)", shown.err)]
+    assert nats == sorted(nats)
+    assert len(nats) == 2
+    assert here(*words, "-o", "clips/").code == 0
+    assert {path.name for path in (tmp_path / "clips").iterdir()} == {"tune-4-01.wav", "tune-4-02.wav"}

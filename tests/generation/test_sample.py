@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from dfcli.codecs import Chars, MuLaw
 from dfcli.cores import CharWaveNet, CharWaveNetConfig
@@ -270,6 +271,65 @@ def test_a_prime_is_continued(tmp_path: Path) -> None:
     assert np.array_equal(read(out), np.concatenate([pcm(codec.decode(heard)), continuation]))
 
 
+@pytest.mark.parametrize("kind", ["flac", "ogg", "mp3"])
+def test_other_formats_hold_the_same_sound(kind: str, tmp_path: Path) -> None:
+    run = wavenet_run()
+    if kind == "mp3":
+        with pytest.raises(UsageError, match="MP3 cannot hold sound of 1,000 Hz"):
+            audio(tmp_path / "out.mp3", run=run)
+        assert list(tmp_path.glob("*.mp3")) == []
+        return
+    audio(tmp_path / "out.wav", run=run, num=2)
+    result = audio(tmp_path / f"out.{kind}", run=run, num=2)
+    assert [Path(path).name for path in result.samples] == [f"out-01.{kind}", f"out-02.{kind}"]
+    for number in (1, 2):
+        wav, other = read(tmp_path / f"out-0{number}.wav"), soundfile.read(tmp_path / f"out-0{number}.{kind}")[0]
+        assert len(other) == len(wav)
+        if kind == "flac":
+            assert np.array_equal(np.rint(other * 32768), wav)
+    assert {path.suffix for path in tmp_path.iterdir() if path.is_file()} == {
+        ".wav",
+        f".{kind}",
+    }  # nothing is left over
+
+
+def test_a_folder_gets_files_named_by_run_and_seed(tmp_path: Path) -> None:
+    run = wavenet_run()
+    result = audio(f"{tmp_path}/clips/", run=run, num=2)
+    assert [str(Path(path).relative_to(tmp_path)) for path in result.samples] == [
+        "clips/wavenet-5-01.wav",
+        "clips/wavenet-5-02.wav",
+    ]
+    assert Path(audio(tmp_path / "clips", run=run).samples[0]).name == "wavenet-5.wav"
+
+
+def test_the_most_likely_clips_are_kept(tmp_path: Path) -> None:
+    run = wavenet_run()
+    audio(tmp_path / "all.wav", run=run, num=5)
+    result = audio(tmp_path / "out.wav", run=run, num=5, best=2)
+    codec, (core, _) = MuLaw(RATE), run.build()
+    cross_entropy = torch.nn.functional.cross_entropy
+    nats = []
+    for number in range(1, 6):
+        ids = np.array([128, *codec.encode(read(tmp_path / f"all-0{number}.wav").astype(np.float32) / 32767)])
+        logits = core(torch.from_numpy(ids[None, :-1].astype(np.int64)))[0]
+        nats.append(float(cross_entropy(logits, torch.from_numpy(ids[1:].astype(np.int64))).detach()))
+    order = np.argsort(nats)[:2]
+    assert result.nats_per_sample == pytest.approx([nats[i] for i in order], rel=1e-4)
+    for place, i in enumerate(order, 1):
+        assert np.array_equal(read(tmp_path / f"out-0{place}.wav"), read(tmp_path / f"all-0{i + 1}.wav"))
+    assert len(result.samples) == 2
+
+
+def test_clips_come_to_the_usual_level_on_request(tmp_path: Path) -> None:
+    run = wavenet_run()
+    audio(tmp_path / "out.wav", run=run, temperature=0.3)
+    audio(tmp_path / "loud.wav", run=run, temperature=0.3, normalize="peak")
+    plain, loud = read(tmp_path / "out.wav") / 32767, read(tmp_path / "loud.wav") / 32767
+    assert np.abs(loud).max() == pytest.approx(0.89, abs=1e-4)
+    assert np.allclose(loud, plain * 0.89 / np.abs(plain).max(), atol=1e-4)
+
+
 @pytest.mark.parametrize("normalize", ["peak", "minmax"])
 def test_a_kept_prime_has_its_own_level(normalize: str, tmp_path: Path) -> None:
     run = wavenet_run(normalize=normalize)
@@ -378,7 +438,9 @@ def test_the_file_is_a_wav_all_along(tmp_path: Path) -> None:
         ({"num": 10**30}, UsageError, "number of samples"),
         ({"top_p": 7}, UsageError, "top-p"),
         ({"seed": 2**63}, UsageError, "seed"), ({"engine": "fast"}, UsageError, "no fast engine"),
-        ({"out": "out.mp3"}, UsageError, "wav"), ({"out": "missing/out.wav"}, UsageError, "no folder missing"),
+        ({"out": "out.mid"}, UsageError, "no format of sound"),
+        ({"best": 2}, UsageError, "--best must be from 1 to"),
+        ({"out": "missing/out.wav"}, UsageError, "no folder missing"),
         ({"out": "folder.wav"}, UsageError, "not a file"), ({"run": "text"}, UsageError, "makes text, not sound"),
     ],
 )  # fmt: skip
