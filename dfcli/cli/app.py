@@ -1,4 +1,4 @@
-"""The program: runs a command, and turns whatever goes wrong into a sentence, a hint and an exit code.
+"""The program: runs a command, and turns every error into a sentence, a hint and an exit code.
 
 Only the standard library is imported before `main` runs, so that an early Ctrl-C is quiet too.
 """
@@ -21,14 +21,14 @@ from dfcli.system import processes
 def main(argv: Sequence[str] | None = None) -> None:
     """The entry point of `df`, `dfcli` and `python -m dfcli`. Always raises SystemExit.
 
-    Exit codes: 0 done, 1 could not do it, 2 asked wrongly, 130 interrupted, 143 terminated.
+    Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted, 143 terminated.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if sys.stdout is None:  # closed by the caller: data that is written there fails, as data that is lost must
+    if sys.stdout is None:  # closed by the caller: writing data must fail, not lose it
         sys.stdout = open(os.open(os.devnull, os.O_RDONLY), "w", encoding="utf-8")  # noqa: SIM115 - until the end
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):  # data is UTF-8 everywhere; no terminal is ever sent what it lacks
+    for stream in (sys.stdout, sys.stderr):  # data is UTF-8 everywhere; a terminal keeps its own encoding
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
     try:
@@ -103,10 +103,10 @@ def _command(arguments: list[str]) -> int:
         # The arguments are kept for the line that resumes a training.
         found = command.main(arguments, prog_name=program, standalone_mode=False, obj={"arguments": arguments})
         return found or 0
-    except OSError:  # of the help, which Typer prints, if stdout cannot be written; else a defect
+    except OSError:  # Typer could not print the help to stdout; any other OSError is a defect
         output.write("")
         raise
-    except typer.TyperException as error:  # asked wrongly: an unknown option, a missing or bad value
+    except typer.TyperException as error:  # wrong usage: an unknown option, a missing or bad value
         if type(error).__name__ == "NoArgsIsHelpError":  # it has printed the help
             return error.exit_code
         message, hint = _number_expected(error)
@@ -154,9 +154,9 @@ def _hint(error: Exception, message: str, program: str, arguments: list[str], co
                 f"to use it type `{line}`; for the disk tool type `{shlex.join(['command', '-p', 'df', *arguments])}`"
             )
     if context is not None and context.parent is not None:
-        return f"`{context.command_path} --help` shows what there is"
+        return f"`{context.command_path} --help` lists its options"
     if arguments[0] in commands:
-        return f"`{program} {arguments[0]} --help` shows what there is"
+        return f"`{program} {arguments[0]} --help` lists its options"
     if "Did you mean" in message or "Possible options" in message:
         return f"`{program} --help` lists the commands"
     disk = shlex.join(["command", "-p", "df", *arguments])

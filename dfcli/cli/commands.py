@@ -1,4 +1,4 @@
-"""The command tree and its root: what `df --help` shows."""
+"""The command tree, and the page that `df --help` shows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SETTINGS = {"help_option_names": ["-h", "--help"]}
 
 
 class Ordered(Group):
-    """The root: its commands stand in the order in which a newcomer needs them."""
+    """The root. It lists its commands in the order in which a newcomer needs them."""
 
     def list_commands(self, ctx: typer.Context) -> list[str]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return ["train", "sample", "eval", "data", "runs"]
@@ -25,7 +25,7 @@ class Ordered(Group):
 def build(completion: bool) -> TyperGroup:
     """The command tree. `completion` adds --install-completion and --show-completion.
 
-    They are for the name `dfcli` only: outside this environment a completion of `df` would run the disk tool.
+    Only `dfcli` has them. A completion of `df` would run the disk tool outside this environment.
     """
     app = typer.Typer(
         cls=Ordered,
@@ -57,15 +57,15 @@ def root(
 ) -> None:
     """Train, hear, read and measure a small GPT or WaveNet.
 
-    Any text or audio becomes token ids; a GPT or a WaveNet learns to predict
-    the next one; its predictions become text or sound again.
+    Text and audio become token ids. A GPT or a WaveNet learns to predict the
+    next id. Its predictions become text or sound again.
 
     Examples:
       df train gpt --minutes 1                   learn from built-in text
       df sample gpt                              read what the newest GPT writes
       df train wavenet --data recordings/        learn from your own audio
       df sample wavenet --seconds 4 -o out.wav   hear the newest WaveNet
-      df eval                                    measure it, beside baselines
+      df eval                                    measure the newest run, beside baselines
       df runs list                               see what was trained
 
     The disk tool of the same name is `command -p df`.

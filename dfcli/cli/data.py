@@ -26,11 +26,13 @@ MEASURED = 500_000  # tokens that `df data show` measures an encoding on
 @app.command(cls=Command)
 def prepare(
     sources: Annotated[list[str], typer.Argument(metavar="SOURCE", help="Files and folders; `-` is standard input.")],
-    name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="What to call it.")] = None,
+    name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="Name of the dataset.")] = None,
     codec: Annotated[
         Literal["chars", "bytes", "gpt2", "bpe", "mulaw"] | None,
         typer.Option(
-            "--codec", case_sensitive=False, help="How it becomes token ids; characters for text, mulaw for audio."
+            "--codec",
+            case_sensitive=False,
+            help="How the data becomes token ids. Default: chars for text, mulaw for audio.",
         ),
     ] = None,
     bpe: Annotated[
@@ -48,7 +50,11 @@ def prepare(
     lines: Annotated[bool, typer.Option("--lines", metavar="", help="Each line is one document.")] = False,
     sample_rate: Annotated[
         int | None,
-        typer.Option("--sample-rate", metavar="HZ", help="Of the audio; the sources' own by default."),
+        typer.Option(
+            "--sample-rate",
+            metavar="HZ",
+            help="Sample rate of the audio. Default: that of the sources, at most 16,000.",
+        ),
     ] = None,
     levels: Annotated[
         int | None,
@@ -63,24 +69,26 @@ def prepare(
     normalize: Annotated[
         Literal["none", "peak", "minmax"],
         typer.Option(
-            "--normalize", case_sensitive=False, help="Of each recording: its peak to 1, or its range to -1 to 1."
+            "--normalize", case_sensitive=False, help="Scale each recording: its peak to 1, or its range to -1 to 1."
         ),
     ] = "none",
     val_fraction: Annotated[
-        float, typer.Option("--val-fraction", metavar="F", help="Share held out to validate.")
+        float, typer.Option("--val-fraction", metavar="F", help="Share of the data held out for validation.")
     ] = 0.1,
-    test_fraction: Annotated[float, typer.Option("--test-fraction", metavar="F", help="Share held out to test.")] = 0.0,
+    test_fraction: Annotated[
+        float, typer.Option("--test-fraction", metavar="F", help="Share of the data held out for testing.")
+    ] = 0.0,
     val: Annotated[
-        list[str] | None, typer.Option("--val", metavar="SOURCE", help="Validate on this source instead.")
+        list[str] | None, typer.Option("--val", metavar="SOURCE", help="Validate on this source instead of a share.")
     ] = None,
     test: Annotated[
-        list[str] | None, typer.Option("--test", metavar="SOURCE", help="Test on this source instead.")
+        list[str] | None, typer.Option("--test", metavar="SOURCE", help="Test on this source instead of a share.")
     ] = None,
 ) -> None:
     """Turn text or audio into a dataset of token ids, ready to train on.
 
-    `df train --data` does this by itself; prepare first to give it a name or to
-    choose how.
+    `df train --data` does this by itself. Prepare the data first to name the
+    dataset or to choose its options.
 
     Examples:
       df data prepare shakespeare.txt
@@ -159,7 +167,7 @@ def list_(json: Json = False) -> None:
 
 
 def _facts(dataset: Dataset) -> dict[str, Any]:
-    """What a list says of a dataset, for programs."""
+    """The facts of a dataset for `--json`."""
     return {
         "dataset": dataset.name,
         "path": str(dataset.path),
@@ -187,7 +195,7 @@ def _given(dataset: Dataset) -> int:
 def show(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A dataset's name or folder.")], json: Json = False
 ) -> None:
-    """Show a dataset: its codec, its splits and what was left out.
+    """Show a dataset: its codec, its splits and the files that were left out.
 
     Examples:
       df data show names

@@ -1,4 +1,4 @@
-"""`df eval`: what a model's predictions are worth, beside baselines on the same tokens."""
+"""`df eval`: how good a model's predictions are, beside baselines on the same tokens."""
 
 from __future__ import annotations
 

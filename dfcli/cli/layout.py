@@ -38,7 +38,7 @@ class Command(TyperCommand):
         words = "word" if len(extra) == 1 else "words"
         raise UsageError(
             f"`{ctx.command_path}` has no place for the {words} `{' '.join(extra)}`",
-            f"type `{line}`" if line else f"`{ctx.command_path} --help` shows what there is",
+            f"type `{line}`" if line else f"`{ctx.command_path} --help` lists its options",
         )
 
 

@@ -1,6 +1,6 @@
 """The view of a training run on stderr: live on a terminal, one key=value line per interval elsewhere.
 
-Training only hands over events; a thread of Rich draws what was last said, four times a second.
+Training only sends events. A thread of Rich draws the newest state four times a second.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ WIDE = 80  # columns of a row from which on units are written out
 
 
 class TrainView:
-    """Shows training's events. A context manager, so that the cursor comes back whatever happens."""
+    """Shows the events of a training. A context manager, so that the cursor always comes back."""
 
     def __init__(self, stop: Stop, quiet: bool = False) -> None:
         self.stop = stop
@@ -67,7 +67,7 @@ class TrainView:
         self.close()
 
     def close(self) -> None:
-        """Leave the last picture on the screen, and end the threads."""
+        """Leave the last picture on the screen, and stop the threads."""
         self.listener.close()
         if self._live is not None:
             self._live.stop()
@@ -150,7 +150,7 @@ class TrainView:
 
     def _take(self, step: Step) -> None:
         self.step = step
-        if self.peak:  # measured while the machine was busy, if a step is faster
+        if self.peak:  # a step that is faster shows that the machine was busy when the peak was measured
             self.peak = max(self.peak, step.flops_per_second)
         self.progress = None
         self.losses.add(step.train_loss)
@@ -166,7 +166,7 @@ class TrainView:
             output.say(self.line(step))
 
     def _tell_days(self, step: Step) -> None:
-        """Say once that a number of steps takes longer than a day."""
+        """Say once that the steps take longer than a day."""
         if self._days_told or step.steps is None or step.eta_seconds is None or step.eta_seconds < DAY:
             return
         self._days_told = True
@@ -201,7 +201,7 @@ class TrainView:
     # ----------------------------------------------------------------------------------------- the picture
 
     def picture(self) -> RenderableType:
-        """What the terminal shows now."""
+        """The picture that the terminal shows now."""
         from rich.console import Group
         from rich.panel import Panel
         from rich.table import Table
@@ -309,12 +309,12 @@ class TrainView:
 
         if self.stop.exit_code:
             return Text(self.stop.notice, style="bold yellow")
-        step, progress = self.step, self.progress  # as they are now: training goes on while this is drawn
+        step, progress = self.step, self.progress  # copies, because training continues while this is drawn
         if progress is not None:
             share = f" {progress.done / progress.total:.0%}" if progress.total else ""
             return Text(output.one_line(progress.what) + share, style="dim")
         if step is not None and step.skipped:
-            return Text(f"batches skipped, since their loss was not finite: {step.skipped}", style="yellow")
+            return Text(f"skipped batches, whose loss was not finite: {step.skipped}", style="yellow")
         return None
 
     def _sample_lines(self, width: int, height: int) -> list[Text]:
@@ -365,7 +365,7 @@ def ago(seconds: float) -> str:
 
 
 def machine_rows(stats: Stats, width: int) -> list[tuple[str, Text]]:
-    """The rows on GPU, CPU and memory; what is not known is left out."""
+    """The rows on GPU, CPU and memory, without unknown figures."""
     rows: list[tuple[str, Text]] = []
     gpu: list[str] = []
     if stats.gpu_percent is not None:

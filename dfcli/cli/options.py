@@ -21,7 +21,7 @@ RunName = Annotated[
 ]
 Checkpoint = Annotated[str, typer.Option("--checkpoint", metavar="WHICH", help="best, last, or the number of a step.")]
 Json = Annotated[bool, typer.Option("--json", metavar="", help="Print one JSON object on stdout.")]
-Yes = Annotated[bool, typer.Option("--yes", "-y", metavar="", help="Do not ask.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", metavar="", help="Do not ask for confirmation.")]
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What a person or a program sees. Data goes to stdout, everything else to stderr.
+"""Output for people and programs: data goes to stdout, everything else to stderr.
 
 Text from models, files and names is shown through `printable`, so that it cannot drive the terminal. Rich is
 imported only where something is drawn, which keeps `df --help` fast.
@@ -55,14 +55,14 @@ def _escape(character: str) -> str:
 
 
 class _Stderr:
-    """Standard error as a file that never fails: no work is lost because the reader of a log went away."""
+    """Standard error as a file whose writes never fail, because a closed log must not end a training."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream(), name)
 
     @staticmethod
     def _stream() -> Any:
-        return getattr(sys.stderr, "rich_proxied_file", sys.stderr)  # Rich's Live stands before the real one
+        return getattr(sys.stderr, "rich_proxied_file", sys.stderr)  # Rich's Live replaces sys.stderr by a proxy
 
     def write(self, text: str) -> int:
         try:
@@ -80,7 +80,7 @@ class _Stderr:
 
 @cache
 def stderr() -> Console:
-    """The Rich console for messages and views; lines are not folded where there is no terminal."""
+    """The Rich console for messages and views. Without a terminal, lines are not wrapped."""
     from rich.console import Console
 
     return _wide(Console(file=cast("IO[str]", _Stderr()), markup=False, highlight=False, emoji=False))
@@ -88,7 +88,7 @@ def stderr() -> Console:
 
 @cache
 def stdout() -> Console:
-    """The Rich console for tables; cut to the terminal's width, whole where there is no terminal."""
+    """The Rich console for tables. They are cut to the width of a terminal, and complete without one."""
     from rich.console import Console
 
     return _wide(Console(markup=False, highlight=False, emoji=False))
@@ -106,19 +106,19 @@ def animated() -> bool:
 
 
 def unicode() -> bool:
-    """Whether stderr takes more than ASCII."""
+    """Whether stderr can show characters beyond ASCII."""
     return (stderr().encoding or "").lower().startswith("utf")
 
 
 def silence(stream: Any) -> None:
-    """Send what is still written to `stream` nowhere: its reader is gone."""
+    """Discard further writes to `stream`, because its reader is gone."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, stream.fileno())
     os.close(null)
 
 
 def write(data: str | bytes) -> None:
-    """Write data to stdout at once, as it is. Raises DfError where it cannot be written."""
+    """Write data to stdout unchanged, and flush it. Raises DfError if that fails."""
     try:
         if isinstance(data, str):
             sys.stdout.write(data)
@@ -127,7 +127,7 @@ def write(data: str | bytes) -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         silence(sys.stdout)
-        raise SystemExit(1) from None  # like other filters whose reader has seen enough: quietly
+        raise SystemExit(1) from None  # quietly, like other filters whose reader has closed the pipe
     except OSError as error:
         silence(sys.stdout)
         if error.errno == errno.EINVAL and os.name == "nt":  # what Windows says of a closed pipe
@@ -136,7 +136,7 @@ def write(data: str | bytes) -> None:
 
 
 class Stdout(io.RawIOBase):
-    """Standard output as a stream of bytes, each of whose writes is a `write`; a file that it is stays one."""
+    """Standard output as a binary stream that reports errors as `write` does. It is seekable if stdout is a file."""
 
     def writable(self) -> bool:
         return True
@@ -172,7 +172,7 @@ def _finite(value: Any) -> Any:
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """Show that something goes on while PyTorch is imported, which takes seconds."""
+    """Show a status line while PyTorch is imported, because that takes seconds."""
     if animated():
         with stderr().status("loading"):
             yield
@@ -181,12 +181,12 @@ def loading() -> Iterator[None]:
 
 
 def say(text: str, style: str | None = None, fold: bool = True) -> None:
-    """A line on stderr. `fold` breaks it between words; a command to copy must stay whole."""
+    """Print a line on stderr. `fold` wraps it between words; a command to copy must not be wrapped."""
     stderr().print(printable(text), style=style, soft_wrap=not fold)
 
 
 def error(message: str, hint: str = "") -> None:
-    """The one form of an error: a sentence, and below it what to do."""
+    """Print an error: a sentence, and a hint below it."""
     from rich.text import Text
 
     stderr().print(Text.assemble(("error", "bold red"), ": ", one_line(message)))
@@ -195,7 +195,7 @@ def error(message: str, hint: str = "") -> None:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[str] = ()) -> None:
-    """A table on stdout, in plain aligned columns; those named in `right` are right-aligned."""
+    """Print a table on stdout, in plain aligned columns. The columns in `right` are right-aligned."""
     from rich.table import Table
     from rich.text import Text
 
@@ -209,7 +209,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], right: Seque
 
 
 def pairs(items: Iterable[tuple[str, object]]) -> None:
-    """Names and values on stdout, one a line, aligned."""
+    """Print names and values on stdout, one pair a line, aligned."""
     from rich.table import Table
     from rich.text import Text
 
@@ -222,7 +222,7 @@ def pairs(items: Iterable[tuple[str, object]]) -> None:
 
 
 def paragraph(text: str) -> None:
-    """A sentence on stdout, broken between words on a terminal."""
+    """Print a sentence on stdout, wrapped between words on a terminal."""
     from rich.text import Text
 
     _write_rich(Text(one_line(text)))
@@ -235,7 +235,7 @@ def _write_rich(drawing: RenderableType) -> None:
 
 
 class Listener:
-    """Shows the events of long functions on stderr: notes and choices as lines, progress as a bar.
+    """Shows the events of long-running functions on stderr: notes and choices as lines, progress as a bar.
 
     A context manager; call it with events. Without a terminal, progress is a line every ten seconds. When
     `quiet`, it shows nothing.
@@ -255,7 +255,7 @@ class Listener:
         self.close()
 
     def close(self) -> None:
-        """Take the bar off the screen."""
+        """Remove the bar from the screen."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -285,7 +285,7 @@ class Listener:
         stderr().print(grid)
 
     def progress(self, event: Progress) -> None:
-        """Show how far a piece of work has come, at what rate, and how long it will take."""
+        """Show the progress of one task, its rate and the remaining time."""
         seconds = time.monotonic() - self._started.setdefault(event.what, time.monotonic())
         rate = event.done / seconds if seconds > 0.5 else 0.0
         figure = size if event.unit == "bytes" else count
@@ -297,10 +297,10 @@ class Listener:
                 text += f"  {duration((event.total - event.done) / rate)} left"
         self.bar(event.what, event.done, event.total, text)
         if event.done == event.total:
-            del self._started[event.what]  # the next of that name begins anew
+            del self._started[event.what]  # the next task of this name has a rate of its own
 
     def bar(self, what: str, done: float, total: float | None, figures: str) -> None:
-        """Move the bar called `what`, with `figures` beside it; without a terminal, write a line if one is due."""
+        """Update the bar `what` and the figures beside it. Without a terminal, print a line every ten seconds."""
         if self.quiet:
             return
         if not animated():

@@ -1,4 +1,4 @@
-"""`df runs`: what was trained, and where it is kept."""
+"""`df runs`: list, show, rename, pack, remove, import and export trained runs."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def list_(json: Json = False) -> None:
 
 @app.command(cls=Command)
 def show(name: Name, json: Json = False) -> None:
-    """Show a run: what was trained on what, how far, and the course of its losses.
+    """Show a run: its model, data, progress and losses.
 
     Examples:
       df runs show shakespeare
@@ -205,7 +205,7 @@ def remove(
 
 
 def facts(run: Run) -> dict[str, Any]:
-    """What a list says of a run, for programs."""
+    """The facts of a run for `--json`."""
     steps = run.steps()
     shown = val_loss(run)
     return {
@@ -312,7 +312,7 @@ def loss(value: object) -> str:
 
 
 def seconds_since(run: Run) -> float:
-    """Since the run was created; 0 where it does not say."""
+    """Seconds since the run was created; 0 if run.json does not say when."""
     try:
         return (datetime.now(UTC) - datetime.fromisoformat(str(run.info.get("created")))).total_seconds()
     except (ValueError, TypeError):

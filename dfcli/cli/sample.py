@@ -1,4 +1,4 @@
-"""`df sample`: text to stdout while it is made, or sound to a wav."""
+"""`df sample`: writes text to stdout while it is generated, or sound to a file."""
 
 from __future__ import annotations
 
@@ -25,20 +25,27 @@ if TYPE_CHECKING:
 
 app = typer.Typer(cls=Group, no_args_is_help=True, help="Let a trained model write text or make sound.")
 
-MAX_PROMPT = 16 << 20  # bytes: far beyond every context, and a device or a pipe may have no end
+MAX_PROMPT = 16 << 20  # bytes; far more than any context, because a device or a pipe may be endless
 
 Num = Annotated[int, typer.Option("--num", metavar="N", help="How many samples.")]
 Temperature = Annotated[
-    float, typer.Option("--temperature", metavar="T", help="Above 1 wilder, below 1 safer, 0 greedy.")
+    float,
+    typer.Option(
+        "--temperature",
+        metavar="T",
+        help="Above 1 more varied, below 1 more predictable, 0 always the likeliest token.",
+    ),
 ]
-TopK = Annotated[int | None, typer.Option("--top-k", metavar="K", help="Choose among the K likeliest only.")]
+TopK = Annotated[int | None, typer.Option("--top-k", metavar="K", help="Choose among the K likeliest tokens only.")]
 TopP = Annotated[
     float | None,
-    typer.Option("--top-p", metavar="P", help="Choose among the likeliest that make up P."),
+    typer.Option("--top-p", metavar="P", help="Choose among the likeliest tokens whose probabilities add up to P."),
 ]
 MinP = Annotated[
     float | None,
-    typer.Option("--min-p", metavar="P", help="Drop what is below P times the likeliest."),
+    typer.Option(
+        "--min-p", metavar="P", help="Leave out tokens with less than P times the probability of the likeliest."
+    ),
 ]
 Seed = Annotated[
     int | None,
@@ -46,7 +53,7 @@ Seed = Annotated[
 ]
 Engine = Annotated[
     Literal["auto", "plain", "fast"],
-    typer.Option("--engine", case_sensitive=False, help="What runs the model; auto says its choice."),
+    typer.Option("--engine", case_sensitive=False, help="How to run the model; auto takes the fastest and says which."),
 ]
 
 
@@ -60,8 +67,10 @@ def gpt(
         Path | None,
         typer.Option("--prompt-file", metavar="FILE", help="File to continue; `-` is standard input."),
     ] = None,
-    tokens: Annotated[int | None, typer.Option("--tokens", metavar="N", help="How much to write, at most.")] = None,
-    stop: Annotated[str | None, typer.Option("--stop", metavar="TEXT", help="End before this text.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", metavar="N", help="Number of tokens to write, at most; 500 by default.")
+    ] = None,
+    stop: Annotated[str | None, typer.Option("--stop", metavar="TEXT", help="Stop before this text.")] = None,
     num: Num = 1,
     temperature: Temperature = 1.0,
     top_k: TopK = None,
@@ -73,7 +82,7 @@ def gpt(
     checkpoint: Checkpoint = "best",
     json: Json = False,
 ) -> None:
-    """Write text with a trained GPT, on stdout, as it is made.
+    """Write text with a trained GPT, on stdout, while it is generated.
 
     `--prompt -` reads the prompt from a pipe. One final line break of a file or
     a pipe is dropped. A line of `---` stands between several samples, unless
@@ -113,7 +122,7 @@ def gpt(
 @app.command(cls=Command)
 def wavenet(
     run: RunName = None,
-    seconds: Annotated[float | None, typer.Option("--seconds", metavar="S", help="How much sound to make.")] = None,
+    seconds: Annotated[float | None, typer.Option("--seconds", metavar="S", help="Length of the sound.")] = None,
     out: Annotated[
         str | None,
         typer.Option("-o", "--output", metavar="FILE", help="A .wav, .flac, .ogg or .mp3, or a folder; `-` is stdout."),
@@ -132,9 +141,9 @@ def wavenet(
         Literal["none", "peak"],
         typer.Option("--normalize", case_sensitive=False, help="peak: bring each clip to the usual level, -1 dB."),
     ] = "none",
-    prime: Annotated[Path | None, typer.Option("--prime", metavar="CLIP", help="Go on from this recording.")] = None,
+    prime: Annotated[Path | None, typer.Option("--prime", metavar="CLIP", help="Continue this recording.")] = None,
     keep_prime: Annotated[
-        bool, typer.Option("--keep-prime", metavar="", help="Put the recording before what was made.")
+        bool, typer.Option("--keep-prime", metavar="", help="Write the recording before its continuation.")
     ] = False,
     temperature: Temperature = 1.0,
     top_k: TopK = None,
@@ -146,7 +155,7 @@ def wavenet(
     checkpoint: Checkpoint = "best",
     json: Json = False,
 ) -> None:
-    """Make sound with a trained WaveNet, into a wav that grows while it is made.
+    """Make sound with a trained WaveNet, into a file that grows while it is generated.
 
     `--num 3 -o out.wav` writes out-01.wav, out-02.wav and out-03.wav. Only a wav
     grows while it is made; other formats appear when they are complete. A WaveNet
@@ -221,7 +230,7 @@ def _write_sound(
         raise UsageError("a terminal cannot play a wav", "pipe it to a player, or give a file: `-o out.wav`")
     prime = options["prime"]
     if prime is not None and Path(out).exists() and prime.exists() and Path(out).samefile(prime):
-        raise UsageError(f"`-o {out}` is the recording to go on from, which it would overwrite", "choose another name")
+        raise UsageError(f"`-o {out}` would overwrite the recording to continue", "choose another name")
     with output.loading():
         from dfcli.generation.sample import AudioProgress, sample_audio
 
@@ -267,7 +276,7 @@ def _sound_line(run: Run) -> str:
 
 
 def _word(run: Run) -> str:
-    """What `--run` finds it by: its name, or its folder where that is not kept among the others."""
+    """The value of `--run` that finds the run: its name, or its folder if it lies elsewhere."""
     from dfcli.runs.run import runs_home
 
     return shlex.quote(run.name if run.path.parent == runs_home() else str(run.path))
@@ -282,12 +291,12 @@ def _tell(result: SampleResult) -> None:
         ]
     figures += [f"{result.engine} engine", f"seed {result.seed}"]
     if result.interrupted:
-        figures.insert(0, "stopped early; what was made is kept")
+        figures.insert(0, "stopped early; the finished part is kept")
     output.say(" · ".join(figures), style="dim")
 
 
 class Texts:
-    """Writes samples to stdout: the first as it is made, the others after it, `divider` between them."""
+    """Writes samples to stdout: the first while it is generated, then the others, with `divider` between them."""
 
     def __init__(self, divider: str) -> None:
         self.divider = divider
@@ -298,7 +307,7 @@ class Texts:
             output.write(self.show(text))
 
     def finish(self, samples: list[str]) -> None:
-        """Write what is left of `samples`; each ends with a line break."""
+        """Write the rest of `samples`. Each ends with a line break."""
         for i, text in enumerate(samples):
             rest = "" if text.endswith("\n") else "\n"
             output.write(rest if i == 0 else self.divider + self.show(text) + rest)
@@ -350,11 +359,12 @@ def _stdin_has_data() -> bool:
 
 
 def _decode(stream: BinaryIO, source: str) -> str:
-    """UTF-8 without its byte order mark and one final line break, which editors and `echo` add."""
+    """UTF-8 text without the byte order mark and the one final line break that editors and `echo` add."""
     data = stream.read(MAX_PROMPT + 1)
     if len(data) > MAX_PROMPT:
         raise DfError(
-            f"the prompt from {source} has more than {MAX_PROMPT:,} bytes", "give its end: no model sees as much"
+            f"the prompt from {source} has more than {MAX_PROMPT:,} bytes",
+            "give its last part: no model has so long a context",
         )
     try:
         return data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")

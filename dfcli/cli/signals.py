@@ -1,4 +1,4 @@
-"""What Ctrl-C and termination do. Signals that were ignored when the program began (nohup, `&`) stay ignored.
+"""The effects of Ctrl-C and termination. Signals that were ignored when the program began (nohup, `&`) stay ignored.
 
 Windows has no SIGHUP, and there only SIGINT and SIGBREAK (Ctrl-Break, a closing console) come from outside.
 """
@@ -29,8 +29,8 @@ def _terminate(_number: int, _frame: FrameType | None) -> None:
 
 
 def ignore() -> None:
-    """Let further signals change nothing: Python puts their system's meaning back while it shuts down, and a second one
-    would then decide how the program ends."""
+    """Ignore further signals. Python restores their default meaning while it shuts down, and a second signal would then
+    change the exit code."""
     for number in (signal.SIGINT, *_TERMINATION):
         signal.signal(number, signal.SIG_IGN)
 
@@ -54,12 +54,12 @@ class Stop:
         self._again = processes.count() == 1  # torchrun passes on a Ctrl-C that its processes have had already
 
     def __call__(self) -> str | None:
-        """Why training should stop, or None."""
+        """The reason to stop training, or None."""
         return {0: None, INTERRUPTED: "interrupted", TERMINATED: "terminated"}[self.exit_code]
 
     @property
     def notice(self) -> str:
-        """What a person is told who asked to stop."""
+        """The message after a request to stop."""
         more = "; Ctrl-C again stops at once" if self.exit_code == INTERRUPTED and self._again else ""
         return f"stopping: this step is finished and saved first{more}"
 

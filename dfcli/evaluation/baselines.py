@@ -1,4 +1,4 @@
-"""What a figure is worth: the loss of models that need no training, on exactly the targets of a sweep.
+"""Baselines to compare a loss with: models that need no training, on exactly the targets of a sweep.
 
 uniform   every id is as likely as any other: log V
 unigram   p(x)       = (count(x) + 1) / (targets + V)

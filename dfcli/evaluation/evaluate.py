@@ -32,7 +32,7 @@ WHOLE = "all"  # the one split of data that is given to be scored whole
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found. Figures that do not apply are None."""
+    """The result of an evaluation. Figures that do not apply are None."""
 
     run: str
     checkpoint: int  # its step
@@ -167,7 +167,7 @@ def _packed(run: Run, split: str | None, on_event: OnEvent) -> Evaluation | None
 
 @contextmanager
 def _dataset(run: Run, data: Sequence[str], on_event: OnEvent) -> Iterator[Dataset]:
-    """What is to be scored: `data`, else what the run was trained on."""
+    """The dataset to score: `data`, or the one that the run was trained on."""
     if not data:
         with _own_dataset(run) as dataset:
             yield dataset

@@ -41,7 +41,7 @@ _BLOCK = 4096  # windows that are sorted by length together, so that little is p
 
 @dataclass(frozen=True)
 class Loss:
-    """What a sweep found. `stride` is 1 for a core that sees its whole receptive field at every position."""
+    """The result of a sweep. `stride` is 1 for a core that sees its whole receptive field at every position."""
 
     nats: float  # summed over the targets
     tokens: int  # targets scored

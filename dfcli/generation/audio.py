@@ -1,4 +1,4 @@
-"""The sound of one sample while it is made, where it is written, and the recording that it continues."""
+"""The sound of a clip while it is generated, the files it is written to, and the recording that it continues."""
 
 from __future__ import annotations
 

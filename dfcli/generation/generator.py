@@ -1,5 +1,4 @@
-"""What generating text and sound have in common: a model with what belongs before its ids, clips in
-batches, and chunks of ids as they are made."""
+"""The common part of generating text and sound: a model and its boundary, samples in batches, and ids in chunks."""
 
 from __future__ import annotations
 
@@ -43,8 +42,8 @@ class Model:
         return core.context
 
     def opening(self, ids: NDArray[Any]) -> NDArray[np.int64]:
-        """What the model reads before its own first id: the boundary and `ids`; of these the newest that it
-        can see."""
+        """The ids that the model reads before it generates: the boundary and `ids`, cut to the newest that fit into its
+        context."""
         lead = [] if self.boundary is None else [self.boundary] * self.lead
         return np.concatenate([np.array(lead, np.int64), ids.astype(np.int64)])[-self.context :]
 
@@ -67,7 +66,7 @@ def load(
 
 
 class Generator:
-    """Makes the clips 0 .. num - 1 with one engine: those that fit into memory together are made together.
+    """Generates the clips 0 .. num - 1 with one engine, in batches that fit into memory.
 
     Which engine it is (`engine`: "auto", "plain" or "fast") is told as a Choice. Raises as `engines.choose`.
     """

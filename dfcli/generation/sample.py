@@ -1,5 +1,5 @@
-"""Text and sound from a run: load the model, let it read what comes before, and turn the ids it picks back
-into text or into a wav while they are made.
+"""Text and sound from a run: load the model, feed it the prompt, and turn the ids it picks into text or sound
+while they are generated.
 
 Several clips advance together as one batch. Clip i draws its chances from (seed, i) alone, so that it is
 the same however many are asked for (up to the last bits of float32 sums, which depend on the size of a
@@ -37,7 +37,7 @@ AUDIO_CHUNK = 0.25  # seconds of work, and of sound, between two outputs
 
 @dataclass(frozen=True)
 class SampleResult:
-    """What was made. `samples` are the texts, prompt included, or the paths of the wavs (none for a
+    """The result of a call. `samples` are the texts, with their prompt, or the paths of the sound files (none for a
     stream)."""
 
     run: str
@@ -273,14 +273,14 @@ def _note_top_k(top_k: int | None, vocab_size: int, on_event: OnEvent) -> None:
 
 
 def _text_opening(model: Model, prompt: str, on_event: OnEvent) -> NDArray[np.int64]:
-    """What a text model reads first. Without a boundary and a prompt there must still be something to
-    continue."""
+    """The ids that a text model reads first. Without a boundary and a prompt this is a newline, so that there is a
+    token to continue."""
     codec = cast(TextCodec, model.codec)
     ids = codec.encode(prompt)
     if not prompt and model.boundary is None:
         newline = codec.id_of_newline
         ids = np.array([0 if newline is None else newline])
-        on_event(Choice("prompt", repr(codec.decode(ids)), "something to begin with, since none was given"))
+        on_event(Choice("prompt", repr(codec.decode(ids)), "no prompt was given, so generation starts after it"))
     if len(ids) > model.context:
         on_event(Note(f"the prompt has {len(ids):,} ids; the model sees the last {model.context:,}"))
     return model.opening(ids)

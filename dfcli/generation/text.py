@@ -1,4 +1,4 @@
-"""The text of one sample while it is made: where it ends, and what of it is certain."""
+"""The text of one sample while it is generated: where it ends, and which part of it is final."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dfcli.codecs import TextCodec
 
 
 class StopText:
-    """Passes text on up to a stop text, and holds back what may be the stop text's beginning."""
+    """Passes text on up to a stop text, and holds back an end that may be the beginning of the stop text."""
 
     def __init__(self, stop: str | None) -> None:
         self._stop = stop or ""
@@ -16,7 +16,7 @@ class StopText:
         self.found = False
 
     def feed(self, text: str) -> str:
-        """What of everything fed so far is certain to come before the stop text, and was not returned yet."""
+        """The further text that certainly comes before the stop text."""
         if not self._stop:
             return text
         self._held += text
@@ -30,7 +30,7 @@ class StopText:
         return out
 
     def finish(self) -> str:
-        """What was held back, if the stop text never came."""
+        """The text that was held back, if the stop text never came."""
         return "" if self.found else self._held
 
 
@@ -55,7 +55,7 @@ class TextClip:
         self._put(prompt)
 
     def feed(self, ids: list[int]) -> int:
-        """Takes further ids, as far as the sample goes; returns how many those were."""
+        """Takes further ids up to the end of the sample. Returns how many belong to it."""
         for count, token in enumerate(ids):
             if self.done:
                 return count
@@ -67,7 +67,7 @@ class TextClip:
         return len(ids)
 
     def finish(self) -> str:
-        """Ends the sample and returns all of its text."""
+        """Ends the sample and returns its whole text."""
         if not self._stop.found:
             self._put(self._stop.feed(self._decoder.finish()))
             self._put(self._stop.finish())

@@ -1,4 +1,4 @@
-"""Wav output that grows while it is made: 16 bit, mono. A file is a valid wav after every `append`; a stream
+"""Wav output that grows while it is generated: 16 bit, mono. A file is a valid wav after every `append`; a stream
 needs no seeking."""
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ except ImportError:  # Windows, which does not tell whether a file is appended t
     fcntl = None
 
 HEADER = 44  # bytes before the samples
-UNKNOWN = 2**32 - 1  # a size that readers take as "up to the end"
+UNKNOWN = 2**32 - 1  # a size that readers understand as "up to the end"
 MOST_SAMPLES = (2**32 - 1 - HEADER) // 2  # the sizes in the header are 32 bits
 
 
 class Wav(Protocol):
-    """What samples are appended to."""
+    """An output that samples are appended to."""
 
     samples: int  # written
 

@@ -95,7 +95,7 @@ def get(name: str, out: Path | None = None, on_event: OnEvent = ignore) -> Path:
     UsageError for an unknown name, DfError where the network, the server or the disk fails.
     """
     if name not in KNOWN:
-        raise UsageError(f"nothing to fetch is called {name!r}", f"there is {', '.join(sorted(KNOWN))}")
+        raise UsageError(f"unknown corpus {name!r}", f"available: {', '.join(sorted(KNOWN))}")
     files = KNOWN[name]
     if out is not None and len(files) == 1 and out.is_dir():
         raise UsageError(f"{out} is a folder", "name the file to write")

@@ -1,8 +1,8 @@
 """One checkpoint: a folder `step-00000500` of a run that appears whole or not at all.
 
     model.safetensors      weights and buffers, tied ones once
-    optimizer.safetensors  what the optimiser remembers
-    state.json             step, the SHA-256 of both files, and what else the trainer needs to go on
+    optimizer.safetensors  state of the optimiser
+    state.json             step, the SHA-256 of both files, and the other state that resuming needs
 
 torch is imported only where tensors are written or read, so that listing runs stays fast.
 """
@@ -39,7 +39,7 @@ class Checkpoint:
     optimizer: dict[str, Tensor] | None
     """None unless it was asked for."""
     state: dict[str, Any]
-    """What the trainer put there; `val_loss` (nats per token) among it where it was measured."""
+    """The state of the trainer, with `val_loss` (nats per token) if it was measured."""
 
 
 def folder(run: Path, step: int) -> Path:

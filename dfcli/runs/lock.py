@@ -1,6 +1,6 @@
-"""One trainer a run, on every platform: a file lock, which the system releases however its holder dies.
+"""One trainer a run, on every platform: a file lock that the system releases when its holder ends in any way.
 
-Who holds it stands in a file beside it, only to be told to others: a stale one means nothing.
+A file beside the lock names the holder for messages. A stale one has no effect.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LOCK, OWNER = ".lock", ".owner.json"
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run's folder. Does not wait: DfError that names the holder if there is one."""
+    """Hold the lock of a run's folder. Does not wait: raises DfError naming the holder if there is one."""
     lock = filelock.FileLock(folder / LOCK, thread_local=False)
     with os_errors("lock", folder):
         try:
@@ -46,7 +46,7 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def holder(folder: Path) -> str | None:
-    """Who seems to hold the lock, without trying to take it: as good as certain, but for another machine's."""
+    """The holder of the lock, without trying to take it. A holder on another machine may be gone."""
     owner = _read_owner(folder)
     with suppress(OSError):
         since = (folder / OWNER).stat().st_mtime

@@ -76,7 +76,7 @@ def truncate(path: Path, step: int) -> None:
 
 
 def set_aside(path: Path) -> Path | None:
-    """Begin a new history. What stood there goes to a free name beside it, which is returned (None: nothing did)."""
+    """Begin a new history. Moves an existing file to a free name beside it and returns that name, else None."""
     names = (path.with_name(f"{path.stem}.damaged-{number}{path.suffix}") for number in itertools.count(1))
     aside = next(name for name in names if not os.path.lexists(name))
     with os_errors("write", path):

@@ -1,4 +1,4 @@
-"""A run on disk: a plain folder with all that sampling, evaluation and resuming need, to be copied at will.
+"""A run on disk: a plain folder with everything that sampling, evaluation and resuming need. It can be copied.
 
     run.json            what was trained, on what, how: written once
     metrics.jsonl       its history
@@ -130,7 +130,7 @@ class Run:
 
     @cached_property
     def codec(self) -> Codec:
-        """What its ids mean."""
+        """The codec that its ids belong to."""
         from dfcli.codecs import codec_from_json
 
         return codec_from_json(self.info["codec"], self.path)
@@ -158,7 +158,7 @@ class Run:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Be the only one who trains this run, or DfError naming who does. Undoes what a killed trainer left."""
+        """Hold the lock of this run, or raise DfError naming its holder. Removes debris of a killed trainer."""
         with lock.held(self.path):
             files.clean_debris(self.path)
             yield
@@ -170,7 +170,7 @@ class Run:
         `state["val_loss"]`; a run that went back to an earlier step has given up the later ones. DfError if it
         cannot be written: then the run is as before. ValueError if it could not be loaded again.
         """
-        metrics.sync(self.path / METRICS)  # a checkpoint must not outlive the lines that lead to it
+        metrics.sync(self.path / METRICS)  # the metrics up to a checkpoint must be durable before it
         kinds = self._core.layout.kinds
         weights = {name: model[name] for name in kinds}
         if any((x.dtype, tuple(x.shape)) != kinds[name] for name, x in weights.items()):
@@ -184,7 +184,7 @@ class Run:
         return checkpoint.steps(self.path)
 
     def state(self, step: int) -> dict[str, Any]:
-        """What the trainer stored with a checkpoint. CorruptError if it is damaged."""
+        """The state that the trainer stored with a checkpoint. CorruptError if it is damaged."""
         return checkpoint.read_state(self.path, step)["state"]
 
     def resolve(self, which: str | int, *, passed_over: Container[int] = ()) -> int:
@@ -218,7 +218,7 @@ class Run:
         A damaged one is a CorruptError that names the file; with `fallback` the next of "best" or "last" is
         taken, and a Note says so. Other errors are those of `resolve`.
         """
-        with files.hold(self.path / RUN) or nullcontext():  # it is not removed before all is in memory
+        with files.hold(self.path / RUN) or nullcontext():  # nobody removes it before it is in memory
             return self._load(which, optimizer, fallback, on_event)
 
     def _load(self, which: str | int, optimizer: bool, fallback: bool, on_event: OnEvent) -> Checkpoint:
@@ -248,7 +248,7 @@ class Run:
         return self._core.build(saved.model).to(device).eval(), saved
 
     def log(self, row: dict[str, Any]) -> None:
-        """Append a line to the history, visible to readers at once."""
+        """Append a line to the history. Readers see it at once."""
         metrics.append(self.path / METRICS, row)
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -266,7 +266,7 @@ class Run:
             on_event(Note(f"{error.message}: the history begins anew{kept}"))
 
     def size_bytes(self) -> int:
-        """What the run takes on the disk."""
+        """Bytes of the run on disk."""
         total = 0
         for place, _, names in os.walk(self.path):
             for name in names:
@@ -281,7 +281,7 @@ class Run:
         return Blueprint(self.info["core"], self.path / RUN)
 
     def _val_loss(self, step: int) -> float:
-        """For ordering. A damaged state comes first, so that its damage is met and told, not passed over."""
+        """For ordering. A damaged state comes first, so that its damage is reported and not skipped."""
         try:
             return _number(self.state(step).get("val_loss"))
         except DfError:
@@ -309,7 +309,7 @@ def refuse_taken(name: str) -> None:
     """Raise UsageError where there is a run of that name, also where it differs only in case."""
     if taken := files.same_name(runs_home(), name):
         who = lock.holder(runs_home() / taken)
-        resume = "go on with it by `--resume`, or " if taken == name and not who else ""
+        resume = "continue it with `--resume`, or " if taken == name and not who else ""
         raise UsageError(
             f"there is a run `{taken}` already" + (f", in use by {who}" if who else ""),
             f"{resume}choose another `--name`",

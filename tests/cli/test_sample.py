@@ -321,7 +321,7 @@ def test_interrupted_sound_is_kept(tmp_path):
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "stopped early; what was made is kept" in err
+    assert "stopped early; the finished part is kept" in err
     assert 0 < soundfile.info(tmp_path / "out.wav").frames < 20000 * 4000
 
 

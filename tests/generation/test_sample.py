@@ -98,7 +98,7 @@ def test_how_a_text_begins() -> None:
         return made, [event for event in events if not (isinstance(event, Choice) and event.what == "engine")]
 
     made, events = begun(gpt_run("newline"))
-    assert events == [Choice("prompt", "'\\n'", "something to begin with, since none was given")]
+    assert events == [Choice("prompt", "'\\n'", "no prompt was given, so generation starts after it")]
     assert "\n" + made == begun("newline", prompt="\n")[0]
     made, events = begun(gpt_run("letters", "abc"))
     assert events[0].value == "'a'"
