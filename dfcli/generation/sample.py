@@ -157,21 +157,21 @@ def sample_audio(
     checkpoint: str | int = "best",
     on_event: OnEvent = ignore,
 ) -> SampleResult:
-    """Writes sound by the model of a run (the newest that makes sound, if `run` is None), 16 bit, mono: `seconds` of it,
-    4 by default.
+    """Writes sound by the model of a run (the newest that makes sound, if `run` is None), 16 bit, mono: `seconds` of
+    it, 4 by default.
 
-    `out` is a path that ends in .wav, .flac, .ogg or .mp3; for `num` clips the paths are out-01.wav, out-02.wav, ...
-    A wav is replaced when the first samples are ready, grows while more are made, and is valid all along; the other
+    `out` is a path that ends in .wav, .flac, .ogg or .mp3; for `num` clips the paths are out-01.wav, out-02.wav, ... A
+    wav is replaced when the first samples are ready, grows while more are made, and is valid all along; the other
     formats appear when they are whole. A folder gets files named by run and seed. Or `out` is a binary stream, for one
     clip of wav. `best` writes so many of the clips, those that the model finds most likely first; `normalize` "peak"
-    brings each clip to -1 dB. With either, clips are held in memory until they are whole. `labels` chooses names for a model with labels, such as {"speaker": "george"}; each clip draws
-    those that are left out. A model of short recordings ends a clip by itself; `mel` is a recording whose sound a
-    vocoder makes again from its mel spectrogram. For both, `seconds` is a limit. `prime` is a recording, of any rate,
-    that the model continues; the output holds the continuation, or both with `keep_prime`. Without it a clip begins at
-    the model's boundary, which is silence: the result says how long that lasts. A `seed` of None draws one, which the
-    result names. Ctrl-C ends early and keeps what was made. Memory does not depend on `seconds`. Tells AudioProgress.
-    Raises UsageError for options out of range, unknown labels and a run of text, DfError where the output cannot be
-    written.
+    brings each clip to -1 dB. With either, clips are held in memory until they are whole. `labels` chooses names for a
+    model with labels, such as {"speaker": "george"}; each clip draws those that are left out. A model of short
+    recordings ends a clip by itself; `mel` is a recording whose sound a vocoder makes again from its mel spectrogram.
+    For both, `seconds` is a limit. `prime` is a recording, of any rate, that the model continues; the output holds the
+    continuation, or both with `keep_prime`. Without it a clip begins at the model's boundary, which is silence: the
+    result says how long that lasts. A `seed` of None draws one, which the result names. Ctrl-C ends early and keeps
+    what was made. Memory does not depend on `seconds`. Tells AudioProgress. Raises UsageError for options out of range,
+    unknown labels and a run of text, DfError where the output cannot be written.
     """
     filters = Filters(temperature, top_k, top_p, min_p)
     seed = chosen_seed(seed)

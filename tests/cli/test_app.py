@@ -55,7 +55,7 @@ def test_options_are_those_of_the_design(here, monkeypatch: pytest.MonkeyPatch):
         "json",
         "sample gpt": "run prompt prompt-file tokens stop num temperature top-k top-p min-p seed device engine "
         "checkpoint json",
-        "sample wavenet": "run seconds output num best normalize prime keep-prime temperature top-k top-p min-p seed "
+        "sample wavenet": "run seconds output num best normalize label mel prime keep-prime temperature top-k top-p min-p seed "
         "device engine checkpoint json",
         "eval": "run data split stride limit checkpoint device json",
         "data prepare": "name codec bpe label levels lines sample-rate normalize val-fraction test-fraction val test",
