@@ -55,8 +55,8 @@ def test_options_are_those_of_the_design(here, monkeypatch: pytest.MonkeyPatch):
         "json",
         "sample gpt": "run prompt prompt-file tokens stop num temperature top-k top-p min-p seed device engine "
         "checkpoint json",
-        "sample wavenet": "run seconds output num best normalize label mel prime keep-prime temperature top-k top-p min-p seed "
-        "device engine checkpoint json",
+        "sample wavenet": "run seconds output num best normalize label mel prime keep-prime temperature top-k top-p "
+        "min-p seed device engine checkpoint json",
         "eval": "run data split stride limit checkpoint device json",
         "data prepare": "name codec bpe label levels lines sample-rate normalize val-fraction test-fraction val test",
         "data get": "output",
@@ -70,7 +70,7 @@ def test_options_are_those_of_the_design(here, monkeypatch: pytest.MonkeyPatch):
     }
     for command, options in expected.items():
         shown = here(*command.split(), "--help").out
-        found = set(re.findall(r"^│ --([a-z-]+)", shown, re.MULTILINE))
+        found = set(re.findall(r"^│ (?:\*  )?--([a-z-]+)", shown, re.MULTILINE))
         assert {*options.split(), "help"} <= found, command
 
 
