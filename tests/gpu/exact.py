@@ -164,13 +164,15 @@ def kernels(where: Where, note: Note) -> None:
     files = ["test_cuda_gpt.py", *(["interpreted_wavenet.py"] if where.on_gpu else [])]
     says = {}
     for file in files:
-        line = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--timeout", "85", str(KERNELS / file)]
+        line = [sys.executable, "-m", "pytest", "-vv", "-p", "no:cacheprovider", "--timeout", "85", str(KERNELS / file)]
         if not where.on_gpu:
             line += ["-k", "cpu and long_chunks"] if where.quick else ["-k", "cpu"]
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        done = subprocess.run(line, capture_output=True, text=True, env=environment)
-        print(done.stdout[-8000:], done.stderr[-2000:])
-        counts = dict(reversed(found) for found in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout))
+        told = where.out / file.replace(".py", ".txt")  # has a line for each test that ended, also if time runs out
+        with open(told, "w") as output:
+            done = subprocess.run(line, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        last = told.read_text().strip().splitlines()[-1]
+        counts = dict(reversed(found) for found in re.findall(r"(\d+) (passed|failed|skipped|error)", last))
         says[file] = f"{file}: " + (", ".join(f"{n} {word}" for word, n in counts.items()) or "nothing ran")
         note(**{file: counts}, says=says)
         note.check(done.returncode == 0 and "passed" in counts, f"{file}: pytest ended with {done.returncode}")

@@ -26,7 +26,7 @@ Part = Callable[[Where, Note], None]
 PARTS: dict[str, tuple[Part, int, str]] = {
     "line": (training.line, 75, "df train gpt --data shakespeare.txt --device ..., Ctrl-C, and a sample"),
     "agree": (exact.agree, 110, "CPU and device agree: logits, gradients, the loss after 20 steps, for each preset"),
-    "kernels": (exact.kernels, 90, "each kernel and graph against the plain step"),
+    "kernels": (exact.kernels, 120, "each kernel and graph against the plain step"),
     "resume": (training.resume, 60, "a stopped training goes on bit for bit"),
     "nano": (training.nano, 130, "preset nano: published validation loss 1.4697"),
     "lecture": (training.lecture, 130, "preset lecture: published validation loss of about 1.48"),
@@ -49,8 +49,9 @@ def work(part: str, where: Where) -> None:
     print(f"\n=== {part}", flush=True)
     os.environ["DFCLI_HOME"] = str(where.work / part.replace(" ", "-"))
     note, began = Note(where.out, part), time.perf_counter()
-    note(status="running", **machine(where.device))
+    note(status="running")
     try:
+        note(**machine(where.device))
         PARTS[part][0](where, note)
     except BaseException as error:
         traceback.print_exc()
