@@ -57,6 +57,13 @@ def train(
         bool, typer.Option("--resume", metavar="", help="Go on with the run of this name, or start it.")
     ] = False,
     init: Annotated[str | None, typer.Option("--init", metavar="RUN", help="Start from another run's weights.")] = None,
+    condition: Annotated[
+        str | None, typer.Option("--condition", metavar="labels|mel|none", help="What a WaveNet is told beside.")
+    ] = None,
+    label: Annotated[
+        str | None,
+        typer.Option("--label", metavar="folder|PATTERN", help="Labels of recordings: their folder, or named groups."),
+    ] = None,
     on_nonfinite: Annotated[
         Literal["stop", "skip"] | None,
         typer.Option(
@@ -87,6 +94,7 @@ def train(
       df train gpt --data shakespeare.txt --device cuda
       df train gpt --preset nano-cpu --name nano --resume
       df train wavenet --data recordings/ --minutes 30
+      df train wavenet --data recordings/ --label folder
       df train gpt --data notes/ --set layers=6 --set dropout=0.2 --show
     """
     from dfcli.training.request import Request
@@ -95,6 +103,7 @@ def train(
     options: dict[str, Any] = {
         "preset": preset, "name": name, "steps": steps, "minutes": minutes, "device": device,
         "batch_size": batch_size, "lr": lr, "seed": seed, "init": init, "overrides": _overrides(settings),
+        "condition": condition, "label": label,
     }  # fmt: skip
     # Idle threads of PyTorch spin for 4 ms on the cores that compiled layers are to use. Now they sleep after 0.1 ms,
     # which operations that follow each other do not meet. Read when PyTorch is imported.

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from dfcli import cores
-from dfcli.codecs import Codec
+from dfcli.codecs import Codec, MuLaw
+from dfcli.data.conditions import Conditioning, conditioning
 from dfcli.data.dataset import Dataset, reopen
 from dfcli.errors import DfError, UsageError
 from dfcli.ingest.builtin import builtin_sources
@@ -32,6 +33,7 @@ from dfcli.training.request import Request, corpus_file
 from dfcli.training.settings import Recipe, change, override
 
 DROPOUTS = ("dropout", "ngram_dropout")  # of a core's config: what another training may change
+EMBEDDING = 16  # channels of the labels' embeddings
 SHARE = 0.8  # of the memory that is free: what a training is planned to take
 
 
@@ -56,6 +58,7 @@ class Plan:
     dataset: Dataset | None  # None where a look at the preset needs no data
     init: str | None
     choices: tuple[Choice, ...]
+    told: Conditioning | None = None  # the conditions of a WaveNet
 
     @property
     def dataset_name(self) -> str | None:
@@ -144,7 +147,7 @@ def make(request: Request, *, show: bool = False, on_event: OnEvent = ignore) ->
         recipe_values["minutes"] = recipes.DEFAULT_MINUTES
         choices.append(Choice("minutes", f"{recipes.DEFAULT_MINUTES:g}", "neither --steps nor --minutes was given"))
 
-    protocol = entry.get("data", {})
+    protocol = entry.get("data", {}) | ({} if request.label is None else {"label": request.label})
     needed = not (show and not request.data and "vocab_size" in entry)
     data = _sources(request, entry, parent, choices) if needed else ()
     dataset = (
@@ -154,6 +157,8 @@ def make(request: Request, *, show: bool = False, on_event: OnEvent = ignore) ->
     )
     vocab_size = dataset.codec.vocab_size if dataset else entry["vocab_size"]
     codec_name = dataset.codec.name if dataset else protocol["codec"]
+    told = _told(request, core, parent, dataset, choices)
+    base |= _row(told, parent)
 
     if request.preset:
         values = {"vocab_size": vocab_size} | base
@@ -191,8 +196,40 @@ def make(request: Request, *, show: bool = False, on_event: OnEvent = ignore) ->
         kind=request.kind, name=name, preset=request.preset, source=entry.get("source", ""),
         published=entry.get("published", ""), corpus=entry.get("corpus", ""), core=core, config=config, recipe=recipe,
         seed=seed, device=device, data=data, protocol=protocol, codec_name=codec_name, dataset=dataset,
-        init=_reference(parent) if parent else None, choices=tuple(choices),
+        init=_reference(parent) if parent else None, choices=tuple(choices), told=told,
     )  # fmt: skip
+
+
+def _told(
+    request: Request, core: str, parent: Run | Folder | None, dataset: Dataset | None, choices: list[Choice]
+) -> Conditioning | None:
+    """The conditions of the model: those of the run it starts from, or what is asked for and the data has."""
+    if isinstance(parent, Run):
+        if request.condition not in (None, parent.conditioning.kind if parent.conditioning else "none"):
+            raise UsageError(f"run {parent.name} has other conditions", "leave out --condition")
+        return parent.conditioning
+    if dataset is None or core != "wavenet":
+        return None
+    kind = request.condition or ("labels" if dataset.labels else "none")
+    if kind == "labels" and not dataset.labels:
+        raise UsageError(f"dataset {dataset.name} has no labels", "give `--label folder`, or `--label PATTERN`")
+    if kind == "mel" and not isinstance(dataset.codec, MuLaw):
+        raise UsageError("--condition mel is for recordings", "leave it out")
+    told = conditioning(dataset, kind)
+    if told is not None and told.names:
+        what = ", ".join(f"{label} ({counted(len(names), 'name')})" for label, names in told.names.items())
+        ends = "; a clip ends by itself, since the recordings are short" if told.progress else ""
+        choices.append(Choice("condition", "labels", f"{what}{ends}"))
+    elif told is not None and told.mel is not None:
+        choices.append(Choice("condition", "mel", f"{told.mel.mels} channels, a frame every {told.mel.hop} samples"))
+    return told
+
+
+def _row(told: Conditioning | None, parent: Run | Folder | None) -> dict[str, Any]:
+    """The fields of the core's config that conditions fix."""
+    if told is None or parent is not None:  # then its config has them
+        return {}
+    return {"labels": told.counts, "condition": EMBEDDING if told.counts else 0, "series": told.series}
 
 
 def check_fits(plan: Plan) -> None:

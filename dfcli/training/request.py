@@ -19,6 +19,8 @@ from dfcli.training.presets import PRESETS, preset
 
 SPEECH_COMMANDS = "https://storage.googleapis.com/download.tensorflow.org/data/speech_commands_v0.02.tar.gz"
 
+CONDITIONS = ("labels", "mel", "none")
+
 ABROAD = {  # corpora that `df data get` does not fetch: what they are, and what to do
     "sc09": (
         "SC09, the ten spoken digits of Speech Commands v0.02",
@@ -44,6 +46,8 @@ class Request:
     seed: int | None = None
     init: str | None = None
     overrides: dict[str, str] = field(default_factory=dict)
+    condition: str | None = None  # one of CONDITIONS; None: labels where the data has them
+    label: str | None = None  # how paths say labels, as `prepare` takes it
 
     def check(self, *, show: bool = False, resume: bool = False) -> None:
         """Raise UsageError for what makes no sense, and for names of nothing: of a preset, a source, a run.
@@ -51,6 +55,7 @@ class Request:
         With `show` no run's name is taken, and a preset needs no data; with `resume` the run has its data and its name.
         """
         self._check_values()
+        self._check_conditions()
         entry = preset(self.kind, self.preset) if self.preset else {}
         if self.init:
             start(self.init)
@@ -62,6 +67,17 @@ class Request:
                 refuse_taken(self.name)
             if not self.data and "corpus" in entry:
                 corpus_file(self.preset, entry["corpus"])
+
+    def _check_conditions(self) -> None:
+        if self.condition is not None and self.condition not in CONDITIONS:
+            raise UsageError(f"there is no condition `{self.condition}`", f"there are {', '.join(CONDITIONS)}")
+        if self.kind != "wavenet" and (self.condition not in (None, "none") or self.label is not None):
+            raise UsageError("--condition and --label are for WaveNets of sound", "leave them out")
+        if self.label is not None and self.condition not in (None, "labels"):
+            raise UsageError(f"--label and --condition {self.condition} exclude each other", "leave one of them out")
+        for name in ("labels", "series", "condition"):
+            if name in self.overrides:
+                raise UsageError(f"`--set {name}` follows from the data", "give --condition, or --label")
 
     def _check_values(self) -> None:
         if self.kind not in PRESETS:

@@ -16,6 +16,7 @@ import torch
 
 from dfcli import cores
 from dfcli.data.batches import Batches
+from dfcli.data.conditions import Conditions
 from dfcli.data.dataset import Dataset, find_dataset, reopen
 from dfcli.errors import CorruptError, DfError, UsageError
 from dfcli.evaluation.sweep import sweep
@@ -78,12 +79,27 @@ def plan(
     seed: int | None = None,
     init: str | None = None,
     overrides: dict[str, str] | None = None,
+    condition: str | None = None,
+    label: str | None = None,
     on_event: OnEvent = ignore,
 ) -> Plan:
     """What `train` with these arguments would train, and why. Allocates nothing, and prepares no data where the preset
     fixes the vocabulary. Raises as `train` does."""
     request = Request(
-        kind, tuple(data), preset, None, steps, minutes, device, batch_size, lr, seed, init, overrides or {}
+        kind,
+        tuple(data),
+        preset,
+        None,
+        steps,
+        minutes,
+        device,
+        batch_size,
+        lr,
+        seed,
+        init,
+        overrides or {},
+        condition,
+        label,
     )
     return plans.make(request, show=True, on_event=on_event)
 
@@ -103,6 +119,8 @@ def train(
     resume: bool = False,
     init: str | None = None,
     overrides: dict[str, str] | None = None,
+    condition: str | None = None,
+    label: str | None = None,
     previews: bool = False,
     on_event: OnEvent = ignore,
     stop: Callable[[], str | None] = lambda: None,
@@ -114,14 +132,29 @@ def train(
     `steps` or `minutes`; else the preset's steps, else 5 minutes. `overrides` are `--set`'s: field of the core's
     config or of the recipe to its value as text. `resume` goes on with the run called `name` (else the newest of
     this kind), starts it where it has no checkpoint, and does nothing where it is finished. `init` starts from the
-    best weights of another run. `previews` makes short texts for Sample events. `stop` is asked before each step: a
-    reason ends the training after a checkpoint, and comes back in the result.
+    best weights of another run. `condition`: "labels" (where the data has them, the default), "mel" (a vocoder) or
+    "none"; `label` says how paths give labels: "folder", or a pattern with named groups. `previews` makes short texts
+    for Sample events. `stop` is asked before each step: a reason ends the training after a checkpoint, and comes back
+    in the result.
 
     Raises UsageError for what is asked wrongly, before anything is prepared or left behind; DfError for data that
     cannot be prepared, a loss that is not finite, memory or disk that do not suffice; CorruptError for damaged files.
     """
     request = Request(
-        kind, tuple(data), preset, name, steps, minutes, device, batch_size, lr, seed, init, overrides or {}
+        kind,
+        tuple(data),
+        preset,
+        name,
+        steps,
+        minutes,
+        device,
+        batch_size,
+        lr,
+        seed,
+        init,
+        overrides or {},
+        condition,
+        label,
     )
     with joined() as group:
         session = Session(group, previews, on_event, stop, clock)
@@ -208,8 +241,9 @@ class Session:
             batches = Batches(
                 dataset.splits["train"], batch_size=recipe.batch_size, window=recipe.window, seed=plan.seed,
                 packing=recipe.packing, boundary=dataset.boundary, lines=dataset.lines, lead=dataset.lead,
+                conditions=Conditions(plan.told, dataset, "train") if plan.told else None,
             )  # fmt: skip
-            validation = validation_of(core, dataset, device, recipe.eval_tokens, group, self.on_event)
+            validation = validation_of(core, dataset, plan, group, self.on_event)
             if validation and self.previews:
                 validation = replace(validation, preview=preview_of(core, dataset, device, plan.seed))
             trainer = Trainer(
@@ -284,7 +318,9 @@ class Session:
         if reached.best_val_loss is not None and (not limit or limit >= dataset.splits["val"].tokens_count):
             return reached.best_val_loss  # measured over the whole split already
         core.load_state_dict(run.load("best").model)
-        return sweep(core, dataset, "val", plan.device, processes=self.group, on_event=self.on_event).mean
+        return sweep(
+            core, dataset, "val", plan.device, processes=self.group, conditioning=plan.told, on_event=self.on_event
+        ).mean
 
 
 def _existing(request: Request, on_event: OnEvent) -> Run | None:
@@ -364,6 +400,10 @@ def changed_option(run: Run, request: Request) -> str:
             wanted = os.path.abspath(wanted)  # as a folder is recorded
         if wanted is not None and wanted != info[name]:
             return f"--{name}"
+    if request.condition is not None and request.condition != (run.conditioning.kind if run.conditioning else "none"):
+        return "--condition"
+    if request.label is not None and request.label != info["dataset"]["protocol"].get("label"):
+        return "--label"
     for name, wanted in request.options().items():
         if wanted != info["recipe"].get(name):
             return "--" + name.replace("_", "-")
@@ -410,6 +450,7 @@ def _info(plan: Plan, dataset: Dataset) -> dict[str, Any]:
             "protocol": plan.protocol,
         },
         "choices": [asdict(choice) for choice in plan.choices],
+        **({"conditioning": plan.told.to_json()} if plan.told else {}),
     }
 
 
@@ -426,7 +467,7 @@ def _plan_of(run: Run, request: Request) -> Plan:
             core=info["core"]["name"], config=cores.config(info["core"]["name"], info["core"]["config"]),
             recipe=Recipe.from_json(info["recipe"]), seed=info["seed"], device=resolve(request.device),
             data=tuple(data["sources"]), protocol=data["protocol"], codec_name=info["codec"]["name"],
-            dataset=None, init=info["init"], choices=(),
+            dataset=None, init=info["init"], choices=(), told=run.conditioning,
         )  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptError(f"{run.path / runs.RUN} does not describe a training: {error}") from None

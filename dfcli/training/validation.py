@@ -17,6 +17,7 @@ from dfcli.generation.sampling import Dice
 from dfcli.system.device import Device
 from dfcli.system.events import OnEvent
 from dfcli.system.processes import Processes
+from dfcli.training.plan import Plan
 
 PREVIEW_TOKENS = 120
 
@@ -31,16 +32,19 @@ class Validation:
 
 
 def validation_of(
-    core: cores.Core, dataset: Dataset, device: Device, limit: int, processes: Processes, on_event: OnEvent
+    core: cores.Core, dataset: Dataset, plan: Plan, processes: Processes, on_event: OnEvent
 ) -> Validation | None:
-    """The loss of `core` over about `limit` targets (0: all) of the validation split; None where there is none that has
-    a next token to predict."""
-    val = dataset.splits.get("val")
+    """The loss of `core` over about as many targets of the validation split as the recipe says; None where there is
+    none that has a next token to predict."""
+    val, limit = dataset.splits.get("val"), plan.recipe.eval_tokens
     if val is None or val.longest + dataset.lines < 2:
         return None
 
     def loss() -> float:
-        return sweep(core, dataset, "val", device, limit=limit or None, processes=processes, on_event=on_event).mean
+        return sweep(
+            core, dataset, "val", plan.device, limit=limit or None, processes=processes, conditioning=plan.told,
+            on_event=on_event,
+        ).mean  # fmt: skip
 
     return Validation(loss, min(limit or val.tokens_count, val.tokens_count))
 
