@@ -27,7 +27,19 @@ from dfcli.cores.gpt import GPT, GPTConfig, GPTState, Norm
 from dfcli.cores.protocols import Picking
 from dfcli.kernels.compile import Compiled, inner
 from dfcli.kernels.gemm import join, multiply, pad, padded, tiles
-from dfcli.kernels.ops import ONE, add, copy, copy_to_rows, exp, rotate
+from dfcli.kernels.ops import (
+    ACTIVATIONS,
+    ONE,
+    activate,
+    add,
+    copy,
+    copy_to_rows,
+    exp_sum,
+    largest,
+    layer_norm,
+    norm,
+    rotate,
+)
 from dfcli.kernels.pick import pick
 from dfcli.kernels.threads import ThreadedEngine
 from dfcli.system.device import Device
@@ -36,7 +48,6 @@ from dfcli.system.events import OnEvent, ignore
 FEW = 2  # cores
 LARGE = 64 * 2**20  # bytes of weights: more than most processors' caches hold
 LARGEST = 2 * 2**30  # bytes of weights that there is room for once more
-_ACTIVATIONS = ("relu", "relu2", "gelu", "gelu_tanh")
 
 
 class _Model(NamedTuple):
@@ -58,7 +69,7 @@ class _Model(NamedTuple):
     rms: bool  # RMSNorm, otherwise LayerNorm
     qk_norm: bool
     rotary: bool
-    activation: int  # its place in _ACTIVATIONS
+    activation: int  # its place in ACTIVATIONS
 
 
 class _State(NamedTuple):
@@ -80,40 +91,14 @@ class _State(NamedTuple):
 
 
 @inner
-def _rms_norm(out, o, x, i, n):
-    """out[o : o + n] = x[i : i + n] / sqrt(mean square + the smallest step above 1), as torch's without gain."""
-    total = np.float32(0)
-    for k in range(n):
-        total += x[uintp(i + k)] * x[uintp(i + k)]
-    scale = np.float32(1 / np.sqrt(total / np.float32(n) + np.float32(2**-23)))
-    for k in range(n):
-        out[uintp(o + k)] = x[uintp(i + k)] * scale
-
-
-@inner
-def _layer_norm(out, o, x, i, n):
-    """out[o : o + n] = (x - mean) / sqrt(variance + 1e-5) of x[i : i + n]."""
-    total = np.float32(0)
-    for k in range(n):
-        total += x[uintp(i + k)]
-    mean = total / np.float32(n)
-    total = np.float32(0)
-    for k in range(n):
-        total += (x[uintp(i + k)] - mean) * (x[uintp(i + k)] - mean)
-    scale = np.float32(1 / np.sqrt(total / np.float32(n) + np.float32(1e-5)))
-    for k in range(n):
-        out[uintp(o + k)] = (x[uintp(i + k)] - mean) * scale
-
-
-@inner
 def _norm(model, state, B):
     """state.normed = the norm of state.stream; its gain and bias are in the weights behind it."""
     C = model.tokens.shape[1]
     for b in range(B):
         if model.rms:
-            _rms_norm(state.normed, b * C, state.stream, b * C, model.channels)
+            norm(state.normed, b * C, state.stream, b * C, model.channels)
         else:
-            _layer_norm(state.normed, b * C, state.stream, b * C, model.channels)
+            layer_norm(state.normed, b * C, state.stream, b * C, model.channels)
 
 
 @inner
@@ -125,56 +110,13 @@ def _attend(out, o, q, i, D, keys, k, values, v, context, count, scores):
         factor = q[uintp(i + d)]
         for t in range(count):
             scores[uintp(t)] += factor * keys[uintp(k + d * context + t)]
-    largest = scores[0]
-    for t in range(count):
-        largest = max(largest, scores[uintp(t)])
-    scale, total = np.float32(1 / np.sqrt(D)), np.float32(0)
-    for t in range(count):
-        scores[uintp(t)] = exp(max((scores[uintp(t)] - largest) * scale, np.float32(-87)))
-    for t in range(count):
-        total += scores[uintp(t)]
+    total = exp_sum(scores, 0, count, np.float32(1 / np.sqrt(D)), largest(scores, 0, count))
     for d in range(D):
         out[uintp(o + d)] = 0
     for t in range(count):
         share = scores[uintp(t)] / total
         for d in range(D):
             out[uintp(o + d)] += share * values[uintp(v + t * D + d)]
-
-
-_ONE, _TWO, _HALF = np.float32(1), np.float32(2), np.float32(0.5)
-_ERF = tuple(np.float32(a) for a in (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429))
-_E0, _E1, _E2, _E3, _E4 = _ERF
-
-
-@inner
-def _gelu(x):
-    """x / 2 (1 + erf(x / sqrt 2)), to 1.5e-7 of x: Abramowitz & Stegun 7.1.26."""
-    z = abs(x) * np.float32(0.5**0.5)
-    t = _ONE / (_ONE + np.float32(0.3275911) * z)
-    tail = ((((_E4 * t + _E3) * t + _E2) * t + _E1) * t + _E0) * t * exp(max(-z * z, np.float32(-87)))
-    return _HALF * x * (_TWO - tail if x > 0 else tail)
-
-
-@inner
-def _gelu_tanh(x):
-    """x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) = x sigmoid(2 ...)"""
-    z = np.float32(2 * (2 / np.pi) ** 0.5) * (x + np.float32(0.044715) * x * x * x)
-    return x / (_ONE + exp(min(max(-z, np.float32(-87)), np.float32(87))))
-
-
-@inner
-def _activate(x, kind):
-    if kind == 3:
-        for i in range(x.size):
-            x[i] = _gelu_tanh(x[i])
-    elif kind == 2:
-        for i in range(x.size):
-            x[i] = _gelu(x[i])
-    else:
-        for i in range(x.size):
-            x[i] = max(x[i], np.float32(0))
-            if kind == 1:
-                x[i] *= x[i]
 
 
 @inner
@@ -210,8 +152,8 @@ def _step(model, state, B):
                 q = b * 3 * C + head * D
                 k, v = q + C, q + 2 * C
                 if model.qk_norm:
-                    _rms_norm(qkv, q, qkv, q, D)
-                    _rms_norm(qkv, k, qkv, k, D)
+                    norm(qkv, q, qkv, q, D)
+                    norm(qkv, k, qkv, k, D)
                 if model.rotary:
                     rotate(qkv, q, D, model.cos, model.sin, t * (D // 2), ONE)
                     rotate(qkv, k, D, model.cos, model.sin, t * (D // 2), ONE)
@@ -229,7 +171,7 @@ def _step(model, state, B):
         _norm(model, state, B)
         copy_to_rows(inside, 0, B, biases, c + 4 * C, M)
         w = multiply(inside, zero, M, state.normed, zero, C, B, weights, w, M, C)
-        _activate(inside, model.activation)
+        activate(inside, 0, inside, 0, B * M, model.activation)
         for b in range(B):
             add(stream, b * C, biases, c + 4 * C + M, C)
         w = multiply(stream, zero, C, inside, zero, M, B, weights, w, C, M)
@@ -384,7 +326,7 @@ def _model(core: GPT) -> _Model:
         rms=config.norm == "rmsnorm",
         qk_norm=config.qk_norm,
         rotary=rotary,
-        activation=_ACTIVATIONS.index(config.activation),
+        activation=ACTIVATIONS.index(config.activation),
     )
 
 
