@@ -57,7 +57,7 @@ from dfcli.system.events import OnEvent
 WIDEST = 128  # channels: PyTorch's products of wider ones are faster than ours
 LONGEST = 512  # positions: the attention weights are kept, T x T for each head
 MOST_TABLES = 7  # a GPT has no more: for 2 to 8 ids
-BLOCK = 64  # positions of the products with weights
+BLOCK = 128  # positions of the products with weights, which come from memory once a block
 QUERIES = 16  # positions of attention: of a block of queries all keys up to its last are multiplied
 
 _row_stride, _round_up = inner(row_stride), inner(round_up)
@@ -366,11 +366,13 @@ def _attend(s, b, layer, h, q0, batch, kept, work):
     Cs, Qs, Ts, Tp = _row_stride(C), _row_stride(3 * C), _row_stride(T), _round_up(T)
     attention, qkv, positions = kept.attention, kept.qkv, batch.positions
     m, factor = min(QUERIES, T - q0), np.float32(1 / np.sqrt(D))
-    count, row, first = q0 + m, H * Tp, layer * T  # count: keys
+    count, row, first = q0 + m, H * Tp, layer * T  # keys from `low` to `count` are seen
+    low = (q0 - min(q0, positions[uintp(b * T + q0)])) // COLUMNS * COLUMNS
     begin, query, value = ((first + q0) * H + h) * Tp, (first + q0) * Qs + h * D, first * Qs + 2 * C + h * D
     for t in range(m):
         fill(attention, begin + t * row, Tp, ZERO)
-    product(attention, begin, row, qkv, query, Qs, 1, work.keys, h * D * Ts, Ts, m, _round_up(count), D)
+    keys = h * D * Ts + low
+    product(attention, begin + low, row, qkv, query, Qs, 1, work.keys, keys, Ts, m, _round_up(count) - low, D)
     for t in range(m):
         i, last = begin + t * row, q0 + t
         earliest = last - min(last, positions[uintp(b * T + last)])
@@ -385,9 +387,9 @@ def _attend(s, b, layer, h, q0, batch, kept, work):
     y = (first + q0) * Cs + h * D
     if s.dropout > 0:
         _drop_attention(s, b, layer, h, q0, work.dropped, Ts, attention, begin, row)
-        product(kept.y, y, Cs, work.dropped, 0, Ts, 1, qkv, value, Qs, m, D, count)
+        product(kept.y, y, Cs, work.dropped, low, Ts, 1, qkv, value + low * Qs, Qs, m, D, count - low)
     else:
-        product(kept.y, y, Cs, attention, begin, row, 1, qkv, value, Qs, m, D, count)
+        product(kept.y, y, Cs, attention, begin + low, row, 1, qkv, value + low * Qs, Qs, m, D, count - low)
 
 
 @inner
@@ -400,30 +402,31 @@ def _drop_attention(s, b, layer, h, q0, out, o_row, x, i, x_row):
 
 
 @inner
-def _attend_back(s, b, layer, h, q0, kept, work):
+def _attend_back(s, b, layer, h, q0, batch, kept, work):
     """The gradient of `_attend`, added to that of its queries, keys and values. work.values [D, T] of head h."""
     C, T, H, D = s.C, s.T, s.H, s.C // s.H
     Cs, Qs, Ts, Tp = _row_stride(C), _row_stride(3 * C), _row_stride(T), _round_up(T)
     attention, qkv, dy, d_qkv, change = kept.attention, kept.qkv, work.dy, work.d_qkv, work.d_attention
     m, factor = min(QUERIES, T - q0), np.float32(1 / np.sqrt(D))
     count, row, first = q0 + m, H * Tp, layer * T
+    low = (q0 - min(q0, batch.positions[uintp(b * T + q0)])) // COLUMNS * COLUMNS
     q, k, v = h * D, C + h * D, 2 * C + h * D  # within a row of qkv
     begin = ((first + q0) * H + h) * Tp
     fill(change, 0, m * Ts, ZERO)
-    product(change, 0, Ts, dy, q0 * Cs + q, Cs, 1, work.values, 0, Ts, m, _round_up(count), D)
+    product(change, low, Ts, dy, q0 * Cs + q, Cs, 1, work.values, low, Ts, m, _round_up(count) - low, D)
     if s.dropout > 0:
         _drop_attention(s, b, layer, h, q0, change, Ts, change, 0, Ts)
         _drop_attention(s, b, layer, h, q0, work.dropped, Ts, attention, begin, row)
-        product(d_qkv, v, Qs, work.dropped, 0, 1, Ts, dy, q0 * Cs + q, Cs, count, D, m)
+        product(d_qkv, low * Qs + v, Qs, work.dropped, low, 1, Ts, dy, q0 * Cs + q, Cs, count - low, D, m)
     else:
-        product(d_qkv, v, Qs, attention, begin, 1, row, dy, q0 * Cs + q, Cs, count, D, m)
+        product(d_qkv, low * Qs + v, Qs, attention, begin + low, 1, row, dy, q0 * Cs + q, Cs, count - low, D, m)
     for t in range(m):
         i = begin + t * row
-        mean = dot(change, t * Ts, attention, i, count)
-        for j in range(count):
+        mean = dot(change, t * Ts + low, attention, i + low, count - low)
+        for j in range(low, count):
             change[uintp(t * Ts + j)] = attention[uintp(i + j)] * (change[uintp(t * Ts + j)] - mean) * factor
-    product(d_qkv, q0 * Qs + q, Qs, change, 0, Ts, 1, qkv, first * Qs + k, Qs, m, D, count)
-    product(d_qkv, k, Qs, change, 0, 1, Ts, qkv, (first + q0) * Qs + q, Qs, count, D, m)
+    product(d_qkv, q0 * Qs + q, Qs, change, low, Ts, 1, qkv, (first + low) * Qs + k, Qs, m, D, count - low)
+    product(d_qkv, low * Qs + k, Qs, change, low, 1, Ts, qkv, (first + q0) * Qs + q, Qs, count - low, D, m)
 
 
 @inner
@@ -437,7 +440,7 @@ def _place_queries(s, layer, t0, n, batch, kept):
             if s.qk_norm:
                 scales[uintp((layer * s.T + t) * 2 * s.H + part)] = norm(qkv, i, qkv, i, D)
             if s.rotary:
-                rotate(qkv, i, D, cos, sin, t * (D // 2), ONE)
+                rotate(qkv, i, D, cos, sin, t * (D // 2) % cos.size, ONE)
 
 
 @inner
@@ -454,7 +457,7 @@ def _place_queries_back(s, layer, batch, kept, d_qkv):
                 for k in range(D):
                     d_qkv[uintp(i + k)] = scale * (d_qkv[uintp(i + k)] - qkv[uintp(j + k)] * mean)
             if s.rotary:
-                rotate(d_qkv, i, D, cos, sin, t * (D // 2), -ONE)
+                rotate(d_qkv, i, D, cos, sin, t * (D // 2) % cos.size, -ONE)
 
 
 # ---- layers
@@ -498,7 +501,7 @@ def _attention_back(s, at, b, layer, batch, panels, kept, work, grads, own):
     for h in range(s.H):
         transposed(work.values, 0, Ts, kept.qkv, first * Qs + 2 * C + h * D, Qs, T, D)
         for q0 in range(0, T, QUERIES):
-            _attend_back(s, b, layer, h, q0, kept, work)
+            _attend_back(s, b, layer, h, q0, batch, kept, work)
     _place_queries_back(s, layer, batch, kept, d_qkv)
     for t0 in range(0, T, BLOCK):
         n, row = min(BLOCK, T - t0), first + t0
@@ -713,6 +716,12 @@ class _Training:
         kinds = biased, c.norm == "rmsnorm", c.qk_norm, c.position == "rotary", ACTIVATIONS.index(c.activation)
         return _Shape(T, c.vocab_size, c.layers, c.heads, c.channels, *kinds, p, p * c.embedding_dropout, seed)
 
+    def joined(self, B: int, T: int) -> int:
+        """How many short sequences are computed as one with several documents, so that the weights are read from memory
+        less often: as many as fill a BLOCK, if each thread has one."""
+        fits = [n for n in range(1, BLOCK // T + 1) if B % n == 0 and B // n >= min(B, self.workers.count)]
+        return max(fits, default=1)
+
     def tables(self, ids: Tensor) -> _Tables:
         K, N = len(self.embeddings), ids.numel()
         padding = [torch.empty(0)] * (MOST_TABLES - K)
@@ -729,8 +738,9 @@ class _Training:
         core, (B, T), N = self.core, ids.shape, ids.numel()
         starts = (torch.arange(T).expand(B, T) if positions is None else positions).contiguous()
         weights = [tensor.view(-1) for linear in self.linears for tensor in linear.folded()]
-        s, tables, nothing = self.shape(T), self.tables(ids), torch.empty(0)
-        groups = min(self.workers.count, B)
+        joined = self.joined(B, T)
+        s, tables, nothing = self.shape(joined * T), self.tables(ids), torch.empty(0)
+        groups = min(self.workers.count, B // joined)
         out = _Out(
             torch.empty(groups, dtype=torch.float64),
             torch.empty(groups, self.places.total),
