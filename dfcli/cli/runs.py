@@ -104,6 +104,8 @@ def show(name: Name, json: Json = False) -> None:
         items.append(
             ("last", f"step {count(last['step'])}, {counted(last['tokens'], 'token')}, {duration(last['seconds'])}")
         )
+    if overfits(run):
+        items.append(("overfitting", "the validation loss rose after the best step, while the training loss fell"))
     most = run.info.get("recipe", {}).get("eval_tokens") if measured_in_part(run) else None
     for key, title in (("train_loss", "train loss"), ("val_loss", "val loss")):
         course = [row[key] for row in rows if isinstance(row.get(key), float)]
@@ -219,6 +221,7 @@ def facts(run: Run) -> dict[str, Any]:
         "checkpoints": steps,
         "val_loss": None if shown == "-" else float(shown.removeprefix("~")),
         "val_loss_over_whole_split": not shown.startswith("~"),
+        "overfitting": overfits(run),
         "created": run.info.get("created"),
         "size_bytes": run.size_bytes(),
     }
@@ -304,6 +307,16 @@ def measured_in_part(run: Run) -> bool:
     most = run.info.get("recipe", {}).get("eval_tokens")
     length = run.info.get("dataset", {}).get("splits", {}).get("val")
     return bool(most) and (not isinstance(length, int) or length > most)
+
+
+def overfits(run: Run) -> bool:
+    """Whether a finished training found that its model overfits."""
+    from dfcli.runs.run import RESULT
+
+    try:
+        return (run.path / RESULT).exists() and read_json(run.path / RESULT).get("overfitting") is True
+    except DfError:  # the result is damaged
+        return False
 
 
 def loss(value: object) -> str:

@@ -147,6 +147,16 @@ def test_a_split_that_was_measured_whole_is_not_marked(here, trained):
     assert json.loads(here("runs", "show", "a", "--json").out)["val_loss_over_whole_split"]
 
 
+def test_overfitting_is_told(here, trained):
+    from dfcli.system.files import read_json, write_json
+
+    path = trained / "home" / "runs" / "talk" / "result.json"
+    assert "\noverfitting" not in here("runs", "show", "talk").out
+    write_json(path, read_json(path) | {"overfitting": True})
+    assert "\noverfitting  the validation loss rose" in here("runs", "show", "talk").out
+    assert json.loads(here("runs", "show", "talk", "--json").out)["overfitting"]
+
+
 def test_removing_data_names_the_runs_that_need_it(here, trained):
     name = dfcli.Run.open("talk").dataset["name"]
     assert here("data", "remove", name).code == 2  # nobody sits there to be asked
