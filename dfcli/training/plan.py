@@ -157,8 +157,8 @@ def make(request: Request, *, show: bool = False, on_event: OnEvent = ignore) ->
     )
     vocab_size = dataset.codec.vocab_size if dataset else entry["vocab_size"]
     codec_name = dataset.codec.name if dataset else protocol["codec"]
-    told = _told(request, core, parent, dataset, choices)
-    base |= _row(told, parent)
+    told = _told(request, entry, core, parent, dataset, choices)
+    base |= _row(told, parent, base)
 
     if request.preset:
         values = {"vocab_size": vocab_size} | base
@@ -201,7 +201,12 @@ def make(request: Request, *, show: bool = False, on_event: OnEvent = ignore) ->
 
 
 def _told(
-    request: Request, core: str, parent: Run | Folder | None, dataset: Dataset | None, choices: list[Choice]
+    request: Request,
+    entry: dict[str, Any],
+    core: str,
+    parent: Run | Folder | None,
+    dataset: Dataset | None,
+    choices: list[Choice],
 ) -> Conditioning | None:
     """The conditions of the model: those of the run it starts from, or what is asked for and the data has."""
     if isinstance(parent, Run):
@@ -210,7 +215,7 @@ def _told(
         return parent.conditioning
     if dataset is None or core != "wavenet":
         return None
-    kind = request.condition or ("labels" if dataset.labels else "none")
+    kind = request.condition or entry.get("condition") or ("labels" if dataset.labels else "none")
     if kind == "labels" and not dataset.labels:
         raise UsageError(f"dataset {dataset.name} has no labels", "give `--label folder`, or `--label PATTERN`")
     if kind == "mel" and not isinstance(dataset.codec, MuLaw):
@@ -225,11 +230,15 @@ def _told(
     return told
 
 
-def _row(told: Conditioning | None, parent: Run | Folder | None) -> dict[str, Any]:
+def _row(told: Conditioning | None, parent: Run | Folder | None, base: dict[str, Any]) -> dict[str, Any]:
     """The fields of the core's config that conditions fix."""
-    if told is None or parent is not None:  # then its config has them
+    if told is None or parent is not None:  # a parent's config has them
         return {}
-    return {"labels": told.counts, "condition": EMBEDDING if told.counts else 0, "series": told.series}
+    return {
+        "labels": told.counts,
+        "condition": (base.get("condition") or EMBEDDING) if told.counts else 0,
+        "series": told.series,
+    }
 
 
 def check_fits(plan: Plan) -> None:

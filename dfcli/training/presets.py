@@ -199,6 +199,46 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
                 "200,000 steps are kan-bayashi/PytorchWaveNetVocoder's",
             ),
         },
+        "speaker": {
+            "core": "wavenet",
+            "vocab_size": 256,
+            "config": {
+                "cycles": 5, "kernel": 2, "residual": 64, "skip": 256, "head": 256, "labels": (109,), "condition": 109,
+            },
+            "recipe": {
+                "steps": 200_000, "batch_size": 8, "window": 16_000, "optimizer": "adamw", "lr": 1e-3,
+                "log_every": 10, "eval_every": 1000, "eval_tokens": 1_600_000, "checkpoint_every": 1000,
+            },
+            "data": {"codec": "mulaw", "sample_rate": 16_000, "label": "folder"},
+            "source": "van den Oord et al. 2016, arXiv 1609.03499, section 3.1",
+            "published": "44 hours of 109 speakers (VCTK), a one-hot speaker, a receptive field of about 300 ms",
+            "notes": (
+                "the speaker is the first folder below the data's; `--label PATTERN` takes it from file names",
+                "109 channels for each speaker's embedding leave each layer as free as the paper's one-hot does",
+                "the paper gives no layers: 5 cycles of 10 see 5,116 samples, 320 ms; channels and recipe are those of "
+                "preset `paper`",
+            ),
+        },
+        "vocoder": {
+            "core": "wavenet",
+            "vocab_size": 256,
+            "config": {"cycles": 3, "kernel": 3, "residual": 128, "skip": 128, "head": 128, "series": 80},
+            "recipe": {
+                "steps": 500_000, "batch_size": 8, "window": 10_240, "optimizer": "adamw", "lr": 1e-3,
+                "schedule": "step", "decay_start": 0.4, "final_lr": 0.5,
+                "log_every": 10, "eval_every": 1000, "eval_tokens": 1_600_000, "checkpoint_every": 1000,
+            },
+            "condition": "mel",
+            "data": {"codec": "mulaw", "sample_rate": 22_050},
+            "source": "r9y9/wavenet_vocoder a35fff7, hparams.py and egs/mulaw256",
+            "published": "LJSpeech, mel 80 x 125-7600 Hz, fft 1,024, hop 256; 30 layers of 256 gate channels",
+            "notes": (
+                "as there: layers, channels, mel settings, batch, steps, Adam at 1e-3; its learning rate halves every "
+                "200,000 steps, here once, at 200,000",
+                "not as there: a frame is repeated instead of a learned upsampler, and there is no weight "
+                "normalisation, pre-emphasis, trimming or averaging of weights",
+            ),
+        },
         "sc09": {
             "core": "wavenet",
             "vocab_size": 256,

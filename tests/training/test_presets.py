@@ -30,6 +30,7 @@ def test_every_preset_is_valid_and_names_its_source(kind: str, name: str) -> Non
     assert entry["published"]
     assert set(entry) <= {
         "core", "vocab_size", "config", "recipe", "seed", "data", "corpus", "source", "published", "notes", "start",
+        "condition",
     }  # fmt: skip
 
 
@@ -38,6 +39,8 @@ def test_every_preset_is_valid_and_names_its_source(kind: str, name: str) -> Non
     [
         ("wavenet", "makemore", 76_579),
         ("wavenet", "sc09", 4_244_480),
+        # table, 30 layers (dilated taps and mel to the gates, residual), skips, head
+        ("wavenet", "vocoder", 256 * 128 + 30 * (256 * (3 * 128 + 80 + 1) + 128 * 129) + 128 * 3841 + 384 * 129),
         ("gpt", "nano", 10_745_088),
         ("gpt", "gpt2", 124_439_808),
         ("gpt", "gpt2-medium", 354_823_168),
@@ -49,7 +52,9 @@ def test_published_parameter_counts(kind: str, name: str, parameters: int) -> No
     assert config_of(kind, name).parameters() == parameters
 
 
-@pytest.mark.parametrize(("name", "context"), [("paper", 3070), ("sc09", 4093), ("makemore", 8)])
+@pytest.mark.parametrize(
+    ("name", "context"), [("paper", 3070), ("speaker", 5116), ("vocoder", 6139), ("sc09", 4093), ("makemore", 8)]
+)
 def test_published_receptive_fields(name: str, context: int) -> None:
     assert config_of("wavenet", name).context == context
 
@@ -78,4 +83,4 @@ def test_a_step_of_gpt2_is_half_a_million_tokens() -> None:
 def test_an_unknown_preset_lists_those_there_are() -> None:
     with pytest.raises(UsageError) as caught:
         preset("wavenet", "nano")
-    assert caught.value.hint == "there are makemore, paper, sc09"
+    assert caught.value.hint == "there are makemore, paper, speaker, vocoder, sc09"
