@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,9 +11,11 @@ import typer
 from dfcli.cli import output
 from dfcli.cli.figures import count, short
 from dfcli.cli.options import Checkpoint, Device, Json
+from dfcli.errors import UsageError
 
 if TYPE_CHECKING:
     from dfcli.evaluation.evaluate import Evaluation
+    from dfcli.runs import Run
 
 UNITS = {
     "loss": "NATS/TOKEN",
@@ -53,6 +56,14 @@ def evaluate(
             "--measures", metavar="", help="Of a vocoder: also spectral distances of clips that it makes again."
         ),
     ] = False,
+    choices: Annotated[
+        Path | None,
+        typer.Option(
+            "--choices",
+            metavar="FILE",
+            help="Score multiple-choice items instead: JSONL with ctx, endings and label, as HellaSwag has it.",
+        ),
+    ] = None,
     checkpoint: Checkpoint = "best",
     device: Device = "auto",
     json: Json = False,
@@ -67,6 +78,7 @@ def evaluate(
       df eval --run shakespeare --split train --limit 100000
       df eval --run small --run large
       df eval --run shakespeare --data other.txt --stride 32 --json
+      df eval --run shakespeare --choices hellaswag_val.jsonl
     """
     from dfcli.ingest.prepare import check_sources
     from dfcli.runs import Run, newest
@@ -74,6 +86,11 @@ def evaluate(
     with output.Listener() as listener:
         chosen = [Run.open(name) for name in run] if run else [newest(on_event=listener)]
         check_sources(data or [])
+        if choices is not None:
+            if data or split or stride or limit or measures:
+                raise UsageError("`--choices` is a measurement of its own", "leave out the options of the loss")
+            _choices(chosen, choices, checkpoint, device, json, listener)
+            return
         found: list[Evaluation] = []
         for each in chosen:
             output.say(f"run {each.name}", style="dim")
@@ -98,6 +115,28 @@ def evaluate(
         output.write_json(objects[0] if len(objects) == 1 else {"runs": objects})
     else:
         _print(found)
+
+
+def _choices(
+    chosen: list[Run], file: Path, checkpoint: str, device: str, json: bool, listener: output.Listener
+) -> None:
+    with output.loading():
+        from dfcli.evaluation.choices import score_choices
+
+    found = [score_choices(run, file, checkpoint=checkpoint, device=device, on_event=listener) for run in chosen]
+    listener.close()
+    if json:
+        objects = [dataclasses.asdict(one) for one in found]
+        output.write_json(objects[0] if len(objects) == 1 else {"runs": objects})
+        return
+    rows = [[one.run, f"{one.accuracy_by_sum:.4f}", f"{one.accuracy_by_mean:.4f}"] for one in found]
+    rows.append(["chance", *[f"{found[0].chance:.4f}"] * 2])
+    output.table(("MODEL", "RIGHT BY SUM", "RIGHT BY MEAN"), rows, right=("RIGHT BY SUM", "RIGHT BY MEAN"))
+    output.write("\n")
+    output.paragraph(
+        f"{count(found[0].items)} items of {file}: the share for which the right ending is the most likely one, by the "
+        "sum of its tokens' log-likelihoods, and by their mean"
+    )
 
 
 def _print(found: list[Evaluation]) -> None:
