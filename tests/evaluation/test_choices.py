@@ -15,7 +15,10 @@ from dfcli.evaluation.choices import score_choices
 from tests.runs.test_export import TEXT, make_run
 
 ITEMS = [
-    {"ind": 24, "activity_label": "Cats", "ctx": "the cat sat on the mat", "endings": ["it ran", "dogs", "and then the cat ran", "!"], "label": 2},
+    {
+        "ind": 24, "activity_label": "Cats", "ctx": "the cat sat on the mat",
+        "endings": ["it ran", "dogs", "and then the cat ran", "!"], "label": 2,
+    },
     {"ctx": "12 dogs don't", "endings": ["sat", "ran on the mat; 12 dogs ran"], "label": "1"},
     {"ctx": "naïve 😀 " * 30, "endings": ["end", "the end", "Then"], "label": 0},
 ]  # fmt: skip
