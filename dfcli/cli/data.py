@@ -48,6 +48,13 @@ def prepare(
         typer.Option("--tokenizer", metavar="FILE", help="A tokenizer.json to use as the bpe codec."),
     ] = None,
     lines: Annotated[bool, typer.Option("--lines", metavar="", help="Each line is one document.")] = False,
+    separator: Annotated[
+        str | None, typer.Option("--separator", metavar="TEXT", help="Documents are the parts of files between it.")
+    ] = None,
+    field: Annotated[
+        str | None,
+        typer.Option("--field", metavar="NAME", help="Documents are this field of JSONL, CSV or Parquet records."),
+    ] = None,
     sample_rate: Annotated[
         int | None,
         typer.Option(
@@ -93,6 +100,7 @@ def prepare(
     Examples:
       df data prepare shakespeare.txt
       df data prepare names.txt --lines --name names
+      df data prepare corpus.jsonl.gz --field text
       df data prepare book.txt --codec bpe --vocab-size 4096
       df data prepare recordings/ --sample-rate 8000 --label folder
       cat *.md | df data prepare - --name notes --codec bytes
@@ -110,6 +118,8 @@ def prepare(
             vocab_size=vocab_size,
             tokenizer=tokenizer,
             lines=lines,
+            separator=separator,
+            field=field,
             sample_rate=sample_rate,
             levels=levels,
             label=label,

@@ -32,6 +32,10 @@ class Options:
     """A tokenizer.json whose encoding is the codec."""
     lines: bool = False
     """Each line that is not blank is a document."""
+    separator: str | None = None
+    """Documents are what stands between these texts within a file."""
+    field: str | None = None
+    """Documents are this field of the records of JSONL, CSV or Parquet files."""
     sample_rate: int | None = None
     """Hz; None: the rate of the recordings, see `recordings.Recordings`."""
     val_fraction: float = 0.1
@@ -83,6 +87,11 @@ class Options:
             if self.codec != "bpe":
                 raise UsageError("`--vocab-size` is for the bpe codec", "add `--codec bpe`, or leave it out")
             check_vocab_size(self.vocab_size)
+        ways = [self.lines, self.separator is not None, self.field is not None]
+        if sum(ways) > 1:
+            raise UsageError("`--lines`, `--separator` and `--field` exclude each other", "give one of them")
+        if self.separator == "" or self.field == "":
+            raise UsageError("`--separator` and `--field` cannot be empty")
         _ = self.labelling
         check_fractions(self.val_fraction, self.test_fraction)
 
@@ -90,6 +99,8 @@ class Options:
         """Raise UsageError where an option is given that means nothing for `kind` "text" or "audio"."""
         wrong = {
             "--lines": self.lines and kind == "audio",
+            "--separator": self.separator is not None and kind == "audio",
+            "--field": self.field is not None and kind == "audio",
             "--sample-rate": self.sample_rate is not None and kind == "text",
             "--normalize": self.normalize != "none" and kind == "text",
             "--levels": self.levels is not None and kind == "text",

@@ -242,7 +242,8 @@ def _opened(folder: Path, item: str, options: Options, on_event: OnEvent) -> Dat
         "sample rate": options.sample_rate not in (None, codec.get("sample_rate")),
         "normalisation": options.normalize not in ("none", made["normalize"]),
         "split": options.split_rule not in ("auto", made["split_rule"]),
-        "kind of document": options.lines and not dataset.lines,
+        "kind of document": (options.lines and not dataset.lines)
+        or (options.separator or options.field) not in (None, made.get("separator") or made.get("field")),
         "number of levels": options.levels not in (None, codec.get("levels", 256)),
         "label": options.labelling is not None and options.labelling.rule != made.get("label"),
     }

@@ -14,7 +14,7 @@ import re
 import stat
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -27,6 +27,7 @@ from dfcli.system.files import data_home, os_errors
 STDIN = "-"
 CHUNK = 1 << 20  # bytes read at once
 TEXT_SIGNATURES = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF8, codecs.BOM_UTF32_BE)
+TEXT_SIGNATURES += (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PAR1")  # compressed, and Parquet
 HEAD = 8192  # bytes that say what a file is
 # Audio by its name, though it cannot be read: it is told apart from text, so that the reason given is the right one.
 OTHER_AUDIO = (".aac", ".amr", ".ape", ".m4a", ".mka", ".wma", ".wv")
@@ -106,14 +107,6 @@ class Skipped:
     reason: str
 
 
-class BadText(DfError):
-    """A file is not UTF-8 text. `reason` says so without naming it."""
-
-    def __init__(self, name: str, reason: str, hint: str) -> None:
-        super().__init__(f"{name} {reason}", hint)
-        self.reason = reason
-
-
 def discover(items: Iterable[str]) -> tuple[list[Source], list[Skipped]]:
     """The files that `items` (paths of files and folders, `-` for standard input) stand for, and what is
     left out.
@@ -179,42 +172,6 @@ def refuse_missing(item: str) -> None:
     if missing:
         name = shown(item) or "without a name"
         raise UsageError(f"there is no file or folder {name}", "check the path; `df data list` shows datasets")
-
-
-def read_text(source: Source, on_bytes: Callable[[bytes], object]) -> Iterator[str]:
-    """The text of a file in chunks of about a million characters, without its byte order mark.
-
-    `on_bytes` is called with every piece of the file. Raises BadText, naming the byte, where it is not
-    UTF-8 or holds a NUL, which only binary files do.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")("strict")
-    offset = 0
-
-    def decode(data: bytes, final: bool) -> str:
-        pending = len(decoder.getstate()[0])  # of a character that the last chunk cut in two
-        try:
-            return decoder.decode(data, final)
-        except UnicodeDecodeError as error:
-            place = offset - pending + error.start
-            hint = "convert it, for example with `iconv -f LATIN1 -t UTF-8`"
-            raise BadText(source.name, f"is not UTF-8 at byte {place:,}", hint) from None
-
-    with source.open() as file, os_errors("read", Path(source.name)):
-        while data := file.read(CHUNK):
-            on_bytes(data)
-            if offset == 0:
-                if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                    hint = "convert it with `iconv -f UTF-16 -t UTF-8`"
-                    raise BadText(source.name, "is not UTF-8 at byte 0 but looks like UTF-16", hint)
-                if data.startswith(codecs.BOM_UTF8):
-                    data, offset = data[3:], 3
-            if (nul := data.find(0)) >= 0:
-                raise BadText(source.name, f"is not text: it has a NUL at byte {offset + nul:,}", "give a text file")
-            text = decode(data, final=False)
-            offset += len(data)
-            if text:
-                yield text
-        decode(b"", final=True)
 
 
 class Lines:

@@ -8,7 +8,7 @@ import codecs
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -19,10 +19,14 @@ from dfcli.codecs import BPE, GPT2, Bytes, Chars, TextCodec
 from dfcli.codecs.bpe import default_vocab_size
 from dfcli.errors import DfError
 from dfcli.ingest.build import Build, Made, Writers
-from dfcli.ingest.sources import CHUNK, BadText, Lines, Source, list_some, nothing_usable, read_text
+from dfcli.ingest.documents import END_OF_TEXT, Pieces, documents
+from dfcli.ingest.reading import BadText, read_text
+from dfcli.ingest.sources import CHUNK, Lines, Source, list_some, nothing_usable
 from dfcli.ingest.splits import TEST, TRAIN, VAL, Labels, constant
 from dfcli.system.events import Choice, Note
 from dfcli.system.words import counted
+
+MANY = 5000  # characters from which on a vocabulary of them is reported
 
 
 class Text(NamedTuple):
@@ -32,7 +36,7 @@ class Text(NamedTuple):
     characters: int
     lines: int
     blank: int
-    marked: bool  # by a byte order mark
+    about: frozenset[str]  # what `read_text` tells, and END_OF_TEXT where that stands in it
     contents: bytes  # the hash of its characters; empty where it is the only text
 
 
@@ -43,6 +47,7 @@ class Texts(Build):
 
     def _encode(self, folder: Path) -> Made:
         options = self._options
+        self._inside = options.separator is not None or options.field is not None  # documents are parts of files
         self._unknown = Counter[str]()  # characters that the alphabet of a given codec lacks
         alphabet = Alphabet() if options.codec in (None, "chars") else None
         total = sum(source.size for group in self._groups for source in group)
@@ -56,17 +61,19 @@ class Texts(Build):
         boundary = codec.id_of_newline if options.lines else None
         if options.lines and boundary is None:
             raise DfError("the alphabet lacks the line break that ends a line", "use a model that was made of lines")
-        if not options.lines and max(map(len, texts)) > 1:
+        if not options.lines and (self._inside or max(map(len, texts)) > 1):
             boundary = codec.end_of_text
 
         writers = self._open_writers(folder, codec.dtype)
         self._begin()
         write = self._write_lines if options.lines else self._write_texts
+        if self._inside:
+            write = self._write_documents
         rule = write(codec, texts, writers, boundary, total)
         found = [text for group in texts for text in group]
         lines, characters = sum(text.lines for text in found), sum(text.characters for text in found)
         # A line counts without its line break, which the last line of a file may lack.
-        counts = {"lines": lines, "characters_in_lines": characters - lines}
+        counts = {"lines": lines, "characters_in_lines": characters - lines} if options.lines else {}
         facts = (counts if options.lines else {"characters": characters}) | {
             "bytes": sum(text.source.size for text in found),
             "blank_lines": sum(text.blank for text in found),
@@ -79,12 +86,28 @@ class Texts(Build):
             more = ", ..." if len(self._unknown) > 5 else ""
             text = f"{lacking:,} of {characters:,} characters are not scored, because the model does not know them"
             self._on_event(Note(f"{text}: {shown}{more}; a model trained with `--codec bytes` knows every character"))
-        if marked := [text.source.name for text in found if text.marked]:
-            self._on_event(Note(f"byte order marks were left out, of {list_some(marked)}"))
+        if self._inside:
+            facts["documents"] = lines
+        self._tell_about(found)
         if facts["blank_lines"]:
             were = "was" if facts["blank_lines"] == 1 else "were"
             self._on_event(Note(f"{counted(facts['blank_lines'], 'blank line')} {were} left out"))
         return Made(codec, boundary, self._complete(rule, "text"), facts)
+
+    def _tell_about(self, texts: list[Text]) -> None:
+        """Tell what was changed in texts before they became ids, and what they may be meant to be."""
+        words = {
+            "mark": "byte order marks were left out, of",
+            "returns": "line ends of Windows or of old Macs became line feeds, in",
+            "UTF-16": "read as UTF-16, as its mark says:",
+            "UTF-32": "read as UTF-32, as its mark says:",
+        }
+        for what, told in words.items():
+            if names := [text.source.name for text in texts if what in text.about]:
+                self._on_event(Note(f"{told} {list_some(names)}"))
+        if names := [text.source.name for text in texts if END_OF_TEXT in text.about]:
+            hint = f'`--separator "{END_OF_TEXT}"` makes what stands between them documents'
+            self._on_event(Note(f"there are marks {END_OF_TEXT} in {list_some(names)}: {hint}"))
 
     def _scan(self, source: Source, alphabet: Alphabet | None, total: int) -> Text | None:
         """Read a text for the first time. None where it cannot be used; raises BadText if the user named it."""
@@ -93,21 +116,20 @@ class Texts(Build):
         found = Alphabet()
         lines = Lines() if self._options.lines else None
         characters = documents = 0
-        marked = False
+        about: set[str] = set()
 
         def on_bytes(data: bytes) -> None:
-            nonlocal marked
-            marked = marked or (not characters and data.startswith(codecs.BOM_UTF8))
             digest.update(data)
             self._progress("reading", len(data), total, "bytes")
 
         try:
-            chunks = read_text(source, on_bytes)
-            for chunk in lines.of(chunks) if lines else chunks:
+            for begins, chunk in self._pieces(source, on_bytes, about, lines):
                 characters += len(chunk)
+                if not self._inside and END_OF_TEXT in chunk:
+                    about.add(END_OF_TEXT)
                 if several:
                     contents.update(chunk.encode())
-                documents += chunk.count("\n") if lines else 0
+                documents += chunk.count("\n") if lines else begins
                 if alphabet is not None:
                     found.add(chunk)
         except DfError as error:
@@ -122,7 +144,16 @@ class Texts(Build):
             return None
         if alphabet is not None:
             alphabet.join(found)
-        return Text(source, characters, documents, lines.blank if lines else 0, marked, contents.digest())
+        return Text(source, characters, documents, lines.blank if lines else 0, frozenset(about), contents.digest())
+
+    def _pieces(
+        self, source: Source, on_bytes: Callable[[bytes], object], about: set[str], lines: Lines | None = None
+    ) -> Pieces:
+        """The text of a source in pieces, and which of them begin a document inside it."""
+        if self._inside:
+            return documents(source, self._options.separator, self._options.field, on_bytes, about)
+        chunks = read_text(source, on_bytes, about)
+        return ((False, chunk) for chunk in (lines.of(chunks) if lines else chunks))
 
     def _text_codec(self, alphabet: Alphabet | None) -> TextCodec:
         codec = self._options.codec
@@ -130,6 +161,9 @@ class Texts(Build):
             return codec
         if alphabet is not None:
             chars = Chars(alphabet.characters())
+            if chars.vocab_size >= MANY:
+                many = f"a vocabulary of {chars.vocab_size:,} characters makes the model large and slow"
+                self._on_event(Note(f"{many}: `--codec bytes` has 256 ids, `--codec bpe` as many as suit the text"))
             reason = "the default for text" if codec is None else "as asked"
             self._on_event(Choice("codec", f"chars, {counted(chars.vocab_size, 'distinct one')}", reason))
             return chars
@@ -151,6 +185,16 @@ class Texts(Build):
 
     def _training_text(self, texts: list[list[Text]], total: int) -> Iterator[str]:
         """The text of the training split in chunks; of lines, each begins with a line break."""
+        if self._inside:
+            labels, _ = self._deal(sum(text.lines for text in texts[TRAIN]), "document")
+            number, mine = 0, False
+            for text in texts[TRAIN]:
+                for begins, piece in self._pieces(text.source, self._on_read("learning pairs", total), set()):
+                    if begins:
+                        number, mine = number + 1, bool(labels(number, number + 1)[0] == TRAIN)
+                    if mine:
+                        yield piece
+            return
         if self._options.lines:
             labels, _ = self._deal(sum(text.lines for text in texts[TRAIN]), "line")
             begun, mine = 0, False
@@ -212,8 +256,52 @@ class Texts(Build):
                     dealer.add(ids, np.flatnonzero(ids == boundary))
         return rule
 
+    def _write_documents(
+        self,
+        codec: TextCodec,
+        texts: list[list[Text]],
+        writers: list[Writers],
+        boundary: int | None,
+        total: int,
+    ) -> str:
+        """Documents inside files: those of all main files are dealt out together."""
+        labels, rule = self._deal(sum(text.lines for text in texts[TRAIN]), "document")
+        for label, group in enumerate(texts):
+            dealer = _Dealer(writers, labels if label == TRAIN else constant(label))
+            for text in group:
+                for ids, starts in self._document_ids(codec, text.source, boundary, total):
+                    dealer.add(ids, starts)
+        return rule
+
+    def _document_ids(
+        self, codec: TextCodec, source: Source, boundary: int | None, total: int
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Ids [n] of the documents inside a file, and the places [k] among them where documents begin."""
+        on_bytes = self._on_read("encoding", total)
+        pieces = documents(source, self._options.separator, self._options.field, on_bytes, set())
+        parts: list[np.ndarray] = []
+        starts: list[int] = []
+        size = 0
+        for begins, chunks in _grouped(pieces):
+            if begins:
+                starts.append(size)
+                if boundary is not None:
+                    parts.append(np.array([boundary], codec.dtype))
+                    size += 1
+            for ids in self._ids(codec, source, chunks):
+                parts.append(ids)
+                size += len(ids)
+                if size > CHUNK:
+                    yield np.concatenate(parts), np.array(starts, np.int64)
+                    parts, starts, size = [], [], 0
+        if size:
+            yield np.concatenate(parts), np.array(starts, np.int64)
+
     def _read(self, source: Source, total: int, what: str = "encoding") -> Iterator[str]:
-        return read_text(source, lambda data: self._progress(what, len(data), total, "bytes"))
+        return read_text(source, self._on_read(what, total))
+
+    def _on_read(self, what: str, total: int) -> Callable[[bytes], object]:
+        return lambda data: self._progress(what, len(data), total, "bytes")
 
     def _ids(
         self, codec: TextCodec, source: Source, chunks: Iterable[str], lines: bool = False
@@ -238,6 +326,21 @@ class Texts(Build):
             if len(text) < len(chunk):
                 self._unknown.update(unknown.findall(chunk))
             yield text
+
+
+def _grouped(pieces: Pieces) -> Iterator[tuple[bool, Iterator[str]]]:
+    """The pieces of one document after the other."""
+    held = next(pieces, None)
+
+    def rest(first: str) -> Iterator[str]:
+        nonlocal held
+        yield first
+        while (held := next(pieces, None)) is not None and not held[0]:
+            yield held[1]
+
+    while held is not None:
+        begins, text = held
+        yield begins, rest(text)
 
 
 class Alphabet:
@@ -343,7 +446,7 @@ def _unknown_character(source: Source, codec: Chars, error: DfError) -> DfError:
     with source.open() as file:
         place = 3 if file.read(3) == codecs.BOM_UTF8 else 0
     line = 1
-    for chunk in read_text(source, lambda data: None):
+    for chunk in read_text(source, lambda data: None, newlines=False):
         found = next((i for i, character in enumerate(chunk) if character not in known), None)
         before = chunk[:found]
         place, line = place + len(before.encode()), line + before.count("\n")

@@ -13,8 +13,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dfcli.errors import DfError, UsageError
-from dfcli.ingest import sources as module
-from dfcli.ingest.sources import BadText, Lines, Source, discover, list_some, read_text, shown
+from dfcli.ingest import reading as module
+from dfcli.ingest.reading import BadText, read_text
+from dfcli.ingest.sources import Lines, Source, discover, list_some, shown
 
 posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX files")
 
@@ -136,6 +137,7 @@ def test_text_is_the_same_wherever_it_is_cut(text: str, chunk: int, tmp_path_fac
         seen = []
         got = "".join(read_text(source(path), seen.append))
     assert b"".join(seen) == text.encode()
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
     assert got == text.encode().decode("utf-8-sig" if chunk >= 3 else "utf-8")
 
 
@@ -170,9 +172,17 @@ def test_marks_nul_and_utf16(tmp_path: Path) -> None:
     path.write_bytes(b"abc\0d")
     with pytest.raises(BadText, match="NUL at byte 3"):
         text_of(path)
-    path.write_bytes("abc".encode("utf-16"))
-    with pytest.raises(BadText, match="UTF-16"):
+    for encoding in ("utf-16", "utf-32"):
+        path.write_bytes("abc".encode(encoding))
+        assert text_of(path) == "abc"
+    path.write_bytes("abc".encode("utf-16-le"))
+    with pytest.raises(BadText, match="looks like UTF-16LE") as error:
         text_of(path)
+    assert "iconv -f UTF-16LE -t UTF-8" in error.value.hint
+    path.write_bytes("“abc”".encode("cp1252"))
+    with pytest.raises(BadText) as error:
+        text_of(path)
+    assert f"iconv -f WINDOWS-1252 -t UTF-8 {path} > {path}.utf8" in error.value.hint
     gone = source(path)
     path.unlink()
     with pytest.raises(DfError, match="No such file"):

@@ -1,0 +1,163 @@
+"""Documents inside text files: the parts between a separator, or a field of the records of JSONL, CSV and Parquet."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from dfcli.errors import DfError, UsageError
+from dfcli.ingest.reading import CHUNK, read_text
+from dfcli.ingest.sources import Source
+
+END_OF_TEXT = "<|endoftext|>"
+MAX_RECORD = 64 << 20  # characters of one record; a quote that never ends would take all memory
+SHORTEST = 2  # characters of a document: one has nothing to predict
+
+Pieces = Iterator[tuple[bool, str]]
+"""Pieces of text in order, and whether a piece begins a document."""
+
+
+def documents(
+    source: Source, separator: str | None, field: str | None, on_bytes: Callable[[bytes], object], about: set[str]
+) -> Pieces:
+    """The documents of a source that have two characters or more. `about` collects what `read_text` tells.
+
+    Raises DfError, naming file, line or record, and field, where a record is not as it should be.
+    """
+    if field is None:
+        assert separator is not None
+        yield from _long_enough(_parts(read_text(source, on_bytes, about), separator))
+    else:
+        texts = _records(source, field, on_bytes, about)
+        yield from _long_enough((True, text) for text in texts)
+
+
+def _long_enough(pieces: Iterable[tuple[bool, str]]) -> Pieces:
+    held: str | None = None  # the beginning of a document, as long as it is too short
+    for begins, text in pieces:
+        if begins:
+            held = ""
+        if held is None:
+            if text:
+                yield False, text
+            continue
+        held += text
+        if len(held) >= SHORTEST:
+            yield True, held
+            held = None
+
+
+def _parts(chunks: Iterable[str], separator: str) -> Pieces:
+    """What stands between separators, wherever the chunks are cut."""
+    held, begins = "", True
+    for chunk in chunks:
+        *whole, rest = (held + chunk).split(separator)
+        for part in whole:
+            yield begins, part
+            begins = True
+        cut = max(0, len(rest) - len(separator) + 1)  # the end may be the beginning of a separator
+        yield begins, rest[:cut]
+        held, begins = rest[cut:], False
+    yield begins, held
+
+
+def _records(source: Source, field: str, on_bytes: Callable[[bytes], object], about: set[str]) -> Iterator[str]:
+    with source.open() as file:
+        magic = file.read(4)
+    if magic == b"PAR1":
+        yield from _parquet(source, field, on_bytes)
+        return
+    name = source.name.lower()
+    lines = _lines(source, read_text(source, on_bytes, about))
+    if any(part in (".csv", ".tsv") for part in map(lambda p: "." + p, name.split(".")[-2:])):
+        yield from _csv(source, field, lines, "\t" if ".tsv" in name else None)
+    else:
+        yield from _jsonl(source, field, lines)
+
+
+def _lines(source: Source, chunks: Iterable[str]) -> Iterator[str]:
+    """Lines with their line break."""
+    held: list[str] = []
+    size = 0
+    for chunk in chunks:
+        first, newline, rest = chunk.partition("\n")
+        held.append(first)
+        size += len(first)
+        if size > MAX_RECORD:
+            raise DfError(f"{source.name} has a line of more than {MAX_RECORD:,} characters")
+        if not newline:
+            continue
+        yield "".join(held) + "\n"
+        *whole, last = rest.split("\n")
+        yield from (line + "\n" for line in whole)
+        held, size = [last], len(last)
+    if size:
+        yield "".join(held)
+
+
+def _jsonl(source: Source, field: str, lines: Iterable[str]) -> Iterator[str]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{source.name}, line {number:,}:"
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            hint = "give JSONL, one object a line: `jq -c '.[]' IN.json > OUT.jsonl` makes it of an array"
+            raise DfError(f"{where} this is not JSON", hint) from None
+        if not isinstance(record, dict):
+            raise DfError(f"{where} the record is no object with fields")
+        yield _text(where, field, record)
+
+
+def _csv(source: Source, field: str, lines: Iterator[str], delimiter: str | None) -> Iterator[str]:
+    first = next(lines, "")
+    if delimiter is None:
+        delimiter = max(",;\t|", key=first.count)
+    csv.field_size_limit(MAX_RECORD)
+    rows = csv.reader((line for part in ((first,), lines) for line in part), delimiter=delimiter)
+    try:
+        header = next(rows, [])
+        for row in rows:
+            if row:
+                yield _text(f"{source.name}, line {rows.line_num:,}:", field, dict(zip(header, row, strict=False)))
+    except csv.Error as error:
+        raise DfError(f"{source.name}, line {rows.line_num:,}: {error}") from None
+
+
+def _parquet(source: Source, field: str, on_bytes: Callable[[bytes], object]) -> Iterator[str]:
+    try:
+        import pyarrow as arrow
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise UsageError(f"{source.name} is Parquet, which takes another package", "`pip install pyarrow`") from None
+    with source.open() as file:
+        while data := file.read(CHUNK):  # for its hash, and for the progress
+            on_bytes(data)
+        try:
+            table = parquet.ParquetFile(file)
+            if field not in table.schema_arrow.names:
+                _text(f"{source.name}:", field, dict.fromkeys(table.schema_arrow.names))
+            number = 0
+            for batch in table.iter_batches(batch_size=1000, columns=[field], use_threads=False):
+                for value in batch.column(0).to_pylist():
+                    number += 1
+                    yield _text(f"{source.name}, record {number:,}:", field, {field: value})
+        except (arrow.ArrowException, OSError) as error:
+            raise DfError(f"{source.name} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
+
+
+def _text(where: str, field: str, record: dict[str, Any]) -> str:
+    """The text of a record's field; an empty one where it is null. Raises DfError."""
+    if field not in record:
+        there = ", ".join(f"`{name}`" for name in list(record)[:10])
+        raise DfError(f"{where} there is no field `{field}`", f"`--field` takes one of {there}")
+    value = record[field]
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise DfError(f"{where} the field `{field}` holds {type(value).__name__}, not text")
+    return io.IncrementalNewlineDecoder(None, translate=True).decode(value, final=True)
