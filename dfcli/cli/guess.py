@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,8 @@ def command_line(program: str, group: str, words: Sequence[str]) -> str:
         command = "wavenet" if kind == "sound" or (kind == "run" and _makes_sound(word)) else "gpt"
         return line(program, f"sample {command}", [*rest, word], [word], {})
     if group == "train":  # its KIND is what stands there
+        if kind == "text" and (close := get_close_matches(word.lower(), ["gpt", "wavenet"], 1)):
+            return shlex.join([program, "train", *close, *rest])
         model = _preset_kind(word) or ("wavenet" if kind == "sound" or _holds_sound(word) else "gpt")
         return line(program, "train", [model, *rest, word], [word], {})
     if group == "runs":
@@ -116,12 +119,15 @@ def command_line(program: str, group: str, words: Sequence[str]) -> str:
 
 def number(option: str, text: str, whole: bool) -> str:
     """The number that was probably meant by `text` as the value of `option`; "" where there is no guess."""
-    match = re.fullmatch(r"([0-9][0-9,_]*(?:\.[0-9]+)?(?:e[0-9]+)?) *([a-z]*)", text.strip().lower())
+    text = text.strip().lower()
+    if re.match(r"[0-9]+,(?![0-9]{3}(?![0-9]))", text):
+        text = text.replace(",", ".", 1)  # a decimal comma
+    match = re.fullmatch(r"([0-9][0-9,_]*(?:\.[0-9]+)?(?:e[0-9]+)?) *([a-z]*)", text)
     if match is None:
         return ""
     value, unit = float(match[1].replace(",", "").replace("_", "")), match[2]
     seconds = {"--minutes": 60.0, "--seconds": 1.0}.get(option)
-    if seconds:
+    if seconds and unit:
         scale = UNITS.get(unit, UNITS.get(unit.removesuffix("s")))
         factor = None if scale is None else scale / seconds
     else:
