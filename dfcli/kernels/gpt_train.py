@@ -55,6 +55,7 @@ from dfcli.kernels.threads import WorkerPool, barrier, take
 from dfcli.system.events import OnEvent
 
 WIDEST = 128  # channels: PyTorch's products of wider ones are faster than ours
+WIDEST_PLAIN = 64  # with LayerNorm: PyTorch has it fused, and at 128 channels was faster (`nano-cpu`, one thread)
 LONGEST = 512  # positions: the attention weights are kept, T x T for each head
 MOST_TABLES = 7  # a GPT has no more: for 2 to 8 ids
 BLOCK = 128  # positions of the products with weights, which come from memory once a block
@@ -621,6 +622,8 @@ def supports(c: GPTConfig) -> str | None:
         return f"the GPT kernel needs a multiple of {COLUMNS} channels a head"
     if c.channels > WIDEST or c.context > LONGEST:
         return f"the GPT kernel is for at most {WIDEST} channels and a context of {LONGEST}; beyond, PyTorch is faster"
+    if c.norm == "layernorm" and c.channels > WIDEST_PLAIN:
+        return f"with LayerNorm and more than {WIDEST_PLAIN} channels PyTorch is faster than the GPT kernel"
     return unsupported_cpu()
 
 
