@@ -14,7 +14,7 @@ from dfcli.kernels.compile import Compiled, inner
 from dfcli.kernels.gemm import COLUMNS, prefetch, product, row_stride, transposed
 from dfcli.kernels.gpt_train import MOST_TABLES
 from dfcli.kernels.ops import ONE, ZERO, add_times, dot, fill
-from dfcli.kernels.threads import WorkerPool
+from dfcli.kernels.threads import WorkerPool, take
 from dfcli.system.events import OnEvent
 
 WIDEST = 128  # PyTorch's products of larger matrices are faster than ours
@@ -43,7 +43,8 @@ def newton_schulz(worker, workers, flags, yielder, matrices, places, rows, colum
     Out, zeros at first: the same way.
     """
     a, b, c = coefficients
-    for each in range(worker, places.size, workers):
+    each = take(flags, workers, 0)
+    while each < places.size:
         x, R, C = places[each], rows[each], columns[each]
         m, tall = min(R, C), R > C
         S = _row_stride(m)
@@ -81,6 +82,7 @@ def newton_schulz(worker, workers, flags, yielder, matrices, places, rows, colum
             product(out, x, C, matrices, x, C, 1, whole, 0, S, R, C, m)
         else:
             product(out, x, C, whole, 0, S, 1, matrices, x, C, R, C, m)
+        each = take(flags, workers, 0)
 
 
 def row_rmsprop(worker, workers, flags, yielder, many, tables, rows, grads, updates, squares, lr, eps):
