@@ -22,7 +22,7 @@ from dfcli.data.dataset import FILE, FORMAT, SplitWriter
 from dfcli.errors import DfError
 from dfcli.ingest import splits as rules
 from dfcli.ingest.options import Options
-from dfcli.ingest.sources import Kind, Skipped, Source, Stamp, note_skipped, nothing_usable
+from dfcli.ingest.sources import Kind, Skipped, Source, Stamp, list_some, note_skipped, nothing_usable
 from dfcli.ingest.splits import TEST, TRAIN, VAL, Labels
 from dfcli.system.events import Choice, Note, OnEvent, Progress
 from dfcli.system.files import write_json
@@ -171,13 +171,24 @@ class Build(ABC):
         plan += [(document, [(writers[k], size(document))]) for k in (VAL, TEST) for document in groups[k]]
         return plan, rule
 
+    def _tell_held_out(self, plan: list[tuple[Any, list[tuple[Writers, int]]]], writers: list[Writers]) -> None:
+        """Name the documents that are held out whole, with their true share."""
+        total = sum(size for _, portions in plan for _, size in portions)
+        for label, verb in ((VAL, "validate"), (TEST, "test")):
+            held = [(document.source.name, portions[0][1]) for document, portions in plan if len(portions) == 1
+                    and portions[0][0] == writers[label] != writers[TRAIN]]  # fmt: skip
+            if held:
+                share = sum(size for _, size in held) / total
+                names = list_some([name for name, _ in held])
+                self._on_event(Note(f"held out to {verb}, {share:.1%} of the data: {names}"))
+
     def _fair(self, sizes: list[int], labels: list[int]) -> bool:
-        """Whether documents that a shuffle dealt out give each split between a third and three times its share."""
+        """Whether documents that a shuffle dealt out give each split between half and twice its share."""
         if self._options.whole or self._options.split_rule != "auto":
             return True
         for label, share in ((VAL, self._val), (TEST, self._test)):
             found = sum(size for size, k in zip(sizes, labels, strict=True) if k == label)
-            if not share * sum(sizes) / 3 <= found <= 3 * share * sum(sizes):
+            if not share * sum(sizes) / 2 <= found <= 2 * share * sum(sizes):
                 return False
         return True
 

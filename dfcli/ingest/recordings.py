@@ -144,6 +144,7 @@ class Recordings(Build):
         has (part of)."""
         in_split: dict[str, list[Sound]] = {}
         plan, rule = self._plan(sounds, lambda sound: sound.samples, writers, "recording")
+        self._tell_held_out(plan, writers)
         for sound, portions in plan:
             ids.seek(sound.start)
             for destinations, size in portions:

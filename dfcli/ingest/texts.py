@@ -224,6 +224,7 @@ class Texts(Build):
     ) -> str:
         """Each text is a document; the only one is cut by position."""
         plan, rule = self._plan(texts, lambda text: text.characters, writers, "text")
+        self._tell_held_out(plan, writers)
         for text, portions in plan:
             characters = _Characters(self._read(text.source, total))
             for destinations, size in portions:

@@ -794,6 +794,20 @@ def test_few_texts_of_unequal_size_are_each_cut_by_position(tmp_path: Path) -> N
         assert dataset.info["split_rule"].startswith("each of 2 texts by position: the first 90%")
 
 
+def test_what_is_held_out_is_named_with_its_true_share(tmp_path: Path) -> None:
+    for k in range(20):
+        wav(tmp_path / "many" / f"{k:02}.wav", tone(500 + 10 * k, pitch=0.01 * (k + 1)))
+    for k, samples in enumerate((2800, 3500, 3700)):
+        wav(tmp_path / "few" / f"{k}.wav", tone(samples, pitch=0.01 * (k + 1)))
+    events: list[object] = []
+    with prepare([str(tmp_path / "many")], on_event=events.append) as dataset:
+        tokens = {name: split.tokens_count - split.documents for name, split in dataset.splits.items()}
+        share = tokens["val"] / sum(tokens.values())
+    assert f"held out to validate, {share:.1%} of the data: {tmp_path / 'many'}" in notes(events)
+    with prepare([str(tmp_path / "few")]) as dataset:  # a whole one would be 28 % or more
+        assert [split.documents for split in dataset.splits.values()] == [3, 3]
+
+
 def small_sources(folder: Path, kind: str) -> str:
     if kind == "audio":
         for k in range(4):
