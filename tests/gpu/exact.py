@@ -150,7 +150,7 @@ def losses_of(core: Any, entry: dict[str, Any], batch: list[Any], device: Any) -
             loss = loss_of(core(*arguments), batch[-1])
         loss.backward()
         optimizer.step(0.1)
-    return float(loss_of(core(*arguments), batch[-1]))
+    return loss_of(core(*arguments), batch[-1]).item()
 
 
 def apart(found: Any, expected: Any) -> float:
