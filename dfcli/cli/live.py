@@ -18,6 +18,7 @@ from dfcli.cli.figures import Course, age, count, duration, short, si, size, spa
 from dfcli.cli.signals import Stop
 from dfcli.system import processes
 from dfcli.system.events import Note, Progress
+from dfcli.training import events
 from dfcli.training.events import Finished, Sample, Saved, Started, Step
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 MOST_COUNTED = 20_000_000  # training tokens beyond which no baseline is counted beside the training
 DAY = 86_400.0  # seconds
+OVERFITTING: Any = getattr(events, "Overfitting", None)
 LABEL = 7  # columns of the names of rows
 WIDE = 80  # columns of a row from which on units are written out
 
@@ -53,6 +55,7 @@ class TrainView:
         self.saved_at = 0.0
         self.sample: Sample | None = None
         self.progress: Progress | None = None
+        self.overfitting = ""  # the step since which the model overfits
         self.unit = "token"  # what the model predicts: "sample" for audio
         self.baseline: tuple[str, float] | None = None  # the best of the simple models, and its nats
         self._size: tuple[int, int] | None = None  # of the terminal, when it was last drawn on
@@ -85,6 +88,10 @@ class TrainView:
             self.saved, self.saved_at = event, time.monotonic()
         elif isinstance(event, Sample):
             self.sample = event
+        elif OVERFITTING is not None and isinstance(event, OVERFITTING):
+            self.overfitting = count(event.best_step)
+            text = f"overfitting: since step {self.overfitting} the validation loss rises while the training loss falls"
+            self.listener(Note(text))
         elif isinstance(event, Finished):
             self.close()
         elif isinstance(event, Progress) and self._live is not None:
@@ -313,6 +320,8 @@ class TrainView:
         if progress is not None:
             share = f" {progress.done / progress.total:.0%}" if progress.total else ""
             return Text(output.one_line(progress.what) + share, style="dim")
+        if self.overfitting:
+            return Text(f"overfitting since step {self.overfitting}", style="yellow")
         if step is not None and step.skipped:
             return Text(f"skipped batches, whose loss was not finite: {step.skipped}", style="yellow")
         return None

@@ -378,7 +378,7 @@ def _find(name_or_path: str | Path) -> Path:
         if (path / RUN).is_file():
             return path
     if path.suffix == ".zip" and path.is_file():
-        from dfcli.runs.pack import unpack
+        from dfcli.runs.unpack import unpack
 
         return unpack(path)
     raise _no_run(str(name_or_path))
