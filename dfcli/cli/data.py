@@ -211,6 +211,7 @@ def show(
       df data show names
     """
     from dfcli.data.dataset import Dataset
+    from dfcli.ingest.sources import list_some
 
     with Dataset.open(name) as dataset:
         if json:
@@ -230,13 +231,12 @@ def show(
             for name, split in dataset.splits.items()
         ]
         info = dataset.info
+        left_out = info["skipped"]["count"]
         skipped = [f"{file['name']} ({file['reason']})" for file in info["skipped"]["files"]]
-        if info["skipped"]["count"] > len(skipped):
-            skipped.append("...")
         items += [
             ("split", info["split_rule"]),
             ("found", ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in info["facts"].items())),
-            ("skipped", f"{count(info['skipped']['count'])}{': ' if skipped else ''}{', '.join(skipped)}"),
+            ("skipped", f"{count(left_out)}{': ' if skipped else ''}{list_some(skipped, left_out)}"),
             ("created", info["created"]),
         ]
         output.pairs(items + _tokens(dataset))
