@@ -89,7 +89,7 @@ class TrainView:
         elif isinstance(event, Sample):
             self.sample = event
         elif OVERFITTING is not None and isinstance(event, OVERFITTING):
-            self.overfitting = count(event.best_step)
+            self.overfitting = count(vars(event)["best_step"])
             text = f"overfitting: since step {self.overfitting} the validation loss rises while the training loss falls"
             self.listener(Note(text))
         elif isinstance(event, Finished):
