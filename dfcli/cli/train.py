@@ -56,7 +56,12 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", metavar="", help="Go on with the run of this name, or start it.")
     ] = False,
-    init: Annotated[str | None, typer.Option("--init", metavar="RUN", help="Start from another run's weights.")] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(
+            "--init", metavar="RUN|FOLDER", help="Start from the weights of a run or of a Hugging Face folder."
+        ),
+    ] = None,
     condition: Annotated[
         str | None, typer.Option("--condition", metavar="labels|mel|none", help="What a WaveNet is told beside.")
     ] = None,
