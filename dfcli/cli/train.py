@@ -58,9 +58,7 @@ def train(
     ] = False,
     init: Annotated[
         str | None,
-        typer.Option(
-            "--init", metavar="RUN|FOLDER", help="Start from the weights of a run or of a Hugging Face folder."
-        ),
+        typer.Option("--init", metavar="RUN|FOLDER", help="Start from the weights of a run or a Hugging Face folder."),
     ] = None,
     condition: Annotated[
         str | None, typer.Option("--condition", metavar="labels|mel|none", help="What a WaveNet is told beside.")
