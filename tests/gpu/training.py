@@ -23,6 +23,7 @@ def line(where: Where, note: Note) -> None:
 
     data, shakespeare = where.text()
     words = ["train", "gpt", *(["--data", Path(data[0]).name] if shakespeare else []), "--device", where.device]
+    words += ["--set", "compile=off"] if where.quick else []  # kernels for a CPU are compiled for half a minute
     note(line="df " + " ".join(words))
     typed = [sys.executable, "-m", "dfcli", *words]
     began = time.perf_counter()
