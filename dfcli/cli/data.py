@@ -198,7 +198,7 @@ def _size(dataset: Dataset) -> int:
 def _given(dataset: Dataset) -> int:
     """The documents that it was made of: not twice one that is cut into splits, or that two splits share."""
     facts = dataset.info["facts"]
-    return facts.get("lines") or facts.get("recordings") or dataset.info["sources"]["count"]
+    return facts.get("documents") or facts.get("lines") or facts.get("recordings") or dataset.info["sources"]["count"]
 
 
 @app.command(cls=Command)
