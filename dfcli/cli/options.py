@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, Any, get_origin, get_type_hints
 
 import typer
 
 from dfcli.cli import output
 from dfcli.errors import UsageError
+from dfcli.training.request import DEVICES, Request, flag
 
 STDIN_SECONDS = 0.5  # of silence on standard input before saying that it is being read
 
-Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:<n> or mps.")]
+
+def request_options() -> list[inspect.Parameter]:
+    """The options of `training.request.Request`, as parameters of a Typer command."""
+    hints = get_type_hints(Request)
+    return [_parameter(f, hints[f.name]) for f in dataclasses.fields(Request) if "help" in f.metadata]
+
+
+def _parameter(f: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
+    default = f.default
+    if get_origin(kind) in (tuple, Mapping):  # may be repeated
+        kind, default = list[str] | None, None
+    declared = typer.Option(
+        *(f.metadata["flags"] or (flag(f),)), metavar=f.metadata["metavar"], help=f.metadata["help"]
+    )
+    return inspect.Parameter(
+        f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, declared]
+    )
+
+
+Device = Annotated[str, typer.Option("--device", metavar="NAME", help=DEVICES)]
 RunName = Annotated[
     str | None, typer.Option("--run", metavar="NAME", help="A run's name or folder; the newest by default.")
 ]

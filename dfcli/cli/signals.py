@@ -49,6 +49,7 @@ class Stop:
 
     def __init__(self, announce: bool = True) -> None:
         self.exit_code = 0
+        self.saved = False  # whether nothing is left to save
         self.announce = announce
         self._before: dict[int, Any] = {}
         self._again = processes.count() == 1  # torchrun passes on a Ctrl-C that its processes have had already
@@ -60,6 +61,8 @@ class Stop:
     @property
     def notice(self) -> str:
         """The message after a request to stop."""
+        if self.saved:
+            return "stopping: the run is finished; `df eval` measures it over the whole validation split"
         more = "; Ctrl-C again stops at once" if self.exit_code == INTERRUPTED and self._again else ""
         return f"stopping: this step is finished and saved first{more}"
 

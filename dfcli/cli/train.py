@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import os
 import shlex
@@ -13,15 +14,16 @@ import typer
 
 from dfcli.cli import output
 from dfcli.cli.figures import count, duration, short, size
-from dfcli.cli.options import Device, Json, mention_stdin
+from dfcli.cli.options import Json, mention_stdin, request_options
 from dfcli.cli.signals import INTERRUPTED, TERMINATED, Stop
 from dfcli.errors import UsageError
 from dfcli.system import processes
 from dfcli.system.words import counted
+from dfcli.training.request import Request, about_corpus
 
 if TYPE_CHECKING:
     from dfcli.training.plan import Plan
-    from dfcli.training.train import TrainResult
+    from dfcli.training.result import TrainResult
 
 
 def train(
@@ -32,65 +34,16 @@ def train(
             metavar="KIND", case_sensitive=False, help="What to train: a GPT on text, a WaveNet on audio or text."
         ),
     ],
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--data", metavar="NAME|PATH", help="What to learn from; may be repeated. Built-in data by default."
-        ),
-    ] = None,
-    preset: Annotated[
-        str | None, typer.Option("--preset", metavar="NAME", help="A published model and its protocol.")
-    ] = None,
-    name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="What to call the run.")] = None,
-    steps: Annotated[int | None, typer.Option("--steps", metavar="N", help="Train for this many steps.")] = None,
-    minutes: Annotated[
-        float | None, typer.Option("--minutes", metavar="M", help="Train for this time; 5 by default.")
-    ] = None,
-    device: Device = "auto",
-    batch_size: Annotated[int | None, typer.Option("--batch-size", metavar="N", help="Sequences a step.")] = None,
-    lr: Annotated[float | None, typer.Option("--lr", metavar="X", help="Peak learning rate.")] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option("--seed", metavar="N", help="The same seed gives the same run."),
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", metavar="", help="Go on with the run of this name, or start it.")
-    ] = False,
-    init: Annotated[
-        str | None,
-        typer.Option("--init", metavar="RUN|FOLDER", help="Start from the weights of a run or a Hugging Face folder."),
-    ] = None,
-    condition: Annotated[
-        str | None, typer.Option("--condition", metavar="labels|mel|none", help="What a WaveNet is told beside.")
-    ] = None,
-    label: Annotated[
-        str | None,
-        typer.Option("--label", metavar="folder|PATTERN", help="Labels of recordings: their folder, or named groups."),
-    ] = None,
-    on_nonfinite: Annotated[
-        Literal["stop", "skip"] | None,
-        typer.Option(
-            "--on-nonfinite",
-            metavar="stop|skip",
-            case_sensitive=False,
-            help="At a loss that is not finite: stop, or skip it.",
-        ),
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a field of the model or the recipe."),
-    ] = None,
-    show: Annotated[
-        bool, typer.Option("--show", metavar="", help="Show what would be trained, and stop there.")
-    ] = False,
+    *,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", metavar="", help="Only errors on stderr.")] = False,
     json: Json = False,
+    **options: Any,
 ) -> None:
     """Train a GPT or a WaveNet, and keep the run.
 
     Without a preset, a recipe is chosen for the data, the device and the time,
-    and each choice is told with its reason. Ctrl-C saves and says how to go on:
-    a line with --resume can be repeated until it is done.
+    and each choice is shown with its reason. Ctrl-C saves and says how to resume:
+    a line with --resume can be repeated until the training is finished.
 
     Examples:
       df train gpt --minutes 1
@@ -100,43 +53,38 @@ def train(
       df train wavenet --data recordings/ --label folder
       df train gpt --data notes/ --set layers=6 --set dropout=0.2 --show
     """
-    from dfcli.training.request import Request
-
-    settings = [*(set_ or []), *([f"on_nonfinite={on_nonfinite}"] if on_nonfinite else [])]
-    options: dict[str, Any] = {
-        "preset": preset, "name": name, "steps": steps, "minutes": minutes, "device": device,
-        "batch_size": batch_size, "lr": lr, "seed": seed, "init": init, "overrides": _overrides(settings),
-        "condition": condition, "label": label,
-    }  # fmt: skip
-    # Idle threads of PyTorch spin for 4 ms on the cores that compiled layers are to use. Now they sleep after 0.1 ms,
-    # which operations that follow each other do not meet. Read when PyTorch is imported.
+    # Idle threads of PyTorch spin for 4 ms on the CPUs that compiled layers are to use. Now they sleep after 0.1 ms.
+    # Operations that follow each other come sooner. Read when PyTorch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    if show and resume:
-        raise UsageError("`--show` and `--resume` exclude each other")
-    if processes.rank():  # the first one tells
+    options |= {"data": options["data"] or (), "overrides": _overrides(options["overrides"] or [])}
+    request = Request(kind, **options)
+    if processes.rank():  # the first process tells
         quiet, json = True, False
+    mention_stdin(list(request.data))
+    if request.show:
+        _show(request, json, quiet)
     else:
-        Request(kind, tuple(data or ()), **options).check(show=show, resume=resume)  # before PyTorch is imported
-        mention_stdin(data or [])
-    if show:
-        _show(kind, data or [], json, quiet, options)
-    else:
-        _train(kind, data or [], resume, json, quiet, options, context.find_root().obj["arguments"])
+        _train(request, json, quiet, context.find_root().obj["arguments"])
 
 
-def _show(kind: str, data: list[str], json: bool, quiet: bool, options: dict[str, Any]) -> None:
+_own = inspect.signature(train, eval_str=True).parameters
+train.__signature__ = inspect.Signature(  # pyright: ignore[reportFunctionMemberAccess]
+    [_own["context"], _own["kind"], *request_options(), _own["quiet"], _own["json"]]
+)
+
+
+def _show(request: Request, json: bool, quiet: bool) -> None:
     with output.loading():
-        from dfcli.training.request import about_corpus
         from dfcli.training.train import plan
 
-    options.pop("name")
     with output.Listener(quiet) as listener:
-        made = plan(kind, data, on_event=listener, **options)
+        made = plan(request, on_event=listener)
     if json:
         output.write_json(made.to_json())
         return
     _, memory = made.device.memory_bytes()
     of = f", more than the {size(memory)} there are" if made.memory > memory else ""
+    entry = made.entry
     output.pairs(
         [
             ("core", f"{made.core}  {_values(made.config)}"),
@@ -148,17 +96,15 @@ def _show(kind: str, data: list[str], json: bool, quiet: bool, options: dict[str
             ("memory", f"about {size(made.memory)}{of}"),
             ("export", made.export[1]),
             ("seed", made.seed),
-            *([("source", made.source), ("published", made.published)] if made.source else []),
-            *([("published on", "{}: {}".format(*about_corpus(made.corpus)))] if made.corpus else []),
+            *([("source", entry["source"]), ("published", entry["published"])] if entry else []),
+            *([("published on", "{}: {}".format(*about_corpus(entry["corpus"])))] if "corpus" in entry else []),
         ]
     )
     output.write("\n")
     output.table(("CHOICE", "VALUE", "REASON"), [(c.what, c.value, c.reason) for c in made.choices])
 
 
-def _train(
-    kind: str, data: list[str], resume: bool, json: bool, quiet: bool, options: dict[str, Any], line: list[str]
-) -> None:
+def _train(request: Request, json: bool, quiet: bool, line: list[str]) -> None:
     stop = Stop(announce=not quiet)
     plan: Plan | None = None
     kept = False  # whether there is a checkpoint to go on from
@@ -167,7 +113,7 @@ def _train(
         try:
             with output.loading():
                 from dfcli.cli.live import TrainView
-                from dfcli.training.events import Saved, Started
+                from dfcli.training.events import Closing, Saved, Started
                 from dfcli.training.train import train
 
             view = stack.enter_context(TrainView(stop, quiet))
@@ -179,9 +125,11 @@ def _train(
                     stack.enter_context(stop)
                 elif isinstance(event, Saved):
                     kept = True
+                elif isinstance(event, Closing):
+                    stop.saved = True
                 view(event)
 
-            result = train(kind, data, resume=resume, previews=view.animated, on_event=on_event, stop=stop, **options)
+            result = train(request, previews=view.animated, on_event=on_event, stop=stop)
         except (KeyboardInterrupt, SystemExit):
             stack.close()
             if plan is not None and kept:
@@ -196,11 +144,11 @@ def _train(
         if not quiet:
             output.say("stopped before the first step: nothing to save")
     elif not quiet:
-        _tell(result, kind)
+        _tell(result, request.kind)
     if result.stopped and result.steps and plan is not None:
         _tell_resume(line, plan)
-    if result.stopped:
-        raise typer.Exit({"interrupted": INTERRUPTED, "terminated": TERMINATED}[result.stopped])
+    if reason := result.stopped or (None if result.closed else stop()):
+        raise typer.Exit({"interrupted": INTERRUPTED, "terminated": TERMINATED}[reason])
 
 
 def _tell(result: TrainResult, kind: str) -> None:
@@ -212,7 +160,8 @@ def _tell(result: TrainResult, kind: str) -> None:
     if result.val_loss is not None:
         bits = result.val_loss / math.log(2)
         at = "" if result.best_step is None else f" (step {count(result.best_step)})"
-        over = "over the whole split" if result.stopped is None else "as measured during training"
+        whole = result.stopped is None and result.closed
+        over = "over the whole split" if whole else "as measured during training"
         output.say(f"validation loss {result.val_loss:.4f} nats a token, {bits:.3f} bits, {over}{at}")
     output.say(f"kept in {output.one_line(result.path)}", fold=False)
     if result.stopped is None:
@@ -225,7 +174,7 @@ def _tell(result: TrainResult, kind: str) -> None:
 
 
 def _tell_resume(line: list[str], plan: Plan) -> None:
-    """The exact line that goes on with the run."""
+    """The exact line that resumes the run."""
     if processes.rank():
         return
     start = ["torchrun", "--nproc-per-node", str(processes.local_count()), "-m", "dfcli"]

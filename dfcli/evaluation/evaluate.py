@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ import numpy as np
 
 from dfcli.codecs import Codec, MuLaw, TextCodec
 from dfcli.cores import GPTConfig
-from dfcli.data.dataset import Dataset, reopen
+from dfcli.data.dataset import Dataset
 from dfcli.errors import CorruptError, DfError, UsageError
 from dfcli.evaluation.baselines import baselines, count_targets
 from dfcli.evaluation.sweep import Loss, sweep
 from dfcli.evaluation.vocoder import measured
 from dfcli.ingest.prepare import prepare
+from dfcli.ingest.reopen import run_dataset
 from dfcli.runs.pack import FIGURES
 from dfcli.runs.run import Run, newest
 from dfcli.system.device import resolve
@@ -107,6 +108,9 @@ def evaluate(
         seconds = time.perf_counter() - began
         if not math.isfinite(loss.nats):
             raise DfError(f"the loss of run {run.name} is not finite", "try an earlier `--checkpoint`")
+        if not data and (split, stride, limit, checkpoint) == ("val", None, None, "best"):
+            with suppress(DfError):  # a run that cannot be written is evaluated all the same
+                run.set_closing_loss(loss.mean)
         with _counted(run, dataset, on_event) as train:
             others = baselines((dataset, split), train, limit, on_event)
         found = None
@@ -150,7 +154,7 @@ def _packed(run: Run, split: str | None, on_event: OnEvent) -> Evaluation | None
     if not path.is_file():
         return None
     try:
-        _own_dataset(run).close()
+        run_dataset(run).close()
         return None
     except DfError:
         found = read_json(path)
@@ -169,7 +173,7 @@ def _packed(run: Run, split: str | None, on_event: OnEvent) -> Evaluation | None
 def _dataset(run: Run, data: Sequence[str], on_event: OnEvent) -> Iterator[Dataset]:
     """The dataset to score: `data`, or the one that the run was trained on."""
     if not data:
-        with _own_dataset(run) as dataset:
+        with run_dataset(run, on_event) as dataset:
             yield dataset
         return
     record = run.dataset
@@ -186,20 +190,6 @@ def _dataset(run: Run, data: Sequence[str], on_event: OnEvent) -> Iterator[Datas
         yield dataset
 
 
-def _own_dataset(run: Run) -> Dataset:
-    """The dataset a run was trained on, by name or where it was then. Raises DfError if it is gone or
-    another one."""
-    record = run.dataset
-    if not record["name"]:
-        raise DfError(f"run {run.name} was imported without the data it was trained on", "give text with `--data`")
-    if (dataset := reopen(record)) is None:
-        raise DfError(
-            f"the dataset {record['name']} that run {run.name} was trained on is gone or has changed",
-            "evaluate on files with `--data`, or prepare it again",
-        )
-    return dataset
-
-
 @contextmanager
 def _counted(run: Run, dataset: Dataset, on_event: OnEvent) -> Iterator[tuple[Dataset, str] | None]:
     """The train split that baselines count on: the run's own, or None if that cannot be had, which is
@@ -208,7 +198,7 @@ def _counted(run: Run, dataset: Dataset, on_event: OnEvent) -> Iterator[tuple[Da
         yield dataset, "train"
         return
     try:
-        own = _own_dataset(run)
+        own = run_dataset(run, on_event)
     except DfError as error:
         on_event(Note(f"only the uniform baseline is known: {error.message}"))
         yield None

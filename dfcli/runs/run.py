@@ -75,10 +75,14 @@ class Run:
             "versions": _versions() | info.get("versions", {}),
             "created": created,
         }
-        with files.building(home / name) as folder:
-            (folder / RUN).write_bytes(files.json_bytes(info))
-            (folder / METRICS).write_bytes(metrics.HEADER)
-            codec.save_files(folder)
+        try:
+            with files.building(home / name) as folder:
+                (folder / RUN).write_bytes(files.json_bytes(info))
+                (folder / METRICS).write_bytes(metrics.HEADER)
+                codec.save_files(folder)
+        except DfError:
+            refuse_taken(name)  # by another process, in the meantime
+            raise
         return cls.open(home / name)
 
     @classmethod
@@ -264,6 +268,20 @@ class Run:
             aside = metrics.set_aside(self.path / METRICS)
             kept = f", and what is there is kept as {aside.name}" if aside else ""
             on_event(Note(f"{error.message}: the history begins anew{kept}"))
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """What `result.json` holds, in the words of `training.result.TrainResult`; None while the training is not
+        finished. CorruptError where the file is damaged."""
+        path = self.path / RESULT
+        return files.read_json(path) if path.exists() else None
+
+    def set_closing_loss(self, val_loss: float) -> None:
+        """Complete the result of a finished run, whose best checkpoint has this loss over the whole validation split in
+        nats a token. Does nothing where the result is complete, or the run not finished."""
+        result = self.result
+        if result is not None and not result.get("closed", True):
+            files.write_json(self.path / RESULT, result | {"val_loss": val_loss, "closed": True})
 
     def size_bytes(self) -> int:
         """Bytes of the run on disk."""

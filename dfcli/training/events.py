@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dfcli.training.plan import Plan
-    from dfcli.training.train import TrainResult
+    from dfcli.training.result import TrainResult
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,22 @@ class Sample:
 
     step: int
     text: str
+
+
+@dataclass(frozen=True)
+class Overfitting:
+    """The validation loss has risen since step `best_step`, while the training loss has fallen. All in nats a token."""
+
+    step: int
+    best_step: int
+    best_val_loss: float
+    val_loss: float
+
+
+@dataclass(frozen=True)
+class Closing:
+    """Training is finished and saved; the best checkpoint is measured over the whole validation split. A stop from here
+    on loses nothing: the next command that needs the figure measures it."""
 
 
 @dataclass(frozen=True)

@@ -1,40 +1,40 @@
-"""What would be trained: every value resolved, each with its reason, before anything is allocated or left behind.
+"""What would be trained: every value with its reason, before anything is allocated or left behind.
 
-The order matters: whatever can be refused from the options alone (device, preset, name, values) is refused before data
-is prepared.
+A plan comes from a preset, from another run (`--init`), or from the default recipes. Each way refuses what the options
+alone make wrong before it prepares data.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dfcli import cores
-from dfcli.codecs import Codec, MuLaw
+from dfcli.codecs import MuLaw
 from dfcli.data.conditions import Conditioning, conditioning
 from dfcli.data.dataset import Dataset, reopen
-from dfcli.errors import DfError, UsageError
+from dfcli.errors import UsageError
 from dfcli.ingest.builtin import builtin_sources
-from dfcli.ingest.prepare import prepare
+from dfcli.ingest.reopen import prepare_for
 from dfcli.runs.export import architecture
 from dfcli.runs.huggingface import Folder, start
 from dfcli.runs.run import Run, runs_home
 from dfcli.system import processes
 from dfcli.system.device import Device, resolve
 from dfcli.system.events import Choice, OnEvent, ignore
-from dfcli.system.files import free_bytes, same_name
-from dfcli.system.words import counted, size
-from dfcli.training import recipes
+from dfcli.system.files import same_name
+from dfcli.system.words import counted
+from dfcli.training import memory, recipes
 from dfcli.training.presets import preset
 from dfcli.training.request import Request, corpus_file
-from dfcli.training.settings import Recipe, change, override
+from dfcli.training.settings import Given, Recipe, change, config_of, given_by
 
-DROPOUTS = ("dropout", "ngram_dropout")  # of a core's config: what another training may change
+DEFAULT_MINUTES = 5.0
 EMBEDDING = 16  # channels of the labels' embeddings
-SHARE = 0.8  # of the memory that is free: what a training is planned to take
+DROPOUTS = ("dropout", "ngram_dropout")  # of a core's config: what another training may change
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,6 @@ class Plan:
     kind: str
     name: str | None  # of the run; None where only a look was asked for
     preset: str | None
-    source: str  # where a preset's values are from; empty without a preset
-    published: str  # the figure to compare with
-    corpus: str  # the data it is of; empty where none is named
     core: str
     config: cores.CoreConfig
     recipe: Recipe
@@ -59,6 +56,12 @@ class Plan:
     init: str | None
     choices: tuple[Choice, ...]
     told: Conditioning | None = None  # the conditions of a WaveNet
+    stem: str | None = None  # of a name that nobody asked for
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """The preset's entry; empty without a preset."""
+        return preset(self.kind, self.preset) if self.preset else {}
 
     @property
     def dataset_name(self) -> str | None:
@@ -76,11 +79,11 @@ class Plan:
     @property
     def memory(self) -> int:
         """About how many bytes training takes."""
-        return recipes.memory_bytes(self.core, self.config, self.recipe, self.device)
+        return memory.estimate(self.core, self.config, self.recipe, self.device)
 
     @property
     def export(self) -> tuple[str | None, str]:
-        """The architecture that `df runs export` would write, or None, and what a reader should know of it."""
+        """The architecture that `df runs export` would write, or None, and a sentence about it."""
         try:
             form = architecture(self.core, self.config)
         except UsageError as error:
@@ -93,9 +96,9 @@ class Plan:
             "run": self.name,
             "kind": self.kind,
             "preset": self.preset,
-            "source": self.source or None,
-            "published": self.published or None,
-            "corpus": self.corpus or None,
+            "source": self.entry.get("source"),
+            "published": self.entry.get("published"),
+            "corpus": self.entry.get("corpus"),
             "steps": self.recipe.steps or None,
             "minutes": self.recipe.minutes or None,
             "parameters": self.parameters,
@@ -115,89 +118,108 @@ class Plan:
         }
 
 
-def make(request: Request, *, show: bool = False, on_event: OnEvent = ignore) -> Plan:
-    """Resolve a request. Raises UsageError for what is asked wrongly, DfError for data that cannot be prepared.
-
-    With `show` no data is prepared where the preset fixes the vocabulary, and no name is taken.
-    """
-    request.check(show=show)
-    device = resolve(request.device)
-    entry = preset(request.kind, request.preset) if request.preset else {}
-    parent = start(request.init) if request.init else None
-    core = parent.info["core"]["name"] if parent else entry.get("core", request.kind)
-    config_values, recipe_values = override(core, request.overrides)
-    recipe_values |= request.options()
-    if parent:
-        _check_init(request, parent, config_values)
-        values = parent.info["core"]["config"]
-        if request.preset:
-            entry = entry | {"config": values, "vocab_size": values["vocab_size"]}
-        else:  # dropout follows from the new data
-            values = {name: value for name, value in values.items() if name not in DROPOUTS}
-            entry = {"config": values, "recipe": {}, "data": _protocol_of(parent)}
-    base = entry.get("config", {}) | config_values
-    # Bad values are refused before the data is looked at; what is not known yet stands in for itself.
-    _config(core, {"vocab_size": entry.get("vocab_size", 256)} | recipes.completed(core, base, base))
-    base_recipe = change(change(Recipe(), entry.get("recipe", {})), recipe_values)
-
-    choices = [Choice("device", device.name, device.reason)]
-    if processes.count() > 1:
-        choices.append(Choice("processes", str(processes.count()), "each computes its share of a step's sequences"))
-    if "steps" not in recipe_values and "minutes" not in recipe_values and not base_recipe.steps:
-        recipe_values["minutes"] = recipes.DEFAULT_MINUTES
-        choices.append(Choice("minutes", f"{recipes.DEFAULT_MINUTES:g}", "neither --steps nor --minutes was given"))
-
-    protocol = entry.get("data", {}) | ({} if request.label is None else {"label": request.label})
-    needed = not (show and not request.data and "vocab_size" in entry)
-    data = _sources(request, entry, parent, choices) if needed else ()
-    dataset = (
-        prepare_for(data, protocol, parent.codec if parent else None, on_event, request.kind, not show)
-        if needed
-        else None
-    )
-    vocab_size = dataset.codec.vocab_size if dataset else entry["vocab_size"]
-    codec_name = dataset.codec.name if dataset else protocol["codec"]
-    told = _told(request, entry, core, parent, dataset, choices)
-    base |= _row(told, parent, base)
-
+def make(request: Request, on_event: OnEvent = ignore) -> Plan:
+    """The plan for a request. Raises UsageError for what is asked wrongly, DfError for data that cannot be prepared."""
     if request.preset:
-        values = {"vocab_size": vocab_size} | base
-        recipe = change(change(Recipe(), entry["recipe"]), recipe_values)
-        choices += [Choice("note", request.preset, note) for note in entry.get("notes", ())]
-        published = _config(core, {"vocab_size": entry["vocab_size"]} | entry["config"])
-        changed = _changed(published, _config(core, values)), _changed(change(Recipe(), entry["recipe"]), recipe)
-        if any(changed):
-            what = "model" if changed[0] else "recipe"
-            choices.append(
-                Choice("note", request.preset, f"with {', '.join(changed[0] + changed[1])}: not the published {what}")
-            )
-    else:
-        assert dataset is not None
-        pinned = base | recipe_values
-        budget = change(Recipe(), recipe_values)
-        try:
-            draft = recipes.default(
-                core, _corpus(dataset), device, budget.steps, budget.minutes, pinned,
-                earlier=parent.info["recipe"] if parent else None,
-            )  # fmt: skip
-        except ValueError as error:  # what is given does not go together
-            raise UsageError(str(error)) from None
-        values, recipe = draft.config | base | {"vocab_size": vocab_size}, change(Recipe(), draft.recipe)
-        choices += draft.choices
-    config = _config(core, values)
+        return from_preset(request, on_event)
+    if request.init:
+        return from_run(request, start(request.init), on_event)
+    return from_defaults(request, on_event)
+
+
+def from_preset(request: Request, on_event: OnEvent) -> Plan:
+    """The plan of a published model, changed where the request says so. A look (`request.show`) needs no data."""
+    device, choices = _device(request)
+    entry = preset(request.kind, str(request.preset))
+    core, protocol = entry["core"], entry.get("data", {}) | _labelled(request)
+    values = {"vocab_size": entry["vocab_size"]} | entry["config"]
+    given = given_by(core, request.overrides, request.recipe)
+    parent = start(request.init) if request.init else None
+    if parent:
+        _check_model(request, parent, given)
+        values = parent.info["core"]["config"]
+    published = config_of(core, values), Recipe(**entry["recipe"])
+    config, recipe = config_of(core, values | given.config), change(published[1], given.recipe)
+    of_model, of_recipe = _changed(published[0], config), _changed(published[1], recipe)
     recipe = _windowed(core, config, recipe)
-    if not request.preset and not {"batch_size", "accumulate"} & recipe_values.keys():
-        recipe = _fitted(core, config, recipe, device, choices)
-    seed = request.seed if request.seed is not None else entry.get("seed", 0)
-    if dataset is not None and "train" not in dataset.splits:
-        raise UsageError(f"dataset {dataset.name} has no training split")
-    name = None if show else request.name or _free_name(request, data)
+    data, dataset, codec_name = request.data, None, protocol.get("codec", "")
+    if request.data or not request.show:
+        data = request.data or _published_data(request, entry, choices)
+        dataset = _trainable(
+            prepare_for(data, protocol, parent.codec if parent else None, on_event, request.kind, not request.show)
+        )
+        codec_name = dataset.codec.name
+    told = _told(request, entry, core, parent, dataset, choices)
+    if dataset:
+        row = _row(told, parent, asdict(config))
+        config = config_of(core, asdict(config) | {"vocab_size": dataset.codec.vocab_size} | row)
+    notes = [*entry.get("notes", ())]
+    if of_model or of_recipe:
+        what = "model" if of_model else "recipe"
+        notes.append(f"with {', '.join(of_model + of_recipe)}: not the published {what}")
+    choices += [Choice("note", str(request.preset), note) for note in notes]
+    name, stem = _name(request, data)
     return Plan(
-        kind=request.kind, name=name, preset=request.preset, source=entry.get("source", ""),
-        published=entry.get("published", ""), corpus=entry.get("corpus", ""), core=core, config=config, recipe=recipe,
-        seed=seed, device=device, data=data, protocol=protocol, codec_name=codec_name, dataset=dataset,
-        init=_reference(parent) if parent else None, choices=tuple(choices), told=told,
+        kind=request.kind, name=name, preset=request.preset, core=core, config=config, recipe=recipe,
+        seed=request.seed if request.seed is not None else entry.get("seed", 0), device=device, data=data,
+        protocol=protocol, codec_name=codec_name, dataset=dataset, init=_reference(parent) if parent else None,
+        choices=tuple(choices), told=told, stem=stem,
     )  # fmt: skip
+
+
+def from_run(request: Request, parent: Run | Folder, on_event: OnEvent) -> Plan:
+    """The plan that goes on from other weights: in their ids, on their data unless others are given."""
+    device, choices = _device(request)
+    info = parent.info
+    core = info["core"]["name"]
+    given = _with_budget(given_by(core, request.overrides, request.recipe), choices)
+    _check_model(request, parent, given)
+    # Dropout follows from the new data.
+    values = {name: value for name, value in info["core"]["config"].items() if name not in DROPOUTS} | given.config
+    config = config_of(core, values)
+    _windowed(core, config, change(Recipe(), given.recipe))  # refused before data is prepared
+    protocol = parent.dataset.get("protocol", {}) | _labelled(request)
+    data = request.data or _data_of(parent, choices)
+    dataset = _trainable(prepare_for(data, protocol, parent.codec, on_event, request.kind, not request.show))
+    told = _told(request, {}, core, parent, dataset, choices)
+    given = Given(values, given.recipe)
+    draft = recipes.going_on(core, config, recipes.corpus_of(dataset), device, given, info["recipe"])
+    return _of_draft(request, draft, data, protocol, dataset, choices, told, _reference(parent))
+
+
+def _check_model(request: Request, parent: Run | Folder, given: Given) -> None:
+    """Raise UsageError where the weights of `parent` do not fit what is asked for."""
+    if parent.kind != request.kind:
+        raise UsageError(f"run `{parent.name}` is a {parent.kind}, not a {request.kind}")
+    for key, value in given.config.items():
+        if key not in DROPOUTS and value != parent.info["core"]["config"].get(key):
+            raise UsageError(f"--init takes the model of run `{parent.name}` as it is: {key} cannot be changed")
+    parent.resolve("best")
+
+
+def _reference(parent: Run | Folder) -> str:
+    """What finds the weights again: a name in the data home, else a path."""
+    return parent.name if parent.path == runs_home() / parent.name else str(parent.path)
+
+
+def from_defaults(request: Request, on_event: OnEvent) -> Plan:
+    """The plan of a default recipe, chosen for the data, the device and the budget."""
+    device, choices = _device(request)
+    core = request.kind
+    given = _with_budget(given_by(core, request.overrides, request.recipe), choices)
+    recipes.check(core, given)  # refused before data is prepared
+    data = request.data or _builtin_data("audio" if core == "wavenet" else "text", "no --data was given", choices)
+    protocol = _labelled(request)
+    dataset = _trainable(prepare_for(data, protocol, None, on_event, request.kind, not request.show))
+    told = _told(request, {}, core, None, dataset, choices)
+    given = Given(given.config | _row(told, None, given.config), given.recipe)
+    draft = recipes.default(core, recipes.corpus_of(dataset), device, given)
+    return _of_draft(request, draft, data, protocol, dataset, choices, told, None)
+
+
+def _labelled(request: Request) -> dict[str, Any]:
+    """How labels are read from paths, as an argument of `prepare`."""
+    return {} if request.label is None else {"label": request.label}
 
 
 def _told(
@@ -241,23 +263,97 @@ def _row(told: Conditioning | None, parent: Run | Folder | None, base: dict[str,
     }
 
 
-def check_fits(plan: Plan) -> None:
-    """Raise DfError where training cannot fit into the memory, or its checkpoints onto the disk."""
-    _, total = plan.device.memory_bytes()
-    if plan.memory > total:
-        raise DfError(
-            f"training would take about {size(plan.memory)} of memory, and there are {size(total)}", fitting(plan)
-        )
-    tensors = {"sgd": 1 + bool(plan.recipe.momentum), "adamw": 3, "muon": 3}[plan.recipe.optimizer]
-    wanted = 4 * 4 * plan.parameters * tensors  # the best, the last two, and the one being written
-    home = runs_home()
-    while not home.exists():
-        home = home.parent
-    if free_bytes(home) < wanted:
-        raise DfError(
-            f"the checkpoints would take about {size(wanted)}, and {home} has {size(free_bytes(home))} free",
-            "free some space, or put DFCLI_HOME on another disk",
-        )
+def _of_draft(
+    request: Request, draft: recipes.Draft, data: tuple[str, ...], protocol: dict[str, Any], dataset: Dataset,
+    choices: list[Choice], told: Conditioning | None, init: str | None,
+) -> Plan:  # fmt: skip
+    """The plan of a chosen recipe, with its batch in parts where the free memory asks for it."""
+    recipe, parts = _windowed(draft.core, draft.config, draft.recipe), []
+    if not {"batch_size", "accumulate"} & draft.given.recipe.keys():
+        recipe, parts = memory.fitted(draft.core, draft.config, recipe, draft.device)
+    name, stem = _name(request, data)
+    return Plan(
+        kind=request.kind, name=name, preset=None, core=draft.core, config=draft.config, recipe=recipe,
+        seed=request.seed or 0, device=draft.device, data=data, protocol=protocol, codec_name=dataset.codec.name,
+        dataset=dataset, init=init, choices=(*choices, *draft.choices, *parts), told=told, stem=stem,
+    )  # fmt: skip
+
+
+def _device(request: Request) -> tuple[Device, list[Choice]]:
+    device = resolve(request.device)
+    choices = [Choice("device", device.name, device.reason)]
+    if processes.count() > 1:
+        choices.append(Choice("processes", str(processes.count()), "each computes its share of a step's sequences"))
+    return device, choices
+
+
+def _with_budget(given: Given, choices: list[Choice]) -> Given:
+    """What is given, with the default budget where no budget is."""
+    if {"steps", "minutes"} & given.recipe.keys():
+        return given
+    choices.append(Choice("minutes", f"{DEFAULT_MINUTES:g}", "neither --steps nor --minutes was given"))
+    return Given(given.config, {"minutes": DEFAULT_MINUTES} | given.recipe)
+
+
+def _windowed(core: str, config: cores.CoreConfig, recipe: Recipe) -> Recipe:
+    """The recipe with its window: the core's context, if nothing else is said."""
+    recipe = change(recipe, {"window": recipe.window or config.context})
+    if core == "gpt" and recipe.window > config.context:
+        raise UsageError(f"window ({recipe.window}) must not be above the context ({config.context})")
+    return recipe
+
+
+def _trainable(dataset: Dataset) -> Dataset:
+    if "train" not in dataset.splits:
+        dataset.close()
+        raise UsageError(f"dataset {dataset.name} has no training split")
+    return dataset
+
+
+def _published_data(request: Request, entry: dict[str, Any], choices: list[Choice]) -> tuple[str, ...]:
+    """The corpus that a preset was published on, or built-in data where it names none."""
+    if corpus := entry.get("corpus"):
+        choices.append(Choice("data", corpus, "the preset was published on it"))
+        return (str(corpus_file(request.preset, corpus)),)
+    kind = "audio" if entry.get("data", {}).get("codec") == "mulaw" else "text"
+    return _builtin_data(kind, "no --data was given, and the preset names no corpus", choices)
+
+
+def _data_of(parent: Run | Folder, choices: list[Choice]) -> tuple[str, ...]:
+    """The dataset of another run, or its sources where that is gone. UsageError where the data are not known."""
+    if not parent.dataset["name"]:
+        raise UsageError(f"`{parent.name}` was trained elsewhere, on data that are not here", "give text with `--data`")
+    if (own := reopen(parent.dataset)) is not None:
+        own.close()
+        data, reason = (own.name,), f"the data of run `{parent.name}`"
+    else:
+        data = tuple(parent.dataset["sources"])
+        reason = f"the sources of run `{parent.name}` as they are now, because its dataset is gone"
+    choices.append(Choice("data", ", ".join(data), reason))
+    return data
+
+
+def _builtin_data(kind: Literal["text", "audio"], reason: str, choices: list[Choice]) -> tuple[str, ...]:
+    what = "the Python standard library's sources" if kind == "text" else "melodies made by this project"
+    choices.append(Choice("data", what, reason))
+    return tuple(str(path) for path in builtin_sources(kind))
+
+
+def _changed(published: Any, here: Any) -> list[str]:
+    """`name=value` of the fields that differ; where the budget is a time, steps=0 says nothing."""
+    before = asdict(published)
+    fields = asdict(here).items()
+    return [f"{name}={value}" for name, value in fields if value != before[name] and (name, value) != ("steps", 0)]
+
+
+def _name(request: Request, data: tuple[str, ...]) -> tuple[str | None, str | None]:
+    """The run's name, and the stem that it is made from where nobody asked for a name. Neither for a look."""
+    if request.show or request.name:
+        return None if request.show else request.name, None
+    what = request.preset or (Path(data[0]).stem if request.data else request.init or "builtin")
+    what = re.sub(r"[^A-Za-z0-9._-]+", "-", what)[:60].strip("-.") or "data"
+    stem = f"{request.kind}-{what}"
+    return free_name(stem), stem
 
 
 def check_shared(plan: Plan) -> None:
@@ -275,142 +371,6 @@ def check_shared(plan: Plan) -> None:
         )
 
 
-def fitting(plan: Plan) -> str:
-    """What to lower so that training fits into the memory that is free now."""
-    recipe = plan.recipe
-    while recipe.batch_size > 1:
-        recipe = _halved(recipe)
-        memory = recipes.memory_bytes(plan.core, plan.config, recipe, plan.device)
-        if memory < SHARE * plan.device.memory_bytes()[0]:
-            rows, parts = recipe.batch_size, recipe.accumulate
-            about = "" if rows * parts == plan.recipe.batch_size * plan.recipe.accumulate else "about "
-            return f"`--batch-size {rows} --set accumulate={parts}` learns {about}the same in about {size(memory)}"
-    return {
-        "gpt": "choose a smaller model: lower `--set layers=...` or `--set channels=...`, or `--set context=...`",
-        "wavenet": "lower `--set window=...`, or choose a smaller model: `--set residual=...`, `--set skip=...`",
-        "charwavenet": "choose a smaller model: lower `--set hidden=...`",
-    }[plan.core]
-
-
-def _fitted(core: str, config: cores.CoreConfig, recipe: Recipe, device: Device, choices: list[Choice]) -> Recipe:
-    """The recipe with its batch in 2, 4, ... parts, if the memory that is free now asks for it."""
-    whole, free = recipe, device.memory_bytes()[0]
-    while recipe.batch_size > 1 and recipes.memory_bytes(core, config, recipe, device) > SHARE * free:
-        recipe = _halved(recipe)
-    if recipes.memory_bytes(core, config, recipe, device) > SHARE * free:
-        return whole  # no batch is small enough
-    if recipe is not whole:
-        reason = f"parts of a step, {recipe.batch_size} sequences each, as {size(free)} of memory are free"
-        choices.append(Choice("accumulate", str(recipe.accumulate), reason))
-    return recipe
-
-
-def _halved(recipe: Recipe) -> Recipe:
-    return change(recipe, {"batch_size": -(-recipe.batch_size // 2), "accumulate": 2 * recipe.accumulate})
-
-
-def _config(core: str, values: dict[str, Any]) -> cores.CoreConfig:
-    try:
-        return cores.config(core, values)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-
-
-def _changed(published: Any, here: Any) -> list[str]:
-    """`name=value` of the fields that differ; where the budget is a time, steps=0 says nothing."""
-    before = asdict(published)
-    fields = asdict(here).items()
-    return [f"{name}={value}" for name, value in fields if value != before[name] and (name, value) != ("steps", 0)]
-
-
-def _windowed(core: str, config: cores.CoreConfig, recipe: Recipe) -> Recipe:
-    """The recipe with its window: the core's context, if nothing else is said."""
-    recipe = change(recipe, {"window": recipe.window or config.context})
-    if core == "gpt" and recipe.window > config.context:
-        raise UsageError(f"window ({recipe.window}) must not be above the context ({config.context})")
-    return recipe
-
-
-def _reference(parent: Run | Folder) -> str:
-    """What finds it again: a name in the data home, else a path."""
-    return parent.name if parent.path == runs_home() / parent.name else str(parent.path)
-
-
-def _check_init(request: Request, parent: Run | Folder, config_values: dict[str, Any]) -> None:
-    if parent.kind != request.kind:
-        raise UsageError(f"run `{parent.name}` is a {parent.kind}, not a {request.kind}")
-    for key, value in config_values.items():
-        if key not in DROPOUTS and value != parent.info["core"]["config"].get(key):
-            raise UsageError(f"--init takes the model of run `{parent.name}` as it is: {key} cannot be changed")
-    parent.resolve("best")
-
-
-def _protocol_of(run: Run | Folder) -> dict[str, Any]:
-    return run.dataset.get("protocol", {})
-
-
-def _sources(
-    request: Request, entry: dict[str, Any], parent: Run | Folder | None, choices: list[Choice]
-) -> tuple[str, ...]:
-    """What is trained on: what was asked for, the preset's corpus, the other run's data, or the built-in corpus."""
-    if request.data:
-        return request.data
-    if parent and (record := parent.dataset)["name"]:
-        if (own := reopen(record)) is not None:
-            own.close()
-            sources, reason = (own.name,), f"the data of run `{parent.name}`"
-        else:
-            sources = tuple(record["sources"])
-            reason = f"the sources of run `{parent.name}` as they are now, because its dataset is gone"
-        choices.append(Choice("data", ", ".join(sources), reason))
-        return sources
-    if corpus := entry.get("corpus"):
-        choices.append(Choice("data", corpus, "what the preset was published on"))
-        return (str(corpus_file(request.preset, corpus)),)
-    if parent:
-        raise UsageError(f"`{parent.name}` was trained elsewhere, on data that are not here", "give text with `--data`")
-    usual = "mulaw" if request.kind == "wavenet" else "chars"
-    kind = "audio" if entry.get("data", {}).get("codec", usual) == "mulaw" else "text"
-    what = "the Python standard library's sources" if kind == "text" else "melodies made by this project"
-    either = ", and the preset names no corpus" if request.preset else ""
-    choices.append(Choice("data", what, f"no --data was given{either}"))
-    return tuple(str(path) for path in builtin_sources(kind))
-
-
-def prepare_for(
-    data: Sequence[str],
-    protocol: dict[str, Any],
-    codec: Codec | None,
-    on_event: OnEvent,
-    kind: str = "",
-    keep: bool = True,
-) -> Dataset:
-    """The data of a preset's protocol, or in the ids of an earlier run's codec. With `keep` False it does not stay."""
-    options: dict[str, Any] = dict(protocol)
-    if codec is not None:  # it says these itself
-        options = {key: value for key, value in protocol.items() if key not in ("sample_rate", "quantizer")}
-        options["codec"] = codec
-    sound = "audio" if kind == "wavenet" else None
-    return prepare(list(data), **options, kind=sound, keep=keep, on_event=on_event)
-
-
-def _corpus(dataset: Dataset) -> recipes.Corpus:
-    train = dataset.splits.get("train")
-    if train is None:
-        raise UsageError(f"dataset {dataset.name} has no training split")
-    codec = dataset.codec
-    unit = "sample" if codec.name == "mulaw" else "id"
-    val = dataset.splits["val"].tokens_count if "val" in dataset.splits else 0
-    return recipes.Corpus(
-        train.tokens_count, train.documents, train.longest, codec.vocab_size, dataset.lines, val, unit
-    )
-
-
-def _free_name(request: Request, data: Sequence[str]) -> str:
-    """<kind>-<preset or data>-<number>: the first that is free."""
-    stem = request.preset or (Path(data[0]).stem if request.data else request.init or "builtin")
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", stem)[:60].strip("-.") or "data"
-    number = 1
-    while same_name(runs_home(), f"{request.kind}-{stem}-{number}"):
-        number += 1
-    return f"{request.kind}-{stem}-{number}"
+def free_name(stem: str) -> str:
+    """The first of stem-1, stem-2, ... that no run has."""
+    return next(name for n in itertools.count(1) if not same_name(runs_home(), name := f"{stem}-{n}"))

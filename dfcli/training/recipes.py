@@ -15,20 +15,17 @@ What was tried, and what it gave: tests/benchmarks/experiments.md.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dfcli import cores
 from dfcli.cores.wavenet import DOUBLING
+from dfcli.data.dataset import Dataset
 from dfcli.system import processes
 from dfcli.system.device import Device
 from dfcli.system.events import Choice
 from dfcli.system.words import counted
-from dfcli.training import backend
-from dfcli.training.settings import Recipe
-
-DEFAULT_MINUTES = 5.0
+from dfcli.training.settings import Given, Recipe, change, config_of
 
 GPT_SIZES = ((2, 2, 64), (3, 3, 96), (4, 4, 128), (6, 6, 192), (6, 8, 256), (6, 6, 384), (8, 8, 512), (12, 12, 768))
 # Cycles, doubling dilations in each, residual channels; for the other widths see `completed`. A small model learns
@@ -59,173 +56,242 @@ class Corpus:
     unit: str = "id"  # what an id stands for, in a word: a sample of sound, or just an id
 
 
+def corpus_of(dataset: Dataset) -> Corpus:
+    """The corpus that a dataset's training split is."""
+    train, codec = dataset.splits["train"], dataset.codec
+    unit = "sample" if codec.name == "mulaw" else "id"
+    val = dataset.splits["val"].tokens_count if "val" in dataset.splits else 0
+    return Corpus(train.tokens_count, train.documents, train.longest, codec.vocab_size, dataset.lines, val, unit)
+
+
 @dataclass
 class Draft:
-    """A default recipe in the making: values for the core's config and for the recipe, and the reasons."""
+    """A recipe in the making: the model and the recipe so far, and the reason of each choice. What is given is never
+    chosen."""
 
     core: str
-    config: dict[str, Any]
-    recipe: dict[str, Any]
+    corpus: Corpus
+    device: Device
+    given: Given
+    config: Any = None  # the core's config, once the size is chosen
+    recipe: Recipe = field(default_factory=Recipe)
     choices: list[Choice] = field(default_factory=list)
 
-    def choose(self, what: str, value: str, reason: str) -> None:
-        self.choices.append(Choice(what, value, reason))
+    @property
+    def steps(self) -> int:
+        """The budget; 0 where it is a time."""
+        return self.given.recipe.get("steps", 0)
+
+    @property
+    def minutes(self) -> float:
+        """The budget; 0 where it is a number of steps."""
+        return 0.0 if self.steps else self.given.recipe.get("minutes", 0.0)
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.kind == "cuda"
+
+    @property
+    def machine(self) -> str:
+        """The kind of device, for a sentence."""
+        return {"cpu": "a CPU", "cuda": "a CUDA GPU", "mps": "an Apple GPU"}[self.device.kind]
+
+    def peak_flops(self) -> float | None:
+        """FLOP/s of all processes together; None where it is not known."""
+        rate = self.device.peak_flops()
+        return rate and rate * processes.count()
+
+    def tell(self, what: str, value: str, reason: str) -> None:
+        """Note the reason of a choice."""
+        if what not in self.given.config and what not in self.given.recipe:
+            self.choices.append(Choice(what, value, reason))
+
+    def begin(self, **recipe: Any) -> None:
+        """Take these values for the recipe, except where others are given."""
+        self.recipe = change(Recipe(**recipe), self.given.recipe)
+
+    def set(self, what: str, value: Any, reason: str) -> None:
+        """Choose a value of the recipe, if none is given."""
+        if what not in self.given.recipe:
+            self.recipe = change(self.recipe, {what: value})
+            self.tell(what, f"{value:,}" if isinstance(value, int) else str(value), reason)
 
 
-def default(
-    core: str,
-    corpus: Corpus,
-    device: Device,
-    steps: int,
-    minutes: float,
-    pinned: dict[str, Any],
-    earlier: dict[str, Any] | None = None,
-) -> Draft:
-    """The default recipe of `core` for a budget of `steps` or else `minutes`.
+def check(core: str, given: Given) -> None:
+    """Raise UsageError where the given values cannot be right for any data."""
+    config_of(core, {"vocab_size": 256} | completed(core, given.config, given.config))
+    change(Recipe(), given.recipe)
 
-    `pinned` holds the config values and recipe values that are given and so not chosen here; `earlier` is the
-    recipe by which the weights were trained before (empty where it is not known): then `pinned` holds the whole config.
-    """
-    make = {"gpt": _gpt, "wavenet": _wavenet, "charwavenet": _charwavenet}[core]
-    draft = make(corpus, device, steps, minutes, pinned, earlier is not None)
-    if earlier is not None:
-        _going_on(draft, corpus, device, steps, minutes, earlier, pinned)
-    given = {name: value for name, value in pinned.items() if name in Recipe.__dataclass_fields__}
-    draft.recipe |= given
-    draft.choices = [choice for choice in draft.choices if choice.what not in given]
-    _cadence(draft, device, steps)
+
+def default(core: str, corpus: Corpus, device: Device, given: Given) -> Draft:
+    """The default model and recipe of `core` for the budget, which is among what is `given`."""
+    draft = Draft(core, corpus, device, given)
+    {"gpt": _gpt_model, "wavenet": _wavenet_model}[core](draft)
+    _complete(draft)
     return draft
 
 
-def _gpt(corpus: Corpus, device: Device, steps: int, minutes: float, pinned: dict[str, Any], fixed: bool) -> Draft:
-    long = device.kind == "cuda" or steps > 2000 or minutes > 1
-    context = 256 if device.kind == "cuda" else 128 if long else 64
-    reason = f"what pays on {_article(device)} with this budget"
+def going_on(
+    core: str, config: cores.CoreConfig, corpus: Corpus, device: Device, given: Given, earlier: dict[str, Any]
+) -> Draft:
+    """The default recipe for weights that were trained before by the recipe `earlier`, which is empty where it is not
+    known. Only the dropout of the model is chosen."""
+    draft = Draft(core, corpus, device, given, config)
+    _complete(draft, earlier)
+    return draft
+
+
+def _complete(draft: Draft, earlier: dict[str, Any] | None = None) -> None:
+    """Choose the recipe for the draft's model."""
+    {"gpt": _gpt_recipe, "wavenet": _wavenet_recipe, "charwavenet": _charwavenet_recipe}[draft.core](draft)
+    if draft.core == "gpt":
+        _dropout(draft)
+    if earlier is not None:
+        _gently(draft, earlier)
+    _cadence(draft)
+
+
+def _gently(draft: Draft, earlier: dict[str, Any]) -> None:
+    """For weights that are trained already: a part of their peak rates, which falls to zero after a short warm-up, so
+    that what was learned is not lost; the loss over the whole validation split where that takes little time."""
+    given, config, corpus = draft.given.recipe, draft.config, draft.corpus
+    optimizer = given.get("optimizer", earlier.get("optimizer", "adamw"))
+    values: dict[str, Any] = {"schedule": "linear", "warmup": 10, "decay_start": 0.0, "final_lr": 0.0}
+    if optimizer == earlier.get("optimizer"):
+        kept = ("optimizer", "betas", "eps", "momentum", "weight_decay", "decay", "clip")
+        values |= {name: earlier[name] for name in kept if name in earlier}
+        values |= {name: GOING_ON * earlier[name] for name in ("lr", "adam_lr", "table_lr") if name in earlier}
+        reason = f"{GOING_ON:g} of the rate of the earlier training"
+    elif earlier:
+        values["lr"] = GOING_ON * LR["gpt" if draft.core == "gpt" else "wavenet"][optimizer]
+        reason = "low, because the weights are trained already"
+    else:
+        values |= {"optimizer": optimizer, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "clip": 1.0}
+        values["lr"] = PRETRAINED_LR
+        reason = "for weights trained elsewhere: nanoGPT takes 3e-5, llm.c 1e-4"
+    draft.recipe = change(draft.recipe, values | given)
+    draft.tell("lr", f"{values['lr']:.3g}", reason)
+    if draft.steps:
+        scored = draft.steps * draft.recipe.batch_size * (draft.recipe.window or config.context)
+        short = corpus.val_tokens <= scored / 2
+    else:
+        rate = EFFICIENCY * (draft.device.peak_flops() or 1e15)
+        short = corpus.val_tokens * config.flops_per_token() <= rate * 60 * draft.minutes / 5
+    if short:
+        draft.recipe = change(draft.recipe, {"eval_tokens": 0} | given)
+
+
+def _gpt_model(draft: Draft) -> None:
+    corpus = draft.corpus
+    context, reason = (
+        256 if draft.on_gpu else 128 if _long(draft) else 64,
+        f"learns fastest on {draft.machine} in this time",
+    )
     if corpus.lines and corpus.longest <= context:
         context, reason = corpus.longest, "the longest line"
-    config: dict[str, Any] = {
+    ngrams = 1 + sum(corpus.tokens >= least for least in NGRAM_TOKENS)
+    draft.tell("context", str(context), reason)
+    draft.tell(
+        "ngrams",
+        str(ngrams),
+        f"n-grams of up to {counted(ngrams, 'token')}, because the training split has {corpus.tokens:,}",
+    )
+    values = {
         "vocab_size": corpus.vocab_size, "context": context, "position": "rotary", "norm": "rmsnorm",
         "activation": "relu2", "bias": False, "qkv_bias": False, "qk_norm": True, "tied_head": False, "init": "zero",
-        "ngrams": 1 + sum(corpus.tokens >= least for least in NGRAM_TOKENS),
+        "ngrams": ngrams,
     }  # fmt: skip
-    recipe: dict[str, Any] = {
-        "optimizer": "muon", "adam_lr": 0.01, "momentum": 0.95, "betas": (0.9, 0.95), "eps": 1e-10,
-        "schedule": "linear", "warmup": 10, "decay_start": 0.3, "final_lr": 0.0,
-        "eval_tokens": 1_000_000 if device.kind == "cuda" else 32_768,
-    }  # fmt: skip
-    recipe["lr"] = LR["gpt"][pinned.get("optimizer", "muon")]
-    draft = Draft("gpt", config, recipe)
-    if not fixed:
-        if "context" not in pinned:
-            draft.choose("context", str(context), reason)
-        if "ngrams" not in pinned:
-            draft.choose("ngrams", str(config["ngrams"]), f"tables of up to so many ids, of {corpus.tokens:,}")
-        sizes = [
-            config | {"layers": layers, "heads": heads, "channels": channels} for layers, heads, channels in GPT_SIZES
-        ]
-        _size(draft, sizes, 5 if device.kind == "cuda" else 2, corpus, device, steps, minutes, pinned)
-    config |= {name: value for name, value in pinned.items() if name not in Recipe.__dataclass_fields__}
-    if corpus.lines and corpus.longest <= config["context"]:
-        recipe["packing"] = "documents"
-        draft.choose("packing", "documents", "every line fits a sequence")
+    sizes = [{"layers": layers, "heads": heads, "channels": channels} for layers, heads, channels in GPT_SIZES]
+    _size(draft, [values | size for size in sizes], usual=5 if draft.on_gpu else 2)
+
+
+def _long(draft: Draft) -> bool:
+    return draft.on_gpu or draft.steps > 2000 or draft.minutes > 1
+
+
+def _gpt_recipe(draft: Draft) -> None:
+    corpus, config = draft.corpus, draft.config
+    draft.begin(
+        optimizer="muon", lr=LR["gpt"][draft.given.recipe.get("optimizer", "muon")], adam_lr=0.01, momentum=0.95,
+        betas=(0.9, 0.95), eps=1e-10, schedule="linear", warmup=10, decay_start=0.3, final_lr=0.0,
+        eval_tokens=1_000_000 if draft.on_gpu else 32_768,
+    )  # fmt: skip
+    if corpus.lines and corpus.longest <= config.context:
+        draft.set("packing", "documents", "every line fits a sequence")
     # On a CPU many small steps beat few large ones at first; later larger ones learn as much from an id, and take less
     # time for it: Muon's products, which grow faster with the channels than a step's, do not depend on its ids.
-    tokens = 16_384 if device.kind == "cuda" else max(3072 if long else 1024, 8 * config["channels"])
-    length = pinned.get("window") or config["context"]
-    if (recipe | pinned).get("packing") == "documents":
+    tokens = 16_384 if draft.on_gpu else max(3072 if _long(draft) else 1024, 8 * config.channels)
+    length, mean = draft.recipe.window or config.context, ""
+    if draft.recipe.packing == "documents":
         length = max(1, corpus.tokens // corpus.documents)
-    recipe["batch_size"] = max(1, tokens // (length * pinned.get("accumulate", 1)))
-    mean = f", at {length:,} ids a line" if recipe.get("packing") == "documents" else ""
-    draft.choose("batch_size", str(recipe["batch_size"]), f"about {tokens:,} ids a step on {_article(device)}{mean}")
-    _dropout(draft, corpus, device, steps, minutes, pinned)
-    return draft
+        mean = f", at {length:,} ids a line"
+    rows = max(1, tokens // (length * draft.recipe.accumulate))
+    draft.set("batch_size", rows, f"about {tokens:,} ids a step on {draft.machine}{mean}")
 
 
-def _wavenet(corpus: Corpus, device: Device, steps: int, minutes: float, pinned: dict[str, Any], fixed: bool) -> Draft:
-    config: dict[str, Any] = {
-        "vocab_size": corpus.vocab_size, "kernel": 2, "norm": "rmsnorm", "init": "zero",
-    }  # fmt: skip
-    cuda = device.kind == "cuda"
-    recipe: dict[str, Any] = {
-        "optimizer": "muon", "adam_lr": 0.01, "momentum": 0.8, "betas": (0.9, 0.95), "eps": 1e-10,
-        "schedule": "linear", "warmup": 20, "decay_start": 0.3, "final_lr": 0.0, "clip": 1.0,
-        "eval_tokens": 1_000_000 if cuda else 65_536,
-    }  # fmt: skip
-    recipe["lr"] = LR["wavenet"][pinned.get("optimizer", "muon")]
-    draft = Draft("wavenet", config, recipe)
-    if not fixed:
-        sizes = [
-            config | {"cycles": cycles, "dilations": DOUBLING[:n], "residual": residual}
-            for cycles, n, residual in WAVENET_SIZES
-        ]
-        _size(draft, sizes, 2 if cuda else 0, corpus, device, steps, minutes, pinned)
-    config |= {name: value for name, value in pinned.items() if name not in Recipe.__dataclass_fields__}
+def _wavenet_model(draft: Draft) -> None:
+    values = {"vocab_size": draft.corpus.vocab_size, "kernel": 2, "norm": "rmsnorm", "init": "zero"}
+    sizes = [
+        values | {"cycles": cycles, "dilations": DOUBLING[:n], "residual": residual}
+        for cycles, n, residual in WAVENET_SIZES
+    ]
+    _size(draft, sizes, usual=2 if draft.on_gpu else 0)
+
+
+def _wavenet_recipe(draft: Draft) -> None:
+    draft.begin(
+        optimizer="muon", lr=LR["wavenet"][draft.given.recipe.get("optimizer", "muon")], adam_lr=0.01, momentum=0.8,
+        betas=(0.9, 0.95), eps=1e-10, schedule="linear", warmup=20, decay_start=0.3, final_lr=0.0, clip=1.0,
+        eval_tokens=1_000_000 if draft.on_gpu else 65_536,
+    )  # fmt: skip
     # As many samples of many recordings teach more than those of one, though each begins without a past.
-    samples, hears = 65_536 if cuda else 4096, cores.config("wavenet", config).context
-    recipe["window"], reason = min(samples, max(256, 2 ** round(math.log2(hears / 2)))), "many short ones teach more"
-    packing = pinned.get("packing")
-    if packing == "documents":
-        recipe["window"], reason = min(samples, corpus.longest), "from each one's beginning"
-    draft.choose("window", f"{recipe['window']:,}", f"{reason}; the model hears {counted(hears, corpus.unit)}")
-    accumulate, window = pinned.get("accumulate", 1), pinned.get("window", recipe["window"]) or hears
-    recipe["batch_size"] = max(1, samples // (window * accumulate))
-    many = recipe["batch_size"] * accumulate * (1 if packing == "last" else window)
-    most = "at most " if packing == "documents" else ""
-    reason = f"{most}{counted(many, corpus.unit)} a step on {_article(device)}"
-    draft.choose("batch_size", str(recipe["batch_size"]), reason)
-    return draft
+    samples, context, unit = 65_536 if draft.on_gpu else 4096, draft.config.context, draft.corpus.unit
+    documents = draft.recipe.packing == "documents"
+    window, reason = min(samples, max(256, 2 ** round(math.log2(context / 2)))), "short training excerpts"
+    if documents:
+        window, reason = min(samples, draft.corpus.longest), "from the beginning of each recording"
+    draft.set("window", window, f"{reason}; the model looks back {counted(context, unit)}")
+    recipe, window = draft.recipe, draft.recipe.window or context
+    rows = max(1, samples // (window * recipe.accumulate))
+    scored = rows * recipe.accumulate * (1 if recipe.packing == "last" else window)
+    most = "at most " if documents else ""
+    draft.set("batch_size", rows, f"{most}{counted(scored, unit)} a step on {draft.machine}")
 
 
-def _charwavenet(
-    corpus: Corpus, device: Device, steps: int, minutes: float, pinned: dict[str, Any], fixed: bool
-) -> Draft:
+def _charwavenet_recipe(draft: Draft) -> None:
     """The lecture's own, for a run of the preset `makemore` that is trained on."""
-    recipe: dict[str, Any] = {
-        "batch_size": 32, "packing": "last", "optimizer": "sgd", "schedule": "step", "decay_start": 0.75,
-        "final_lr": 0.1, "eval_tokens": 65_536,
-    }  # fmt: skip
-    recipe["lr"] = LR["wavenet"][pinned.get("optimizer", "sgd")]
-    return Draft("charwavenet", {"vocab_size": corpus.vocab_size}, recipe)
+    draft.begin(
+        batch_size=32, packing="last", optimizer="sgd", lr=LR["wavenet"][draft.given.recipe.get("optimizer", "sgd")],
+        schedule="step", decay_start=0.75, final_lr=0.1, eval_tokens=65_536,
+    )  # fmt: skip
 
 
-def _size(
-    draft: Draft,
-    sizes: list[dict[str, Any]],
-    usual: int,
-    corpus: Corpus,
-    device: Device,
-    steps: int,
-    minutes: float,
-    pinned: dict[str, Any],
-) -> None:
-    """Take the largest of `sizes` that the budget and the corpus feed; with a number of steps, at most the `usual`.
-    What is `pinned` replaces what they say."""
-    given = {name: value for name, value in pinned.items() if name not in Recipe.__dataclass_fields__}
-    sizes = [completed(draft.core, size | given, given) for size in sizes]
-    dense = {"ngrams": 1} if draft.core == "gpt" else {}  # a table costs next to nothing, whatever its size
-    counts = [cores.config(draft.core, size | dense).parameters() for size in sizes]
-    most = PARAMETERS_PER_TOKEN * corpus.tokens
-    fed = max((i for i, count in enumerate(counts) if count <= most), default=0)
-    rate = None if steps else device.peak_flops()
+def _size(draft: Draft, sizes: list[dict[str, Any]], usual: int) -> None:
+    """Take the largest of `sizes`, each completed by what is given, that the budget and the corpus feed; with a number
+    of steps, at most the `usual`."""
+    core, given, corpus = draft.core, draft.given.config, draft.corpus
+    configs: list[Any] = [config_of(core, completed(core, size | given, given)) for size in sizes]
+    # A table costs next to nothing, whatever its size.
+    counts = [(replace(config, ngrams=1) if core == "gpt" else config).parameters() for config in configs]
+    fed = max((i for i, n in enumerate(counts) if n <= PARAMETERS_PER_TOKEN * corpus.tokens), default=0)
+    rate = None if draft.steps else draft.peak_flops()
     if rate is None:
         chosen = min(usual, fed)
-        reason = "usual on " + _article(device) if chosen == usual else "small, as the corpus is"
+        reason = f"usual on {draft.machine}" if chosen == usual else "small, as the corpus is"
     else:
-        wanted = TOKENS_PER_PARAMETER[draft.core]
-        flops = 60 * minutes * rate * processes.count() * EFFICIENCY
-        costs = [3 * cores.config(draft.core, size).flops_per_token() for size in sizes]
-        affordable = max((i for i, cost in enumerate(costs) if flops / cost >= wanted * counts[i]), default=0)
+        wanted, time = TOKENS_PER_PARAMETER[core], f"{draft.minutes:g} minute{'s' * (draft.minutes != 1)}"
+        tokens = [60 * draft.minutes * rate * EFFICIENCY / (3 * config.flops_per_token()) for config in configs]
+        affordable = max((i for i, n in enumerate(tokens) if n >= wanted * counts[i]), default=0)
         chosen = min(affordable, fed)
-        reason = f"the largest that sees about {wanted:.0f} tokens per parameter in {_minutes(minutes)} here"
+        reason = f"the largest that sees about {wanted:.0f} tokens per parameter in {time} here"
         if chosen < affordable:
             reason = "as large as the corpus feeds"
         elif chosen == 0:
-            reason = f"the smallest, for {_minutes(minutes)} here"
-    draft.config |= sizes[chosen]
-    if all(size == sizes[0] for size in sizes):  # nothing was left to choose
-        return
-    apart = " beside the tables" if draft.config.get("ngrams", 1) > 1 else ""
-    draft.choose("size", f"{counts[chosen] / 1e6:.2g}M parameters{apart}", reason)
+            reason = f"the smallest size, because {time} is short"
+    draft.config = configs[chosen]
+    if any(config != configs[0] for config in configs):  # else nothing was left to choose
+        tables = " beside the tables" if core == "gpt" and draft.config.ngrams > 1 else ""
+        draft.tell("size", f"{counts[chosen] / 1e6:.2g}M parameters{tables}", reason)
 
 
 def completed(core: str, config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -246,125 +312,41 @@ def completed(core: str, config: dict[str, Any], given: dict[str, Any]) -> dict[
     return {"position": "rotary"} | config | {"heads": min(fitting, key=lambda heads: abs(channels / heads - 32))}
 
 
-def _dropout(draft: Draft, corpus: Corpus, device: Device, steps: int, minutes: float, pinned: dict[str, Any]) -> None:
+def _dropout(draft: Draft) -> None:
     """Dropout where the corpus is read so often that the model would learn it by heart."""
-    recipe = draft.recipe | pinned
-    length = pinned.get("window") or draft.config["context"]
-    if steps:
-        tokens = steps * recipe["batch_size"] * recipe.get("accumulate", 1) * length
+    recipe, config, corpus = draft.recipe, draft.config, draft.corpus
+    if draft.steps:
+        tokens = draft.steps * recipe.batch_size * recipe.accumulate * (recipe.window or config.context)
     else:
-        rate = device.peak_flops() or 0.0
-        tokens = (
-            rate
-            * processes.count()
-            * EFFICIENCY
-            * 60
-            * minutes
-            / (3 * cores.config("gpt", draft.config).flops_per_token())
-        )
+        rate = draft.peak_flops() or 0.0
+        tokens = rate * EFFICIENCY * 60 * draft.minutes / (3 * config.flops_per_token())
     epochs = tokens / max(1, corpus.tokens)
     # A model that is small beside its corpus cannot learn it by heart, however often it reads it.
-    small = cores.config("gpt", draft.config | {"ngrams": 1}).parameters() < 2 * corpus.tokens
-    read = epochs / 3 if device.kind == "cpu" else epochs  # with dropout: it is not compiled there
+    small = replace(config, ngrams=1).parameters() < 2 * corpus.tokens
+    read = epochs / 3 if draft.device.kind == "cpu" else epochs  # with dropout: it is not compiled there
     shares = {"dropout": 0.0 if read < (20 if small else 6) else 0.1 if read < 40 else 0.2}
-    if draft.config["ngrams"] > 1:  # tables can, soon
+    if config.ngrams > 1:  # a table learns by heart sooner than the model beside it
         by_epochs = ((4, 0.7), (2.2, 0.6), (1.5, 0.4), (0.7, 0.2), (0, 0.0))
         shares["ngram_dropout"] = next(share for least, share in by_epochs if epochs >= least)
     times = "less than once" if epochs < 1 else "about once" if epochs < 1.5 else f"about {epochs:,.0f} times"
     for name, share in shares.items():
-        if name not in pinned:
-            draft.config[name] = share
-            draft.choose(name, f"{share:g}", f"the budget reads the corpus {times}")
+        if name not in draft.given.config:
+            draft.config = replace(draft.config, **{name: share})
+            draft.tell(name, f"{share:g}", f"the budget reads the corpus {times}")
 
 
-def _going_on(
-    draft: Draft,
-    corpus: Corpus,
-    device: Device,
-    steps: int,
-    minutes: float,
-    earlier: dict[str, Any],
-    pinned: dict[str, Any],
-) -> None:
-    """For weights that are trained already: a part of their peak rates, which falls to zero after a short warm-up, so
-    that what was learned is not shaken off; the loss over the whole validation split where that takes little time."""
-    recipe = draft.recipe
-    optimizer = pinned.get("optimizer", earlier.get("optimizer", "adamw"))
-    if optimizer == earlier.get("optimizer"):
-        kept = ("optimizer", "betas", "eps", "momentum", "weight_decay", "decay", "clip")
-        recipe |= {name: earlier[name] for name in kept if name in earlier}
-        rates = {name: GOING_ON * earlier[name] for name in ("lr", "adam_lr", "table_lr") if name in earlier}
-        reason = f"{GOING_ON:g} of the earlier training's"
-    elif earlier:
-        rates, reason = {"lr": GOING_ON * LR["gpt" if draft.core == "gpt" else "wavenet"][optimizer]}, "low, to go on"
-    else:
-        recipe |= {"optimizer": optimizer, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "clip": 1.0}
-        rates, reason = {"lr": PRETRAINED_LR}, "for weights trained elsewhere: nanoGPT takes 3e-5, llm.c 1e-4"
-    recipe |= rates | {"schedule": "linear", "warmup": 10, "decay_start": 0.0, "final_lr": 0.0}
-    draft.choose("lr", f"{rates['lr']:.3g}", reason)
-    config: Any = cores.config(draft.core, draft.config)
-    if steps:
-        short = corpus.val_tokens <= steps * recipe["batch_size"] * (recipe.get("window") or config.context) / 2
-    else:
-        rate = EFFICIENCY * (device.peak_flops() or 1e15)
-        short = corpus.val_tokens * config.flops_per_token() <= rate * 60 * minutes / 5
-    if short:
-        recipe["eval_tokens"] = 0
-
-
-def _cadence(draft: Draft, device: Device, steps: int) -> None:
+def _cadence(draft: Draft) -> None:
     """How often to log, evaluate and save: by steps where the budget is steps, else by time."""
-    if steps:
-        recipe = {"batch_size": 1, "accumulate": 1, "window": 0, "eval_tokens": 0} | draft.recipe
-        window = recipe["window"] or draft.config.get("context", 1)
-        forward = steps * recipe["batch_size"] * recipe["accumulate"] * window
-        training = 3 * forward  # a training step costs 3 forward passes
-        evaluations = max(1, min(10, training // (10 * max(1, recipe["eval_tokens"]))))  # a tenth of the work at most
-        chosen = {
-            "log_every": max(1, min(100, steps // 100)),
-            "eval_every": max(1, steps // evaluations),
-            "checkpoint_every": max(1, steps // 10),
-        }
-        draft.recipe = chosen | draft.recipe
-
-
-def _minutes(minutes: float) -> str:
-    return f"{minutes:g} minute{'s' * (minutes != 1)}"
-
-
-def _article(device: Device) -> str:
-    return {"cpu": "a CPU", "cuda": "a CUDA GPU", "mps": "an Apple GPU"}[device.kind]
-
-
-def memory_bytes(core: str, config: cores.CoreConfig, recipe: Recipe, device: Device) -> int:
-    """About how much memory training takes in each process, in bytes: weights, gradients and optimiser state in
-    float32, and what a micro-batch keeps for its backward pass, counted from the tensors that each layer saves."""
-    optimizer = {"sgd": int(recipe.momentum > 0), "adamw": 2, "muon": 2}[recipe.optimizer]
-    c: Any = config
-    tables = c.channels * sum(c.ngram_rows) if core == "gpt" and recipe.optimizer == "muon" else 0  # see optim.Rows
-    weights = 4 * ((config.parameters() - tables) * (2 + optimizer) + 2 * tables)
-    window, rows = recipe.window or config.context, -(-recipe.batch_size // processes.count())
-    if core == "gpt" and backend.unsupported(config, recipe, device) is None:
-        # Each thread: its gradients, the weights packed for both ways, what it keeps of one row. The n-grams' gradients
-        # and places are the whole batch's.
-        weights += 3 * 4 * device.threads * (config.parameters() - tables)
-        weights += rows * window * c.ngrams * (4 * c.channels + 24)
-        kept = c.layers * (10 * c.channels + c.heads * window)
-        rows = min(rows, device.threads)
-    elif core == "gpt":
-        kept = c.layers * c.channels * (18 + 2 * c.qk_norm + 8 * (c.dropout > 0))
-    elif core == "wavenet" and backend.unsupported(config, recipe, device) is None:
-        from dfcli.kernels.wavenet_train import slot_bounds  # numba is there, or the kernels would be unsupported
-
-        bounds, together = slot_bounds(rows, window, device.threads)
-        weights += 4 * (len(bounds) + 1) * config.parameters()  # each slot's gradients, and weights packed both ways
-        kept = c.layers * (3 * c.residual + 1) + 4 * c.residual + c.skip
-        positions = rows * window if together else device.threads * max(b - a for a, b in pairwise(bounds))
-        return weights + 4 * (positions * kept + rows * window * c.residual)
-    elif core == "wavenet":
-        kept = c.layers * c.residual * (6 + c.kernel + (c.norm != "none")) + c.skip + c.head
-    else:
-        kept = c.levels * 4 * c.hidden
-        window = 1 if recipe.packing == "last" else window
-    wide = 2 if device.precision == "bfloat16" else 4
-    return weights + rows * window * (kept * wide + 3 * 4 * c.vocab_size)
+    if not draft.steps:
+        return
+    recipe, steps = draft.recipe, draft.steps
+    scored = 1 if recipe.packing == "last" else recipe.window or draft.config.context
+    forward = steps * recipe.batch_size * recipe.accumulate * scored
+    # A training step costs 3 forward passes; evaluations take a tenth of the work at most.
+    evaluations = max(1, min(10, 3 * forward // (10 * max(1, recipe.eval_tokens))))
+    chosen = {
+        "log_every": max(1, min(100, steps // 100)),
+        "eval_every": max(1, steps // evaluations),
+        "checkpoint_every": max(1, steps // 10),
+    }
+    draft.recipe = change(recipe, chosen | draft.given.recipe)

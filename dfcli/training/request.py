@@ -1,72 +1,131 @@
-"""What a caller of `train` or `plan` asks for, and what can be refused of it at once.
+"""The options of a training. Each is written once, as a field of `Request`: its type, default, help and bounds.
 
-Nothing here imports PyTorch, which takes seconds: a typing error is told before that.
+The command line makes its options from these fields, and the Python API takes them as keyword arguments.
+Nothing here imports PyTorch, which takes seconds, so that a mistake is reported before that.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from dfcli.errors import UsageError
-from dfcli.ingest.download import corpus_path
-from dfcli.ingest.prepare import check_sources
-from dfcli.runs.huggingface import start
-from dfcli.runs.run import refuse_taken
-from dfcli.system.files import check_name
+from dfcli.system import processes
 from dfcli.training.presets import PRESETS, preset
 
 SPEECH_COMMANDS = "https://storage.googleapis.com/download.tensorflow.org/data/speech_commands_v0.02.tar.gz"
 
 CONDITIONS = ("labels", "mel", "none")
+DEVICES = "auto, cpu, cuda, cuda:<n> or mps."
 
-ABROAD = {  # corpora that `df data get` does not fetch: what they are, and what to do
+NOT_FETCHED = {  # corpora that `df data get` cannot fetch: their description, and how to get them
     "sc09": (
         "SC09, the ten spoken digits of Speech Commands v0.02",
-        f"unpack the folders zero to nine of {SPEECH_COMMANDS} (2.4 GB) into a folder, and give it: "
+        f"unpack the folders zero to nine of {SPEECH_COMMANDS} (2.4 GB) into a folder and give that folder: "
         "`--data FOLDER`; other recordings will do too",
     ),
 }
 
 
+def option(
+    default: Any,
+    help: str,
+    metavar: str = "",
+    *,
+    flags: tuple[str, ...] = (),
+    bounds: tuple[float, float] | None = None,
+    recipe: bool = False,
+) -> Any:
+    """A field of `Request` that is an option. `flags` are its names on the command line, by default the field's name.
+    `bounds` are the lowest and the highest value; floats must be above the lowest. `recipe`: it sets the recipe's field
+    of the same name."""
+    metadata = {"help": help, "metavar": metavar, "flags": flags, "bounds": bounds, "recipe": recipe}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def flag(field: Field[Any]) -> str:
+    """The option's name on the command line."""
+    return (field.metadata["flags"] or (f"--{field.name.replace('_', '-')}",))[0]
+
+
 @dataclass(frozen=True)
 class Request:
-    """What was asked for; None where nothing was said."""
+    """The options of a training; None where nothing was said. They are checked when it is made: values are in bounds,
+    and the preset, the runs and the sources that it names exist, else UsageError.
+
+    With `show`, no run's name is taken, and a preset needs no data. With `resume`, the run has its data and its name.
+    """
 
     kind: str
-    data: tuple[str, ...] = ()
-    preset: str | None = None
-    name: str | None = None
-    steps: int | None = None
-    minutes: float | None = None
-    device: str = "auto"
-    batch_size: int | None = None
-    lr: float | None = None
-    seed: int | None = None
-    init: str | None = None
-    overrides: dict[str, str] = field(default_factory=dict)
-    condition: str | None = None  # one of CONDITIONS; None: labels where the data has them
-    label: str | None = None  # how paths say labels, as `prepare` takes it
+    data: tuple[str, ...] = option((), "What to learn from; may be repeated. Built-in data by default.", "NAME|PATH")
+    preset: str | None = option(None, "A published model and its protocol.", "NAME")
+    name: str | None = option(None, "What to call the run.", "NAME")
+    steps: int | None = option(None, "Train for this many steps.", "N", bounds=(1, 10**9), recipe=True)
+    minutes: float | None = option(
+        None, "Train for this long, not counting data preparation and the final validation; 5 by default.", "M",
+        bounds=(0.0, 1e6), recipe=True,
+    )  # fmt: skip
+    device: str = option("auto", DEVICES, "NAME")
+    batch_size: int | None = option(None, "Sequences a step.", "N", bounds=(1, 10**6), recipe=True)
+    lr: float | None = option(None, "Peak learning rate.", "X", bounds=(0.0, 1e3), recipe=True)
+    seed: int | None = option(None, "The same seed gives the same run.", "N", bounds=(0, 2**63 - 1))
+    resume: bool = option(False, "Continue the run of this name, or start it.")
+    init: str | None = option(None, "Start from the weights of another run or a Hugging Face folder.", "RUN|FOLDER")
+    condition: str | None = option(
+        None, "What a WaveNet is told beside the sound; labels where the data has them.", "labels|mel|none"
+    )
+    label: str | None = option(None, "Labels of recordings: their folder, or named groups.", "folder|PATTERN")
+    overrides: Mapping[str, str] = option(
+        dict, "Change a field of the model or the recipe.", "KEY=VALUE", flags=("--set",)
+    )
+    show: bool = option(False, "Show what would be trained, with reasons, and train nothing.")
 
-    def check(self, *, show: bool = False, resume: bool = False) -> None:
-        """Raise UsageError for what makes no sense, and for names of nothing: of a preset, a source, a run.
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "data", tuple(self.data))
+        object.__setattr__(self, "overrides", dict(self.overrides or {}))
+        if processes.rank() == 0:  # of several processes the first one checks, and reports
+            self._check_values()
+            self._check_conditions()
+            self._check_names()
 
-        With `show` no run's name is taken, and a preset needs no data; with `resume` the run has its data and its name.
-        """
-        self._check_values()
-        self._check_conditions()
-        entry = preset(self.kind, self.preset) if self.preset else {}
-        if self.init:
-            start(self.init)
-        if resume:
-            return
-        check_sources(self.data)
-        if not show:
-            if self.name is not None:
-                refuse_taken(self.name)
-            if not self.data and "corpus" in entry:
-                corpus_file(self.preset, entry["corpus"])
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The recipe's fields that options of their own set."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("recipe")}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def _check_values(self) -> None:
+        if self.kind not in PRESETS:
+            raise UsageError(f"there is no kind of model `{self.kind}`", f"there are {', '.join(PRESETS)}")
+        for f in fields(self):
+            value, bounds = getattr(self, f.name), f.metadata.get("bounds")
+            if value is None or bounds is None:
+                continue
+            low, high = bounds
+            above = isinstance(high, float)
+            if not (low < value <= high if above else low <= value <= high):  # NaN compares false
+                wanted = f"above {low:g} and at most {high:,.0f}" if above else f"from {low:,} to {high:,}"
+                raise UsageError(f"{flag(f)} must be {wanted}, not {value}")
+            if f.name in self.overrides:
+                raise UsageError(f"{f.name} is given twice: by {flag(f)} {value} and by --set", "give it once")
+        weights = preset(self.kind, self.preset).get("start") if self.preset else None
+        if weights and self.init is None:
+            raise UsageError(
+                f"preset `{self.preset}` starts from {weights}",
+                "give the Hugging Face folder (config.json, model.safetensors, tokenizer.json) with `--init FOLDER`",
+            )
+        if self.init and self.preset and not weights:
+            raise UsageError("--init takes the model of another run, --preset a published one", "give one of them")
+        for one, other, why in (
+            ("steps", "minutes", "each is a budget"),
+            ("show", "resume", "the first trains nothing"),
+        ):
+            if getattr(self, one) and getattr(self, other):
+                raise UsageError(f"`--{one}` and `--{other}` exclude each other: {why}", "give one of them")
 
     def _check_conditions(self) -> None:
         if self.condition is not None and self.condition not in CONDITIONS:
@@ -79,44 +138,32 @@ class Request:
             if name in self.overrides:
                 raise UsageError(f"`--set {name}` follows from the data", "give --condition, or --label")
 
-    def _check_values(self) -> None:
-        if self.kind not in PRESETS:
-            raise UsageError(f"there is no kind of model `{self.kind}`", f"there are {', '.join(PRESETS)}")
-        if self.steps is not None and self.minutes is not None:
-            raise UsageError("--steps and --minutes exclude each other", "give one of them")
-        if self.steps is not None and not 1 <= self.steps <= 10**9:
-            raise UsageError(f"--steps must be from 1 to 1,000,000,000, not {self.steps}")
-        if self.minutes is not None and not 0 < self.minutes <= 10**6:  # false for NaN too
-            raise UsageError(f"--minutes must be above 0 and at most 1,000,000, not {self.minutes:g}")
-        if self.batch_size is not None and not 1 <= self.batch_size <= 10**6:
-            raise UsageError(f"--batch-size must be from 1 to 1,000,000, not {self.batch_size}")
-        if self.lr is not None and not 0 < self.lr <= 1000:
-            raise UsageError(f"--lr must be above 0 and at most 1,000, not {self.lr:g}")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise UsageError(f"--seed must be from 0 to 2^63 - 1, not {self.seed}")
-        weights = preset(self.kind, self.preset).get("start") if self.preset else None
-        if self.init is not None and self.preset is not None and not weights:
-            raise UsageError("--init takes the model of another run, --preset a published one", "give one of them")
-        if weights and self.init is None:
-            raise UsageError(
-                f"preset `{self.preset}` starts from {weights}",
-                "give the Hugging Face folder (config.json, model.safetensors, tokenizer.json) with `--init FOLDER`",
-            )
+    def _check_names(self) -> None:
+        from dfcli.ingest.prepare import check_sources
+        from dfcli.runs.huggingface import start
+        from dfcli.runs.run import refuse_taken
+        from dfcli.system.files import check_name
+
         if self.name is not None:
             check_name(self.name, "run")
-        for option, value in self.options().items():
-            if option in self.overrides:
-                raise UsageError(f"{option} is given twice: by its option ({value}) and by --set", "give it once")
-
-    def options(self) -> dict[str, Any]:
-        """The recipe's values that were given by options of their own."""
-        values = {"steps": self.steps, "minutes": self.minutes, "batch_size": self.batch_size, "lr": self.lr}
-        return {key: value for key, value in values.items() if value is not None}
+        entry = preset(self.kind, self.preset) if self.preset else {}
+        if self.init:
+            start(self.init)
+        if self.resume:
+            return
+        check_sources(self.data)
+        if not self.show:
+            if self.name is not None:
+                refuse_taken(self.name)
+            if not self.data and "corpus" in entry:
+                corpus_file(self.preset, entry["corpus"])
 
 
 def corpus_file(preset: str | None, corpus: str) -> Path:
-    """The corpus that a preset was published on, as fetched: not a dataset that happens to have its name. UsageError,
-    saying how to get it, where it is not here."""
+    """The fetched corpus that a preset was published on, not a dataset that happens to have its name. UsageError that
+    says how to get it where it is missing."""
+    from dfcli.ingest.download import corpus_path
+
     if (path := corpus_path(corpus)) is not None:
         return path
     what, how = about_corpus(corpus)
@@ -124,6 +171,6 @@ def corpus_file(preset: str | None, corpus: str) -> Path:
 
 
 def about_corpus(corpus: str) -> tuple[str, str]:
-    """What a preset's corpus is, and what to do where it is not here."""
+    """The description of a preset's corpus, and how to get it."""
     fetched = f"the corpus `{corpus}`", f"fetch it with `df data get {corpus}`, or give other data with `--data`"
-    return ABROAD.get(corpus, fetched)
+    return NOT_FETCHED.get(corpus, fetched)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, get_args, get_type_hints
@@ -94,7 +95,29 @@ def _within(name: str, value: float, low: float, high: float, whole: bool = Fals
         raise ValueError(f"{name} must be {kind} from {low:,} to {high:,}, not {value}")
 
 
-def override(core: str, overrides: dict[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
+@dataclass(frozen=True)
+class Given:
+    """The values that the user fixed: fields of the core's config, and fields of the recipe."""
+
+    config: dict[str, Any]
+    recipe: dict[str, Any]
+
+
+def given_by(core: str, overrides: Mapping[str, str], recipe: dict[str, Any]) -> Given:
+    """What `--set` and the recipe's own options fix. Raises UsageError for what neither the core nor a recipe has."""
+    config, others = override(core, overrides)
+    return Given(config, others | recipe)
+
+
+def config_of(core: str, values: dict[str, Any]) -> cores.CoreConfig:
+    """`cores.config`. Raises UsageError for a bad value."""
+    try:
+        return cores.config(core, values)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def override(core: str, overrides: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What `--set` asks for: values for the config of core `core`, and values for the recipe.
 
     Raises UsageError for a key that neither has, listing those there are, and for a value of another type.

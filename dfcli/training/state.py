@@ -7,6 +7,7 @@ from typing import Any
 
 from dfcli.errors import CorruptError
 
+RISE = 1.01  # times the lowest validation loss: from there on an evaluation counts as worse
 ADDED = ("train_losses", "nats", "scored")  # fields that checkpoints of version 0.1 lack
 
 
@@ -51,7 +52,19 @@ class State:
         """Note a finite validation loss, in nats a token, of the current step."""
         self.val_loss = loss
         self.val_losses.append(loss)
-        self.train_losses.append(self.nats / self.scored if self.scored else loss)
+        before = self.train_losses[-1] if self.train_losses else loss
+        self.train_losses.append(self.nats / self.scored if self.scored else before)
         self.nats, self.scored = 0.0, 0
         if self.best_val_loss is None or loss < self.best_val_loss:
             self.best_val_loss, self.best_step = loss, self.step
+
+    def overfits(self, before: int = 0) -> bool:
+        """Whether the model overfits, as of the last evaluation but `before`: since the evaluation with the lowest loss
+        the training loss has fallen, and the validation loss of the two newest evaluations is higher."""
+        end = len(self.val_losses) - before
+        val, missing = self.val_losses[:end], len(self.val_losses) - len(self.train_losses)
+        best = min(range(end), key=val.__getitem__, default=0)
+        if best < missing or end - best < 3:  # checkpoints of version 0.1 lack the first training losses
+            return False
+        fell = self.train_losses[end - 1 - missing] < self.train_losses[best - missing]
+        return fell and min(val[-2:]) > RISE * val[best]

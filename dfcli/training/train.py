@@ -1,432 +1,382 @@
-"""Train a model: from what was asked for to a run on disk and its figures. `df train` is a thin skin over this."""
+"""Train a model: request -> plan -> open run -> fit -> close. `df train` is a thin command over this.
+
+`plan.py` decides what is trained, `trainer.py` has the loop, and `resume.py` finds the run to go on with.
+"""
 
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from difflib import get_close_matches
-from pathlib import Path
-from typing import Any, get_type_hints
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple
 
 import torch
 
 from dfcli import cores
 from dfcli.data.batches import Batches
 from dfcli.data.conditions import Conditions
-from dfcli.data.dataset import Dataset, find_dataset, reopen
-from dfcli.errors import CorruptError, DfError, UsageError
+from dfcli.data.dataset import Dataset
+from dfcli.errors import DfError, UsageError
 from dfcli.evaluation.sweep import sweep
-from dfcli.ingest.download import corpus_path
+from dfcli.ingest.reopen import run_dataset
 from dfcli.runs import run as runs
+from dfcli.runs.checkpoint import Checkpoint
 from dfcli.runs.huggingface import start
 from dfcli.runs.run import Run
-from dfcli.system.device import resolve
-from dfcli.system.events import Choice, Note, OnEvent, ignore
-from dfcli.system.files import DAMAGED, read_json, same_name, write_json
-from dfcli.system.processes import Processes, joined
-from dfcli.system.words import size
+from dfcli.system.device import Device, resolve
+from dfcli.system.events import Note, OnEvent, ignore
+from dfcli.system.processes import ALONE, Processes, joined
+from dfcli.training import memory, resume
 from dfcli.training import plan as plans
-from dfcli.training.events import Finished, Started
+from dfcli.training.events import Closing, Finished, Started
 from dfcli.training.plan import Plan
 from dfcli.training.request import Request
+from dfcli.training.result import TrainResult, read_result, write_result
 from dfcli.training.saver import Nowhere
-from dfcli.training.settings import Recipe, override
 from dfcli.training.state import State
 from dfcli.training.trainer import Trainer
-from dfcli.training.validation import preview_of, validation_of
+from dfcli.training.validation import earlier_loss, preview_of, validation_of
 
-FINISHED = "finished"  # in place of a state: there is nothing left to train
-
-
-OLD_TOKENS = 32_768  # that the loss on earlier data is measured over
+MUCH = 1.05  # times the loss of the best checkpoint: from there on the last one differs much
 
 
-@dataclass(frozen=True)
-class TrainResult:
-    """What came of a training. Its fields are the keys of `df train --json`."""
-
-    run: str
-    path: str
-    preset: str | None
-    steps: int  # updates made
-    tokens_seen: int  # targets the updates were made on
-    train_seconds: float  # from just before the first step, evaluations and checkpoints included
-    tokens_per_second: float  # tokens_seen / train_seconds
-    val_loss: float | None  # nats a token, of the checkpoint that sample and eval use by default: over the whole
-    # validation split of a finished run, over the part of it that the recipe says of one that was stopped
-    best_step: int | None  # that checkpoint's step
-    parameters: int
-    device: str
-    seed: int
-    skipped: int  # batches left out because their loss or gradient was not finite
-    stopped: str | None  # why it ended early: "interrupted", "terminated"; None when it is finished
+class Stopped(Exception):
+    """The closing evaluation was stopped."""
 
 
-def plan(
-    kind: str,
-    data: Sequence[str] = (),
-    *,
-    preset: str | None = None,
-    steps: int | None = None,
-    minutes: float | None = None,
-    device: str = "auto",
-    batch_size: int | None = None,
-    lr: float | None = None,
-    seed: int | None = None,
-    init: str | None = None,
-    overrides: dict[str, str] | None = None,
-    condition: str | None = None,
-    label: str | None = None,
-    on_event: OnEvent = ignore,
-) -> Plan:
+def plan(kind: str | Request, data: Sequence[str] = (), *, on_event: OnEvent = ignore, **options: Any) -> Plan:
     """What `train` with these arguments would train, and why. Allocates nothing, and prepares no data where the preset
     fixes the vocabulary. Raises as `train` does."""
-    request = Request(
-        kind,
-        tuple(data),
-        preset,
-        None,
-        steps,
-        minutes,
-        device,
-        batch_size,
-        lr,
-        seed,
-        init,
-        overrides or {},
-        condition,
-        label,
-    )
-    return plans.make(request, show=True, on_event=on_event)
+    return plans.make(_request(kind, data, options | {"show": True}), on_event)
 
 
 def train(
-    kind: str,
+    kind: str | Request,
     data: Sequence[str] = (),
     *,
-    preset: str | None = None,
-    name: str | None = None,
-    steps: int | None = None,
-    minutes: float | None = None,
-    device: str = "auto",
-    batch_size: int | None = None,
-    lr: float | None = None,
-    seed: int | None = None,
-    resume: bool = False,
-    init: str | None = None,
-    overrides: dict[str, str] | None = None,
-    condition: str | None = None,
-    label: str | None = None,
     previews: bool = False,
     on_event: OnEvent = ignore,
     stop: Callable[[], str | None] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
+    **options: Any,
 ) -> TrainResult:
     """Train a "gpt" or a "wavenet" and keep it as a run.
 
-    `data`: names of datasets or corpora, files, folders; none: a built-in corpus, or the preset's. The budget is
-    `steps` or `minutes`; else the preset's steps, else 5 minutes. `overrides` are `--set`'s: field of the core's
-    config or of the recipe to its value as text. `resume` goes on with the run called `name` (else the newest of
-    this kind), starts it where it has no checkpoint, and does nothing where it is finished. `init` starts from the
-    best weights of another run. `condition`: "labels" (where the data has them, the default), "mel" (a vocoder) or
-    "none"; `label` says how paths give labels: "folder", or a pattern with named groups. `previews` makes short texts
-    for Sample events. `stop` is asked before each step: a reason ends the training after a checkpoint, and comes back
-    in the result.
+    `data`: names of datasets or corpora, files, folders; none: a built-in corpus, or the preset's. The other `options`
+    are the fields of `training.request.Request`: `preset`, `name`, `steps` or `minutes`, `device`, `batch_size`, `lr`,
+    `seed`, `resume`, `init`, `overrides` (`--set`: field of the core's config or of the recipe to its value as text).
+    Without a budget the preset's steps are taken, else 5 minutes.
+
+    `resume` goes on with the run called `name` (else the newest of this kind), starts it where it has no checkpoint,
+    and does nothing where it is finished. `init` starts from the best weights of another run. `previews` makes short
+    texts for Sample events. `stop` is asked before each step: a reason ends the training after a checkpoint, and comes
+    back in the result. During the closing evaluation a reason ends the evaluation at once. The run is finished then,
+    and the next `resume`, `dfcli.evaluate` or `df runs show` measures the figure.
 
     Raises UsageError for what is asked wrongly, before anything is prepared or left behind; DfError for data that
     cannot be prepared, a loss that is not finite, memory or disk that do not suffice; CorruptError for damaged files.
     """
-    request = Request(
-        kind,
-        tuple(data),
-        preset,
-        name,
-        steps,
-        minutes,
-        device,
-        batch_size,
-        lr,
-        seed,
-        init,
-        overrides or {},
-        condition,
-        label,
-    )
-    with joined() as group:
-        session = Session(group, previews, on_event, stop, clock)
-        if not group.first:
-            return _follow(request, session)
-        try:
-            return _lead(request, resume, session)
-        except DfError as error:
-            group.refuse(error)
-            raise
+    request = _request(kind, data, options)
+    calls = Calls(previews, on_event, stop, clock)
+    with joined() as group, (_lead if group.first else _follow)(request, group, calls) as work:
+        if isinstance(work, TrainResult):  # it was finished before
+            return work
+        run, made = work
+        group.connect(made.device)
+        with memory.explained(made), made.device.repeatable(), _forked_random_state(made.device):
+            trainer = trainer_of(run, made, group, calls)
+            on_event(Started(made, run.path, trainer.state.step, trainer.state.best_val_loss))
+            before = earlier_loss(made, trainer.core, group, on_event)
+            stopped = trainer.run()
+            state = trainer.state
+            result = _result(run, made, state, stopped)
+            del trainer  # and its memory
+            if stopped is None:
+                result = _close(run, made, result, group, calls)
+                _tell_start(run, made, state, before, group, on_event)
+        on_event(Finished(result))
+        return result
 
 
-def _lead(request: Request, resume: bool, session: Session) -> TrainResult:
-    """Train in the first process, which alone prepares data, makes the run and writes to it."""
-    on_event = session.on_event
-    request.check(resume=resume)
-    run = _existing(request, on_event) if resume else None
-    if run is not None:
-        return _resume(run, request, session)
+Work = tuple[Run, Plan] | TrainResult  # the run to train and the plan with its dataset, or what was trained before
 
-    made = plans.make(request, on_event=on_event)
+
+class Calls(NamedTuple):
+    """What a caller of `train` gave to be called back, see there."""
+
+    previews: bool = False
+    on_event: OnEvent = ignore
+    stop: Callable[[], str | None] = lambda: None
+    clock: Callable[[], float] = time.perf_counter
+
+
+def _request(kind: str | Request, data: Sequence[str], options: dict[str, Any]) -> Request:
+    if isinstance(kind, Request):
+        return kind
+    return Request(kind, tuple(data), **options)
+
+
+def _lead(request: Request, group: Processes, calls: Calls) -> AbstractContextManager[Work]:
+    """The work of the first process, which alone prepares data and writes to the run."""
+    try:
+        run = resume.existing(request, calls.on_event) if request.resume else None
+        made = plans.make(request, calls.on_event) if run is None else resume.plan_of(run, request)
+        plans.check_shared(made)
+    except DfError as error:
+        group.refuse(error)
+        raise
+    return _created(made, group, calls) if run is None else _reopened(run, made, group, calls)
+
+
+@contextmanager
+def _created(made: Plan, group: Processes, calls: Calls) -> Iterator[Work]:
+    """A new run, locked. It is removed again at the end where no checkpoint was written, because there is nothing to
+    resume."""
     assert made.dataset is not None
     with made.dataset as dataset:
         for choice in made.choices:
-            on_event(choice)
-        plans.check_shared(made)
-        plans.check_fits(made)
-        _warn(made, on_event)
-        run = Run.create(str(made.name), _info(made, dataset), dataset.codec)
+            calls.on_event(choice)
+        memory.check_fits(made)
+        memory.warn(made, calls.on_event)
+        run, made = _create(made, dataset)
         try:
             with run.lock():
-                session.invite(run, None)
-                return session.run(run, made, dataset, None)
+                _invite(run, group)
+                yield run, made
         finally:
-            if not run.steps():  # nothing was reached that could be gone on with
+            if not run.steps():
                 runs.remove(run.name)
 
 
-def _follow(request: Request, session: Session) -> TrainResult:
-    """Train in another process than the first: on the run that the first one has made or opened."""
-    session = replace(session, previews=False)
-    name, values = session.group.from_first(None)
+@contextmanager
+def _reopened(run: Run, made: Plan, group: Processes, calls: Calls) -> Iterator[Work]:
+    """A run that was begun before, locked; the result, where it is finished."""
+    if run.result is None:
+        with run.lock(), run_dataset(run, calls.on_event) as dataset:
+            if run.result is None:  # nor has it finished while this process waited
+                memory.warn(made, calls.on_event)
+                if not run.steps():
+                    calls.on_event(Note(f"run `{run.name}` has no checkpoint yet: it starts over"))
+                _invite(run, group)
+                yield run, replace(made, dataset=dataset)
+                return
+    group.from_first([run.name, True])
+    yield _finished(run, made.device, calls)
 
-    def opened() -> tuple[Run, Plan, Dataset]:
+
+def _invite(run: Run, group: Processes) -> None:
+    """Let the other processes take part, once they have found that they can."""
+    group.from_first([run.name, False])
+    group.together(lambda: None)
+
+
+@contextmanager
+def _follow(request: Request, group: Processes, calls: Calls) -> Iterator[Work]:
+    """The work of every other process: on the run that the first one has made or opened."""
+    name, is_finished = group.from_first(None)
+
+    def opened() -> tuple[Run, Plan]:
         run = Run.open(name)
-        plan = _plan_of(run, request)
-        plans.check_fits(plan)
-        return run, plan, _dataset_of(run, ignore)
+        made = resume.plan_of(run, request)
+        memory.check_fits(made)
+        return run, replace(made, dataset=run_dataset(run))
 
-    if values == FINISHED:
-        return _finished(Run.open(name), ignore)
-    run, plan, dataset = session.group.together(opened)
-    with dataset:
-        return session.run(run, plan, dataset, State.from_json(values) if values else None)
+    if is_finished:
+        result = read_result(Run.open(name))
+        assert result is not None
+        yield result
+        return
+    run, made = group.together(opened)
+    assert made.dataset is not None
+    with made.dataset:
+        yield run, made
 
 
-@dataclass(frozen=True)
-class Session:
-    """One call of `train`: who takes part, whom to tell, whom to ask, and what time it is."""
+def _create(plan: Plan, dataset: Dataset) -> tuple[Run, Plan]:
+    """The plan's run. Where another process has just taken a name that nobody asked for, the next one is taken."""
+    while True:
+        try:
+            return Run.create(str(plan.name), _info(plan, dataset), dataset.codec), plan
+        except UsageError:
+            if not plan.stem:
+                raise
+            plan = replace(plan, name=plans.free_name(plan.stem))
 
-    group: Processes
-    previews: bool
-    on_event: OnEvent
-    stop: Callable[[], str | None]
-    clock: Callable[[], float]
 
-    def invite(self, run: Run, state: State | None) -> None:
-        """Let the other processes take part, once they have found that they can."""
-        self.group.from_first([run.name, asdict(state) if state else None])
-        self.group.together(lambda: None)
+def _forked_random_state(device: Device) -> AbstractContextManager[None]:
+    """Leave torch's random state after the block as it was before it."""
+    return torch.random.fork_rng(devices=[device.torch_device] if device.kind == "cuda" else [])
 
-    def run(self, run: Run, plan: Plan, dataset: Dataset, state: State | None) -> TrainResult:
-        """Train a run, whose lock the first process holds, from its last checkpoint (`state`) or from the start, and
-        close it."""
-        device, recipe, group = plan.device, plan.recipe, self.group
-        group.connect(device)
-        gpus = [device.torch_device] if device.kind == "cuda" else []
-        with _memory(plan), device.repeatable(), torch.random.fork_rng(devices=gpus):
-            torch.manual_seed(plan.seed)
-            core = cores.build(plan.core, asdict(plan.config))
-            if state is None and plan.init:
-                core.load_state_dict(start(plan.init).load("best").model)
-            core.to(device.torch_device)
-            batches = Batches(
-                dataset.splits["train"], batch_size=recipe.batch_size, window=recipe.window, seed=plan.seed,
-                packing=recipe.packing, boundary=dataset.boundary, lines=dataset.lines, lead=dataset.lead,
-                conditions=Conditions(plan.told, dataset, "train") if plan.told else None,
-            )  # fmt: skip
-            validation = validation_of(core, dataset, plan, group, self.on_event)
-            if validation and self.previews:
-                validation = replace(validation, preview=preview_of(core, dataset, device, plan.seed))
-            trainer = Trainer(
-                core, recipe, batches, run if group.first else Nowhere(run.path), device, seed=plan.seed, state=state,
-                validation=validation, on_event=self.on_event, stop=self.stop, clock=self.clock, processes=group,
-                start_counts=plan.init is not None,
-            )  # fmt: skip
-            if state is not None:
-                saved = run.load(state.step, optimizer=True)
-                core.load_state_dict(saved.model)
-                trainer.optimizer.load_state_tensors(saved.optimizer or {})
-            group.send(list(core.state_dict().values()))  # the same bits everywhere, whatever processor drew them
-            reached = trainer.state
-            self.on_event(Started(plan, run.path, reached.step, reached.best_val_loss))
-            before = self._old_loss(plan, dataset, core)
-            stopped = trainer.run()
-            val_loss = reached.best_val_loss
-            if stopped is None and validation is not None:
-                val_loss = self._close(run, plan, dataset, core, reached)
-            if stopped is None and plan.init:
-                self._tell_start(run, plan, dataset, core, reached, before)
-        if reached.best_step is not None and reached.best_step < reached.step and stopped is None:
-            of = f"step {reached.best_step} of {reached.step}"
-            self.on_event(Note(f"the validation loss was lowest at {of}: sample and eval use that checkpoint"))
-        uniform = math.log(dataset.codec.vocab_size)
-        if stopped is None and val_loss is not None and val_loss > 1.02 * uniform:
-            text = f"the validation loss is above {uniform:.3f}, that of a uniform guess"
-            self.on_event(Note(f"{text}: nothing was learned that holds for other data; a lower `--lr` may help"))
-        result = TrainResult(
-            run=run.name, path=str(run.path), preset=plan.preset, steps=reached.step, tokens_seen=reached.tokens,
-            train_seconds=reached.seconds, tokens_per_second=reached.tokens / max(1e-9, reached.seconds),
-            val_loss=val_loss,
-            best_step=reached.step if reached.best_step is None else reached.best_step, parameters=plan.parameters,
-            device=device.name, seed=plan.seed, skipped=reached.skipped, stopped=stopped,
-        )  # fmt: skip
-        if stopped is None and group.first:
-            write_json(run.path / runs.RESULT, {"format": 1, **asdict(result)})
-        self.on_event(Finished(result))
+
+def trainer_of(run: Run, plan: Plan, group: Processes, calls: Calls) -> Trainer:
+    """The trainer of a run: at its last checkpoint, or at the start with fresh weights or those of `plan.init`."""
+    device, recipe, dataset = plan.device, plan.recipe, plan.dataset
+    assert dataset is not None
+    torch.manual_seed(plan.seed)
+    core = cores.build(plan.core, asdict(plan.config))
+    checkpoint = _checkpoint(run, group, calls.on_event)
+    if checkpoint:
+        core.load_state_dict(checkpoint.model)
+    elif plan.init:
+        core.load_state_dict(start(plan.init).load("best").model)
+    state = State.from_json(checkpoint.state) if checkpoint else State()
+    if group.first:
+        _rewind(run, plan, state, calls.on_event)
+    core.to(device.torch_device)
+    group.send(list(core.state_dict().values()))  # the same bits everywhere, whatever processor drew them
+    batches = Batches(
+        dataset.splits["train"], batch_size=recipe.batch_size, window=recipe.window, seed=plan.seed,
+        packing=recipe.packing, boundary=dataset.boundary, lines=dataset.lines, lead=dataset.lead,
+        conditions=Conditions(plan.told, dataset, "train") if plan.told else None,
+    )  # fmt: skip
+    validation = validation_of(core, dataset, plan, group, calls.on_event)
+    if validation and calls.previews and group.first:
+        validation = replace(validation, preview=preview_of(core, dataset, device, plan.seed))
+    trainer = Trainer(
+        core, recipe, batches, run if group.first else Nowhere(run.path), device, seed=plan.seed, state=state,
+        validation=validation, on_event=calls.on_event, stop=calls.stop, clock=calls.clock, processes=group,
+        start_counts=plan.init is not None,
+    )  # fmt: skip
+    if checkpoint:
+        trainer.optimizer.load_state_tensors(checkpoint.optimizer or {})
+    return trainer
+
+
+def _checkpoint(run: Run, group: Processes, on_event: OnEvent) -> Checkpoint | None:
+    """The last sound checkpoint of a run, which the first process chooses; None where there is none."""
+    chosen = None
+    if group.first and run.steps():
+        chosen = run.load("last", optimizer=True, fallback=True, on_event=on_event)
+    step = group.from_first(chosen.step if chosen else None)
+    return chosen if group.first or step is None else run.load(step, optimizer=True)
+
+
+def _rewind(run: Run, plan: Plan, state: State, on_event: OnEvent) -> None:
+    """Bring the folder of a run back to `state`, and say what a resumed run differs in."""
+    if state.done:  # no later save will delete checkpoints that a crash left
+        run.prune(state.step)
+    run.truncate_metrics(state.step or -1, on_event)
+    began, here = run.info.get("device"), plan.device.name
+    if state.step and began != here:
+        on_event(Note(f"the run began on {began}: it goes on on {here}, but not bit for bit"))
+
+
+def _result(run: Run, plan: Plan, state: State, stopped: str | None) -> TrainResult:
+    assert plan.dataset is not None
+    val, limit = plan.dataset.splits.get("val"), plan.recipe.eval_tokens
+    return TrainResult(
+        run=run.name, path=str(run.path), preset=plan.preset, steps=state.step, tokens_seen=state.tokens,
+        train_seconds=state.seconds, tokens_per_second=state.tokens / max(1e-9, state.seconds),
+        val_loss=state.best_val_loss,
+        closed=not state.val_losses or not limit or val is None or limit >= val.tokens_count,
+        best_step=state.step if state.best_step is None else state.best_step,
+        last_val_loss=state.val_loss, overfitting=state.overfits(),
+        parameters=plan.parameters, device=plan.device.name, seed=plan.seed, skipped=state.skipped, stopped=stopped,
+    )  # fmt: skip
+
+
+def _finished(run: Run, device: Device, calls: Calls) -> TrainResult:
+    """The result of a run that was finished before, with its closing figure if that can be had."""
+    calls.on_event(Note(f"run `{run.name}` is finished already"))
+    try:
+        return finish(run, device, calls.on_event, calls.stop)
+    except DfError as error:
+        calls.on_event(Note(f"its loss over the whole validation split cannot be measured: {error.message}"))
+        result = read_result(run)
+        if result is None:
+            raise
         return result
 
-    def _old_loss(self, plan: Plan, dataset: Dataset, core: cores.Core) -> float | None:
-        """The loss on what the weights were trained on before, over about OLD_TOKENS of its validation split; None
-        where that is not at hand, or is what they are trained on now."""
-        parent = start(plan.init) if plan.init else None
-        if not isinstance(parent, Run) or not parent.dataset["name"]:
-            return None
-        old = reopen(parent.dataset)
-        if old is None:
-            return None
-        with old:
-            if old.fingerprint == dataset.fingerprint or "val" not in old.splits:
-                return None
-            found = sweep(core, old, "val", plan.device, limit=OLD_TOKENS, processes=self.group, on_event=self.on_event)
-            return found.mean
 
-    def _tell_start(
-        self, run: Run, plan: Plan, dataset: Dataset, core: cores.Core, reached: State, before: float | None
-    ) -> None:
-        """Tell what training changed, on the new data and on the old."""
-        if reached.val_losses and reached.best_val_loss is not None:
-            text = f"the validation loss went from {reached.val_losses[0]:.4f} to {reached.best_val_loss:.4f}"
-            self.on_event(Note(f"{text}: nothing was better than the start" if reached.best_step == 0 else text))
-        if before is not None:
-            core.load_state_dict(run.load("best").model)
-            after = self._old_loss(plan, dataset, core)
-            data = f"the data of run `{plan.init}`"
-            self.on_event(Note(f"on {data} the validation loss went from {before:.4f} to {after:.4f}"))
-
-    def _close(self, run: Run, plan: Plan, dataset: Dataset, core: cores.Core, reached: State) -> float | None:
-        """The loss of the best checkpoint over the whole validation split."""
-        limit = plan.recipe.eval_tokens
-        if reached.best_val_loss is not None and (not limit or limit >= dataset.splits["val"].tokens_count):
-            return reached.best_val_loss  # measured over the whole split already
-        core.load_state_dict(run.load("best").model)
-        return sweep(
-            core, dataset, "val", plan.device, processes=self.group, conditioning=plan.told, on_event=self.on_event
-        ).mean
+def finish(
+    run: Run, device: Device | None = None, on_event: OnEvent = ignore, stop: Callable[[], str | None] = lambda: None
+) -> TrainResult:
+    """The result of a finished run, with the loss of its best checkpoint over the whole validation split. Where the
+    training was stopped before it had measured that, it is measured now and kept, unless `stop` gives a reason to end.
+    UsageError where the run is not finished, DfError where its data or checkpoints are gone."""
+    result = read_result(run)
+    if result is None:
+        raise UsageError(f"run `{run.name}` is not finished", "train it further with `--resume`")
+    if result.closed:
+        return result
+    where = device or resolve()
+    with run_dataset(run, on_event) as dataset:
+        return _measured(run, result, dataset, where, ALONE, Calls(False, on_event, stop))
 
 
-def _existing(request: Request, on_event: OnEvent) -> Run | None:
-    """The run that --resume means: the one of that name, else the newest of the kind; None, which is said, where there
-    is none."""
-    if request.name is not None:
-        if found := same_name(runs.runs_home(), request.name):
-            return Run.open(runs.runs_home() / found)
-        close = get_close_matches(request.name, [run.name for run in runs.list_runs()], 1)
-        other = f" (but a run `{close[0]}`)" if close else ""
-        on_event(Note(f"there is no run `{request.name}` to resume{other}: it is started"))
-        return None
-    there = [run for run in runs.list_runs() if run.kind == request.kind]
-    if not there:
-        on_event(Note(f"there is no {request.kind} run to resume: one is started"))
-        return None
-    newest = max(there, key=lambda run: (str(run.info.get("created")), run.name))
-    on_event(Choice("run", newest.name, f"the newest {request.kind} run; --name says which one to resume"))
-    return newest
-
-
-def _resume(run: Run, request: Request, session: Session) -> TrainResult:
-    if "imported" in run.info:
-        hint = f"start a new run from its weights with `--init {run.name}`"
-        raise UsageError(f"run `{run.name}` was imported: there is no training to go on with", hint)
-    made = _plan_of(run, request)
-    if option := changed_option(run, request):
-        raise UsageError(
-            f"run `{run.name}` was started with another {option}, which would change its result",
-            f"leave {option} out, or start a new run from its weights with `--init {run.name}`",
-        )
-    plans.check_shared(made)
-    if (run.path / runs.RESULT).exists():
-        session.group.from_first([run.name, FINISHED])
-        return _finished(run, session.on_event)
-    with run.lock(), _dataset_of(run, session.on_event) as dataset:
-        # One that finished while this one waited is not trained again.
-        if (run.path / runs.RESULT).exists():
-            session.group.from_first([run.name, FINISHED])
-            return _finished(run, session.on_event)
-        _warn(made, session.on_event)
-        state = None
-        if not run.steps():
-            session.on_event(Note(f"run `{run.name}` has no checkpoint yet: it starts over"))
-        else:
-            # Loading shows which checkpoint is sound; with the optimiser, since both are needed.
-            last = run.load("last", optimizer=True, fallback=True, on_event=session.on_event)
-            state = State.from_json(last.state)
-            if state.done:  # no save is to come that would tidy up what a death behind the last one left
-                run.prune(last.step)
-        run.truncate_metrics(state.step if state else -1, session.on_event)
-        began, here = run.info.get("device"), made.device.name
-        if began != here:
-            session.on_event(Note(f"the run began on {began}: on {here} it goes on, but not bit for bit"))
-        session.invite(run, state)
-        return session.run(run, replace(made, dataset=dataset), dataset, state)
-
-
-def _finished(run: Run, on_event: OnEvent) -> TrainResult:
-    values = read_json(run.path / runs.RESULT)
-    kinds = get_type_hints(TrainResult)
-    if not all(name in values and isinstance(values[name], kind) for name, kind in kinds.items()):
-        raise CorruptError(f"{run.path / runs.RESULT} is damaged: it is not the result of a training", DAMAGED)
-    result = TrainResult(**{name: values[name] for name in kinds})
-    on_event(Note(f"run `{run.name}` is finished already"))
+def _close(run: Run, plan: Plan, result: TrainResult, group: Processes, calls: Calls) -> TrainResult:
+    """Keep the result of a training that has just used its budget, complete it, and say what it means."""
+    assert plan.dataset is not None
+    if group.first:
+        write_result(run, result)
+    if not result.closed:
+        result = _measured(run, result, plan.dataset, plan.device, group, calls)
+    _tell(result, plan.config.vocab_size, calls.on_event)
     return result
 
 
-def changed_option(run: Run, request: Request) -> str:
-    """The option of `request` that differs from what the run was started with, or "" where there is none."""
-    info = run.info
-    if request.kind != run.kind:
-        raise UsageError(f"run `{run.name}` is a {run.kind}, not a {request.kind}")
-    for name in ("preset", "seed", "init"):
-        wanted = getattr(request, name)
-        if name == "init" and wanted is not None and wanted != info[name]:
-            wanted = os.path.abspath(wanted)  # as a folder is recorded
-        if wanted is not None and wanted != info[name]:
-            return f"--{name}"
-    if request.condition is not None and request.condition != (run.conditioning.kind if run.conditioning else "none"):
-        return "--condition"
-    if request.label is not None and request.label != info["dataset"]["protocol"].get("label"):
-        return "--label"
-    for name, wanted in request.options().items():
-        if wanted != info["recipe"].get(name):
-            return "--" + name.replace("_", "-")
-    tables = (info["core"]["config"], info["recipe"])
-    for table, values in zip(tables, override(info["core"]["name"], request.overrides), strict=True):
-        for name, wanted in values.items():
-            if (list(wanted) if isinstance(wanted, tuple) else wanted) != table.get(name):
-                return f"--set {name}"
-    data = [identity(source) for source in request.data]
-    if data and data not in (run.dataset["sources"], [run.dataset["name"]]):
-        return "--data"
-    return ""
+def _measured(
+    run: Run, result: TrainResult, dataset: Dataset, device: Device, group: Processes, calls: Calls
+) -> TrainResult:
+    """The result with the loss of the best checkpoint over the whole validation split; as it was, where the caller asks
+    to stop before that is known."""
+    calls.on_event(Closing())
+
+    def watch(event: object) -> None:
+        calls.on_event(event)
+        if calls.stop():
+            raise Stopped
+
+    core, _ = run.build("best", device.torch_device)
+    try:
+        told = run.conditioning
+        loss = sweep(core, dataset, "val", device, processes=group, conditioning=told, on_event=watch).mean
+    except Stopped:
+        return result
+    if not math.isfinite(loss):
+        return result
+    if group.first:
+        run.set_closing_loss(loss)
+    return replace(result, val_loss=loss, closed=True)
 
 
-def identity(source: str) -> str:
-    """A source as it stays the same in every folder: names of datasets and corpora as they are, else absolute paths."""
-    if source == "-" or find_dataset(source) is not None or corpus_path(source) is not None:
-        return source
-    return str(Path(source).absolute())
+def _tell_start(run: Run, plan: Plan, state: State, before: float | None, group: Processes, on_event: OnEvent) -> None:
+    """Say what training changed in the weights that it started from, on the new data and on the earlier data."""
+    if not plan.init:
+        return
+    if state.val_losses and state.best_val_loss is not None:
+        text = f"the validation loss went from {state.val_losses[0]:.4f} to {state.best_val_loss:.4f}"
+        on_event(Note(f"{text}: nothing was better than the start" if state.best_step == 0 else text))
+    if before is not None:
+        core, _ = run.build("best", plan.device.torch_device)
+        after = earlier_loss(plan, core, group, on_event)
+        on_event(Note(f"on the data of run `{plan.init}` the validation loss went from {before:.4f} to {after:.4f}"))
+
+
+def _tell(result: TrainResult, vocab_size: int, on_event: OnEvent) -> None:
+    """Say at the end what the validation losses mean."""
+    if result.val_loss is None:
+        return
+    if result.best_step is not None and result.best_step < result.steps:
+        best = f"the validation loss was lowest at step {result.best_step} of {result.steps}"
+        last = result.last_val_loss
+        if result.overfitting:
+            best = f"overfitting: {best}, and rose while the training loss fell"
+        elif last is not None and last > MUCH * result.val_loss:
+            best += f", and is {last:.4f} now, so the last checkpoint differs much (`--checkpoint last`)"
+        on_event(Note(f"{best}: sample and eval use the checkpoint of step {result.best_step}"))
+    uniform = math.log(vocab_size)
+    if result.val_loss > 1.02 * uniform:
+        on_event(Note(
+            f"the validation loss is above {uniform:.3f}, the loss of a uniform guess: the model learned nothing that "
+            "holds for other data; a lower `--lr` may help"
+        ))  # fmt: skip
 
 
 def _info(plan: Plan, dataset: Dataset) -> dict[str, Any]:
-    """What run.json says, beside what `Run.create` adds."""
+    """The contents of run.json, beside what `Run.create` adds."""
     return {
         "kind": plan.kind,
         "preset": plan.preset,
@@ -445,66 +395,10 @@ def _info(plan: Plan, dataset: Dataset) -> dict[str, Any]:
             "lines": dataset.lines,
             "lead": dataset.lead,
             "normalize": dataset.info["options"]["normalize"],
-            "sources": [identity(source) for source in plan.data],
+            "sources": resume.identities(plan.data),
             "splits": {name: split.tokens_count for name, split in dataset.splits.items()},
             "protocol": plan.protocol,
         },
         "choices": [asdict(choice) for choice in plan.choices],
         **({"conditioning": plan.told.to_json()} if plan.told else {}),
     }
-
-
-def _plan_of(run: Run, request: Request) -> Plan:
-    """The plan that a run was started with, on the device asked for now."""
-    info, data = run.info, run.dataset
-    try:
-        names, sources = (info["init"], info["preset"]), data["sources"]
-        sound = isinstance(info["seed"], int) and isinstance(data["protocol"], dict)
-        if not sound or not all(isinstance(name, str) for name in (*filter(None, names), *sources)):
-            raise ValueError("its seed, init, preset, sources or protocol are of another kind")
-        return Plan(
-            kind=run.kind, name=run.name, preset=info["preset"], source="", published="", corpus="",
-            core=info["core"]["name"], config=cores.config(info["core"]["name"], info["core"]["config"]),
-            recipe=Recipe.from_json(info["recipe"]), seed=info["seed"], device=resolve(request.device),
-            data=tuple(data["sources"]), protocol=data["protocol"], codec_name=info["codec"]["name"],
-            dataset=None, init=info["init"], choices=(), told=run.conditioning,
-        )  # fmt: skip
-    except (KeyError, TypeError, ValueError) as error:
-        raise CorruptError(f"{run.path / runs.RUN} does not describe a training: {error}") from None
-
-
-def _dataset_of(run: Run, on_event: OnEvent) -> Dataset:
-    """The dataset that a run is trained on, prepared again where it was removed."""
-    record = run.dataset
-    if (dataset := reopen(record)) is not None:
-        return dataset
-    # Else the data give the same codec again, and the same name.
-    codec = run.codec if run.info["init"] or run.codec.name == "bpe" else None
-    dataset = plans.prepare_for(record["sources"], record["protocol"], codec, on_event)
-    if dataset.fingerprint != record["fingerprint"]:
-        dataset.close()
-        raise DfError(
-            f"the data of run `{run.name}` is not what it was: dataset {record['name']} has changed",
-            f"restore its sources, or start a new run from its weights with `--init {run.name}`",
-        )
-    return dataset
-
-
-def _warn(plan: Plan, on_event: OnEvent) -> None:
-    free, _ = plan.device.memory_bytes()
-    if plan.memory > free:
-        text = f"training takes about {size(plan.memory)} of memory, and {size(free)} are free"
-        on_event(Note(f"{text}: {plans.fitting(plan)}"))
-
-
-@contextmanager
-def _memory(plan: Plan) -> Iterator[None]:
-    """Say what to lower where memory runs out."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        cpu = ("can't allocate memory", "not enough memory")
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(part in str(error) for part in cpu):
-            raise
-        message = f"there is not enough memory on {plan.device.name} for this training"
-        raise DfError(message, plans.fitting(plan)) from None

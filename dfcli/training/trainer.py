@@ -28,7 +28,7 @@ from dfcli.system.events import Note, OnEvent, ignore
 from dfcli.system.processes import ALONE, Processes, Pulse
 from dfcli.training.backend import TorchBackend, choose, tensors
 from dfcli.training.budget import Budget
-from dfcli.training.events import Sample
+from dfcli.training.events import Overfitting, Sample
 from dfcli.training.meter import Meter
 from dfcli.training.optim import Optimizer
 from dfcli.training.saver import Saver, Store
@@ -164,12 +164,19 @@ class Trainer:
             self.state.evaluation_seconds = self.budget.seconds - began
             if math.isfinite(loss):
                 self.state.validated(loss)
+                self.warn_overfitting(loss)
             else:
                 self.on_event(Note(f"the validation loss after step {self.state.step} is not finite"))
             if validation.preview:
                 self.on_event(Sample(self.state.step, validation.preview()))
             self.budget.beat()
         self.budget.evaluated()
+
+    def warn_overfitting(self, val_loss: float) -> None:
+        """Tell when the model begins to overfit."""
+        s = self.state
+        if s.overfits() and not s.overfits(before=1) and s.best_step is not None and s.best_val_loss is not None:
+            self.on_event(Overfitting(s.step, s.best_step, s.best_val_loss, val_loss))
 
     def leave_out(self, nats: float, lr: float) -> None:
         """Go on without an update where the loss or the gradient is not finite, or raise DfError."""

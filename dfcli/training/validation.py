@@ -10,16 +10,19 @@ import numpy as np
 from dfcli import cores
 from dfcli.codecs import TextCodec
 from dfcli.cores.protocols import Picking
-from dfcli.data.dataset import Dataset
+from dfcli.data.dataset import Dataset, reopen
 from dfcli.evaluation.sweep import sweep
 from dfcli.generation.plain import Plain
 from dfcli.generation.sampling import Dice
+from dfcli.runs.huggingface import start
+from dfcli.runs.run import Run
 from dfcli.system.device import Device
 from dfcli.system.events import OnEvent
 from dfcli.system.processes import Processes
 from dfcli.training.plan import Plan
 
 PREVIEW_TOKENS = 120
+EARLIER_TOKENS = 32_768
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,30 @@ def validation_of(
         ).mean  # fmt: skip
 
     return Validation(loss, min(limit or val.tokens_count, val.tokens_count))
+
+
+def earlier_loss(plan: Plan, core: cores.Core, processes: Processes, on_event: OnEvent) -> float | None:
+    """The loss on the data that the weights of `plan.init` were trained on, over about EARLIER_TOKENS of its validation
+    split; None where that data is gone, or is what is trained on now."""
+    parent = start(plan.init) if plan.init else None
+    if not isinstance(parent, Run) or not parent.dataset["name"] or plan.dataset is None:
+        return None
+    if (old := reopen(parent.dataset)) is None:
+        return None
+    with old:
+        if old.fingerprint == plan.dataset.fingerprint or "val" not in old.splits:
+            return None
+        limit = EARLIER_TOKENS
+        return sweep(
+            core,
+            old,
+            "val",
+            plan.device,
+            limit=limit,
+            conditioning=parent.conditioning,
+            processes=processes,
+            on_event=on_event,
+        ).mean
 
 
 def preview_of(core: cores.Core, dataset: Dataset, device: Device, seed: int) -> Callable[[], str] | None:

@@ -15,7 +15,7 @@ from dfcli.data.batches import IGNORED
 from dfcli.kernels.threads import WorkerPool
 from dfcli.kernels.wavenet_train import build
 from dfcli.system.events import ignore
-from dfcli.training.recipes import memory_bytes
+from dfcli.training.memory import estimate as memory_bytes
 from dfcli.training.settings import Recipe
 from tests.generation.engine import cpu
 from tests.kernels import passes

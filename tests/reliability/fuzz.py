@@ -455,7 +455,6 @@ def option_case(folder: Path, dice: Dice) -> None:
             names = [
                 ("--preset", anything),
                 ("--name", anything),
-                ("--on-nonfinite", lambda: dice.choice(["skip", "stop", anything()])),
                 ("--init", lambda: dice.choice(["talk", anything()])),
             ]
             table = [*numbers, *names, ("--set", lambda: f"{dice.choice(settings)}={anything()}")]

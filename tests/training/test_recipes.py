@@ -9,9 +9,11 @@ import torch
 
 from dfcli import cores
 from dfcli.system.device import Device
+from dfcli.training import recipes
+from dfcli.training.memory import estimate
 from dfcli.training.optim import Optimizer
-from dfcli.training.recipes import Corpus, Draft, default, memory_bytes
-from dfcli.training.settings import Recipe
+from dfcli.training.recipes import Corpus, Draft
+from dfcli.training.settings import Given, Recipe
 
 SHAKESPEARE = Corpus(tokens=1_003_854, documents=1, longest=1_003_854, vocab_size=65, lines=False)
 NAMES = Corpus(tokens=182_625, documents=25_626, longest=16, vocab_size=27, lines=True)
@@ -33,8 +35,18 @@ def machine(rate: float | None = 100e9, kind: str = "cpu") -> Device:
     return device
 
 
+def default(
+    core: str, corpus: Corpus, device: Device, steps: int, minutes: float, given: dict[str, Any] | None = None
+) -> Draft:
+    """The default recipe for a budget of steps or minutes; `given` are fields of the model or of the recipe."""
+    budget: dict[str, Any] = {"steps": steps} if steps else {"minutes": minutes}
+    recipe = {name: value for name, value in (given or {}).items() if name in Recipe.__dataclass_fields__}
+    config = {name: value for name, value in (given or {}).items() if name not in recipe}
+    return recipes.default(core, corpus, device, Given(config, budget | recipe))
+
+
 def parts(draft: Draft) -> tuple[cores.CoreConfig, Recipe]:
-    return cores.config(draft.core, draft.config), Recipe(**draft.recipe)
+    return draft.config, draft.recipe
 
 
 @pytest.mark.parametrize("corpus", [SHAKESPEARE, NAMES, SPEECH])
@@ -80,8 +92,7 @@ def test_a_small_corpus_does_not_get_a_large_model() -> None:
 def test_what_is_given_is_not_chosen() -> None:
     pinned = {"layers": 2, "heads": 2, "channels": 32, "context": 32, "batch_size": 5, "lr": 0.5, "dropout": 0.3}
     draft = default("gpt", SHAKESPEARE, machine(), 100, 0.0, pinned)
-    draft.config |= {key: value for key, value in pinned.items() if key in ("layers", "heads", "channels", "context")}
-    assert (draft.recipe["batch_size"], draft.recipe["lr"], draft.config["dropout"]) == (5, 0.5, 0.3)
+    assert (draft.recipe.batch_size, draft.recipe.lr, draft.config.dropout) == (5, 0.5, 0.3)
     assert not {"size", "batch_size", "dropout"} & {choice.what for choice in draft.choices}
 
 
@@ -105,7 +116,7 @@ def test_a_step_has_as_many_ids_whatever_its_windows_and_parts() -> None:
     for pinned in ({}, {"window": 16}, {"accumulate": 4}, {"context": 32}):
         _, recipe = parts(default("gpt", SHAKESPEARE, machine(), 100, 0.0, pinned))
         draft = default("gpt", SHAKESPEARE, machine(), 100, 0.0, pinned)
-        assert recipe.batch_size * recipe.accumulate * (recipe.window or draft.config["context"]) == 1024
+        assert recipe.batch_size * recipe.accumulate * (recipe.window or draft.config.context) == 1024
 
 
 def test_lines_that_fit_are_read_whole() -> None:
@@ -129,9 +140,10 @@ def test_tables_get_dropout_sooner_and_more_with_time() -> None:
     assert shares[0] == 0
     assert shares == sorted(set(shares))
     pinned = default("gpt", SHAKESPEARE, machine(), 3000, 0.0, {"ngram_dropout": 0.1})
-    assert pinned.config.get("ngram_dropout", 0.1) == 0.1
+    assert pinned.config.ngram_dropout == 0.1
     assert "ngram_dropout" not in [choice.what for choice in pinned.choices]
-    assert "ngram_dropout" not in default("gpt", NAMES, machine(), 100, 0.0, {"ngrams": 1}).config
+    tables = default("gpt", NAMES, machine(), 100, 0.0, {"ngrams": 1})
+    assert "ngram_dropout" not in [choice.what for choice in tables.choices]
 
 
 def test_reasons_are_sentences_of_their_data() -> None:
@@ -148,7 +160,7 @@ def test_reasons_are_sentences_of_their_data() -> None:
     choices = default("gpt", replace(SHAKESPEARE, tokens=300), machine(), 0, 60.0, {}).choices
     assert "as large as the corpus feeds" in [choice.reason for choice in choices]
     speech = {choice.what: choice.reason for choice in default("wavenet", SPEECH, machine(), 100, 0.0, {}).choices}
-    assert speech["window"] == "many short ones teach more; the model hears 511 samples"
+    assert speech["window"] == "short training excerpts; the model looks back 511 samples"
     assert speech["batch_size"] == "4,096 samples a step on a CPU"
 
 
@@ -157,10 +169,14 @@ def test_reasons_are_sentences_of_their_data() -> None:
     [
         ({"window": 8192}, None, "8,192 samples"),
         ({"window": 0}, None, "4,088 samples"),
-        ({"accumulate": 17}, "hears 511 samples", "4,352 samples"),
-        ({"packing": "last"}, "hears 511 samples", "16 samples"),
-        ({"packing": "documents"}, "from each one's beginning; the model hears 511 samples", "at most 4,096 samples"),
-        ({"kernel": 1}, "hears 1 sample", "4,096 samples"),
+        ({"accumulate": 17}, "looks back 511 samples", "4,352 samples"),
+        ({"packing": "last"}, "looks back 511 samples", "16 samples"),
+        (
+            {"packing": "documents"},
+            "from the beginning of each recording; the model looks back 511 samples",
+            "at most 4,096 samples",
+        ),
+        ({"kernel": 1}, "looks back 1 sample", "4,096 samples"),
     ],
 )
 def test_reasons_hold_whatever_is_given(pinned: dict[str, Any], window: str | None, batch_size: str) -> None:
@@ -183,7 +199,7 @@ def test_widths_follow_the_residual_channels_and_the_size_counts_all_that_is_giv
 def test_windows_are_short_and_many():
     def rows(**pinned: Any) -> tuple[int, int]:
         recipe = default("wavenet", SPEECH, machine(), 100, 0.0, pinned).recipe
-        return recipe["window"], recipe["batch_size"]
+        return recipe.window, recipe.batch_size
 
     assert rows() == (256, 16)
     assert rows(dilations=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512)) == (1024, 4)
@@ -225,8 +241,7 @@ def test_the_memory_estimate_is_what_autograd_keeps(core: str, values: dict[str,
     optimizer.step(1.0)
     state = sum(tensor.nbytes for tensor in optimizer.state_tensors().values())
     expected = activations + logits.nbytes + 2 * 4 * config.parameters() + state
-    estimate = memory_bytes(core, config, recipe, machine())
-    assert 0.75 < estimate / expected < 1.34
+    assert 0.75 < estimate(core, config, recipe, machine()) / expected < 1.34
 
 
 def test_compiled_training_keeps_a_row_a_thread_and_the_tables_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,10 +249,10 @@ def test_compiled_training_keeps_a_row_a_thread_and_the_tables_gradients(monkeyp
     sizes = {"vocab_size": 65, "context": 64, "layers": 2, "heads": 2, "channels": 64, "ngrams": 3}
     config, recipe = parts(default("gpt", SHAKESPEARE, machine(), 100, 0, sizes))
 
-    def estimate(batch_size: int, compile: str = "auto") -> int:
+    def memory(batch_size: int, compile: str = "auto") -> int:
         other = replace(recipe, batch_size=batch_size, compile=compile)
-        return memory_bytes("gpt", config, other, machine())
+        return estimate("gpt", config, other, machine())
 
     of_tables = 62 * 64 * 4 * 64 * 3  # 62 rows more: a gradient of 64 channels for each of 2 tables, and of their sum
-    assert of_tables < estimate(batch_size=64) - estimate(batch_size=2) < 1.2 * of_tables
-    assert estimate(batch_size=64, compile="off") > estimate(batch_size=64)
+    assert of_tables < memory(batch_size=64) - memory(batch_size=2) < 1.2 * of_tables
+    assert memory(batch_size=64, compile="off") > memory(batch_size=64)

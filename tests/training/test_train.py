@@ -25,9 +25,10 @@ from dfcli.runs.run import Run, list_runs
 from dfcli.system.device import Device, resolve
 from dfcli.system.events import Choice, Note
 from dfcli.system.files import read_json, write_json
-from dfcli.training import plan as plans
+from dfcli.training import memory
 from dfcli.training.events import Finished, Sample, Saved, Started, Step
-from dfcli.training.train import TrainResult, plan, train
+from dfcli.training.result import TrainResult
+from dfcli.training.train import plan, train
 from dfcli.training.trainer import Trainer
 
 TINY_GPT = {"layers": "1", "heads": "2", "channels": "8", "context": "16", "dropout": "0.1", "batch_size": "4"}
@@ -440,7 +441,7 @@ def test_what_to_lower_is_of_the_core(text: str, monkeypatch: pytest.MonkeyPatch
     ):  # fmt: skip
         made = plan(kind, data, preset=preset, steps=1)
         made = replace(made, recipe=replace(made.recipe, batch_size=1))
-        assert f"`--set {word}=" in plans.fitting(made)
+        assert f"`--set {word}=" in memory.advice(made)
 
 
 def test_a_stop_before_the_first_step_leaves_nothing(text: str) -> None:
@@ -466,7 +467,7 @@ def test_what_cannot_fit_is_refused_before_it_starts(text: str, monkeypatch: pyt
 
 
 def test_a_full_disk_is_noticed_before_the_start(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plans, "free_bytes", lambda path: 1000)
+    monkeypatch.setattr(memory, "free_bytes", lambda path: 1000)
     with pytest.raises(DfError, match="checkpoints would take"):
         train("gpt", [text], steps=1, name="a", overrides=TINY_GPT)
 

@@ -1,0 +1,132 @@
+"""How much memory a training takes, whether that fits, and what to lower where it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dfcli import cores
+from dfcli.errors import DfError
+from dfcli.runs.run import runs_home
+from dfcli.system import processes
+from dfcli.system.device import Device
+from dfcli.system.events import Choice, Note, OnEvent
+from dfcli.system.files import free_bytes
+from dfcli.system.words import size
+from dfcli.training import backend
+from dfcli.training.settings import Recipe, change
+
+if TYPE_CHECKING:
+    from dfcli.training.plan import Plan
+
+SHARE = 0.8  # of the memory that is free: what a training is planned to take
+
+
+def estimate(core: str, config: cores.CoreConfig, recipe: Recipe, device: Device) -> int:
+    """About how much memory training takes in each process, in bytes: weights, gradients and optimiser state in
+    float32, and what a micro-batch keeps for its backward pass, counted from the tensors that each layer saves."""
+    optimizer = {"sgd": int(recipe.momentum > 0), "adamw": 2, "muon": 2}[recipe.optimizer]
+    c: Any = config
+    tables = c.channels * sum(c.ngram_rows) if core == "gpt" and recipe.optimizer == "muon" else 0  # see optim.Rows
+    weights = 4 * ((config.parameters() - tables) * (2 + optimizer) + 2 * tables)
+    window, rows = recipe.window or config.context, -(-recipe.batch_size // processes.count())
+    if core == "gpt" and backend.unsupported(config, recipe, device) is None:
+        # Each thread: its gradients, the weights packed for both ways, what it keeps of one row. The n-grams' gradients
+        # and places are the whole batch's.
+        weights += 3 * 4 * device.threads * (config.parameters() - tables)
+        weights += rows * window * c.ngrams * (4 * c.channels + 24)
+        kept = c.layers * (10 * c.channels + c.heads * window)
+        rows = min(rows, device.threads)
+    elif core == "gpt":
+        kept = c.layers * c.channels * (18 + 2 * c.qk_norm + 8 * (c.dropout > 0))
+    elif core == "wavenet" and backend.unsupported(config, recipe, device) is None:
+        from dfcli.kernels.wavenet_train import slot_bounds  # numba is there, or the kernels would be unsupported
+
+        bounds, together = slot_bounds(rows, window, device.threads)
+        weights += 4 * (len(bounds) + 1) * config.parameters()  # each slot's gradients, and weights packed both ways
+        kept = c.layers * (3 * c.residual + 1) + 4 * c.residual + c.skip
+        positions = rows * window if together else device.threads * max(b - a for a, b in pairwise(bounds))
+        return weights + 4 * (positions * kept + rows * window * c.residual)
+    elif core == "wavenet":
+        kept = c.layers * c.residual * (6 + c.kernel + (c.norm != "none")) + c.skip + c.head
+    else:
+        kept = c.levels * 4 * c.hidden
+        window = 1 if recipe.packing == "last" else window
+    wide = 2 if device.precision == "bfloat16" else 4
+    return weights + rows * window * (kept * wide + 3 * 4 * c.vocab_size)
+
+
+def fitted(core: str, config: cores.CoreConfig, recipe: Recipe, device: Device) -> tuple[Recipe, list[Choice]]:
+    """The recipe with its batch in 2, 4, ... parts, if the memory that is free now asks for it, and the reason."""
+    smaller, free = recipe, device.memory_bytes()[0]
+    while smaller.batch_size > 1 and estimate(core, config, smaller, device) > SHARE * free:
+        smaller = _halved(smaller)
+    if smaller is recipe or estimate(core, config, smaller, device) > SHARE * free:  # no batch is small enough
+        return recipe, []
+    reason = f"parts of a step, {smaller.batch_size} sequences each, because {size(free)} of memory are free"
+    return smaller, [Choice("accumulate", str(smaller.accumulate), reason)]
+
+
+def check_fits(plan: Plan) -> None:
+    """Raise DfError where training cannot fit into the memory, or its checkpoints onto the disk."""
+    _, total = plan.device.memory_bytes()
+    if plan.memory > total:
+        raise DfError(
+            f"training would take about {size(plan.memory)} of memory, and this machine has {size(total)}", advice(plan)
+        )
+    tensors = {"sgd": 1 + bool(plan.recipe.momentum), "adamw": 3, "muon": 3}[plan.recipe.optimizer]
+    wanted = 4 * 4 * plan.parameters * tensors  # the best, the last two, and the one being written
+    home = runs_home()
+    while not home.exists():
+        home = home.parent
+    if free_bytes(home) < wanted:
+        raise DfError(
+            f"the checkpoints would take about {size(wanted)}, and {home} has {size(free_bytes(home))} free",
+            "free some space, or put DFCLI_HOME on another disk",
+        )
+
+
+def warn(plan: Plan, on_event: OnEvent) -> None:
+    """Say where training takes more memory than is free now."""
+    free, _ = plan.device.memory_bytes()
+    if plan.memory > free:
+        text = f"training takes about {size(plan.memory)} of memory, and {size(free)} are free"
+        on_event(Note(f"{text}: {advice(plan)}"))
+
+
+@contextmanager
+def explained(plan: Plan) -> Iterator[None]:
+    """Say what to lower where memory runs out in the block: DfError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        cpu = ("can't allocate memory", "not enough memory")
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(part in str(error) for part in cpu):
+            raise
+        message = f"there is not enough memory on {plan.device.name} for this training"
+        raise DfError(message, advice(plan)) from None
+
+
+def advice(plan: Plan) -> str:
+    """What to lower so that training fits into the memory that is free now."""
+    recipe = plan.recipe
+    while recipe.batch_size > 1:
+        recipe = _halved(recipe)
+        memory = estimate(plan.core, plan.config, recipe, plan.device)
+        if memory < SHARE * plan.device.memory_bytes()[0]:
+            rows, parts = recipe.batch_size, recipe.accumulate
+            about = "" if rows * parts == plan.recipe.batch_size * plan.recipe.accumulate else "about "
+            return f"`--batch-size {rows} --set accumulate={parts}` learns {about}the same in about {size(memory)}"
+    return {
+        "gpt": "choose a smaller model: lower `--set layers=...` or `--set channels=...`, or `--set context=...`",
+        "wavenet": "lower `--set window=...`, or choose a smaller model: `--set residual=...`, `--set skip=...`",
+        "charwavenet": "choose a smaller model: lower `--set hidden=...`",
+    }[plan.core]
+
+
+def _halved(recipe: Recipe) -> Recipe:
+    return change(recipe, {"batch_size": -(-recipe.batch_size // 2), "accumulate": 2 * recipe.accumulate})
