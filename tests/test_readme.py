@@ -11,6 +11,7 @@ import pytest
 import soundfile
 
 from dfcli.cli import app
+from tests.runs.test_huggingface import make
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 QUICK = ["--steps", "2", "--set", "eval_every=2", "--set", "eval_tokens=200", "--set", "context=32"]
@@ -31,11 +32,12 @@ def quick(words: list[str]) -> list[str]:
         if "--minutes" in words:
             at = words.index("--minutes")
             words = words[:at] + words[at + 2 :]
-        return [*words, *(QUICK if words[1] == "gpt" else QUICK_SOUND)]
+        own = 2 if "--init" in words else None  # the model of --init keeps its own context
+        return [*words, *(QUICK[:own] if words[1] == "gpt" else QUICK_SOUND)]
     if "--seconds" in words:
         at = words.index("--seconds") + 1
-        words = [*words[:at], "0.1", *words[at + 1 :], "--engine", "plain"]
-    return words
+        words = [*words[:at], "0.1", *words[at + 1 :]]
+    return [*words, "--engine", "plain"] if words[:2] == ["sample", "wavenet"] else words
 
 
 def test_the_readme_has_the_three_lines() -> None:
@@ -58,6 +60,12 @@ def test_every_line_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd:
     for i in range(4):
         wave = 0.3 * np.sin(np.arange(8000) * 0.05 * (i + 1))
         soundfile.write(tmp_path / "recordings" / f"{i}.wav", wave, 8000)
+    (tmp_path / "digits").mkdir()
+    for i, name in enumerate(("7_george", "7_theo", "3_george", "3_theo")):
+        for take in range(3):
+            wave = 0.3 * np.sin(np.arange(2000 + 100 * take) * 0.03 * (i + 2))
+            soundfile.write(tmp_path / "digits" / f"{name}_{take}.wav", wave, 8000)
+    make(tmp_path / "gpt2")
     soundfile.write(tmp_path / "start.wav", 0.3 * np.sin(np.arange(4000) * 0.05), 8000)
     ran = 0
     for words in lines():
