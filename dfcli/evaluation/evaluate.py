@@ -19,6 +19,7 @@ from dfcli.errors import CorruptError, DfError, UsageError
 from dfcli.evaluation.baselines import baselines, count_targets
 from dfcli.evaluation.sweep import Loss, sweep
 from dfcli.evaluation.vocoder import measured
+from dfcli.ingest.documents import holds_records
 from dfcli.ingest.prepare import prepare
 from dfcli.ingest.reopen import run_dataset
 from dfcli.runs.pack import FIGURES
@@ -76,7 +77,8 @@ def evaluate(
 
     Without `data` it is a split ("val" by default) of the dataset that the run was trained on. `data` may
     name another dataset, prepared with the same codec, or files and folders, which are scored whole as the
-    split "all". `stride` is for GPTs, from 1 to the context (the default): a smaller one gives each target
+    split "all"; documents inside them are told apart as in the run's own data. `stride` is for GPTs,
+    from 1 to the context (the default): a smaller one gives each target
     more context and takes longer. `limit` scores only that many tokens from the start of the split. Characters of
     `data` that the codec lacks are left out and counted. `measures`: also make recordings again from their mel
     spectrograms, and compare.
@@ -183,6 +185,8 @@ def _dataset(run: Run, data: Sequence[str], on_event: OnEvent) -> Iterator[Datas
         lines=record["lines"],
         lead=record["lead"],
         normalize=record["normalize"],
+        separator=record.get("separator"),
+        field=record.get("field") if any(holds_records(item) for item in data) else None,
         label=None if run.conditioning is None else run.conditioning.rule,
         whole=True,
         on_event=on_event,

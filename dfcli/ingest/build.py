@@ -154,20 +154,21 @@ class Build(ABC):
         self, groups: list[list[D]], size: Callable[[D], int], writers: list[W], what: str
     ) -> tuple[list[tuple[D, list[tuple[W, int]]]], str]:
         """Which part of each document goes to which of `writers` (one a label), in order, and the rule as a sentence.
-        Documents are dealt out whole, but cut by position where there is only one, or where so few of unequal size
+        Documents are dealt out whole, but each is cut by position where there are few, or where their unequal sizes
         would not give the shares that were asked for."""
         main = groups[TRAIN]
-        if len(main) == 1 and not self._options.whole and (self._val or self._test):
-            sizes, rule = rules.by_position(size(main[0]), self._val, self._test)
-            plan = [(main[0], list(zip(writers, sizes, strict=True)))]
+        sizes = [size(document) for document in main]
+        few = len(main) <= rules.FEW and not self._options.whole and bool(self._val or self._test)
+        labels, rule = (rules.constant(TRAIN), "") if few else self._deal(len(main), what)
+        chosen = labels(0, len(main)).tolist()
+        dealt = [sum(n for n, k in zip(sizes, chosen, strict=True) if k == label) for label in (TRAIN, VAL, TEST)]
+        if few or not self._fair(dealt):
+            cut = [rules.by_position(n, self._val, self._test) for n in sizes]
+            plan = [(d, list(zip(writers, parts, strict=True))) for d, (parts, _) in zip(main, cut, strict=True)]
+            rule = cut[0][1] if len(main) == 1 else f"each of {counted(len(main), what)} {cut[0][1]}"
         else:
-            labels, rule = self._deal(len(main), what)
-            chosen = labels(0, len(main)).tolist()
-            plan = [(document, [(writers[k], size(document))]) for document, k in zip(main, chosen, strict=True)]
-            if not self._fair([size(document) for document in main], chosen):
-                cut = [rules.by_position(size(document), self._val, self._test) for document in main]
-                plan = [(d, list(zip(writers, sizes, strict=True))) for d, (sizes, _) in zip(main, cut, strict=True)]
-                rule = f"each of {counted(len(main), what)} {cut[0][1]}"
+            plan = [(d, [(writers[k], n)]) for d, n, k in zip(main, sizes, chosen, strict=True)]
+            rule += self._shares(dealt)
         plan += [(document, [(writers[k], size(document))]) for k in (VAL, TEST) for document in groups[k]]
         return plan, rule
 
@@ -182,15 +183,23 @@ class Build(ABC):
                 names = list_some([name for name, _ in held])
                 self._on_event(Note(f"held out to {verb}, {share:.1%} of the data: {names}"))
 
-    def _fair(self, sizes: list[int], labels: list[int]) -> bool:
-        """Whether documents that a shuffle dealt out give each split between half and twice its share."""
+    def _fair(self, dealt: list[int]) -> bool:
+        """Whether documents that a shuffle dealt out, of these sizes a label, give each split between half and twice
+        its share."""
         if self._options.whole or self._options.split_rule != "auto":
             return True
-        for label, share in ((VAL, self._val), (TEST, self._test)):
-            found = sum(size for size, k in zip(sizes, labels, strict=True) if k == label)
-            if not share * sum(sizes) / 2 <= found <= 2 * share * sum(sizes):
-                return False
-        return True
+        asked = ((dealt[VAL], self._val * sum(dealt)), (dealt[TEST], self._test * sum(dealt)))
+        return all(wanted / 2 <= found <= 2 * wanted for found, wanted in asked)
+
+    def _shares(self, dealt: list[int]) -> str:
+        """The end of the rule of a shuffle that dealt out these sizes a label: the true shares."""
+        if self._options.whole or self._options.split_rule != "auto" or not (self._val or self._test):
+            return ""
+        return f": {rules.shares(dealt)}"
+
+    def _dealt(self) -> list[int]:
+        """The ids that each label has, without those of sources of its own."""
+        return [0 if self._groups[k] and k != TRAIN else writer.tokens for k, writer in enumerate(self._writers)]
 
     def _complete(self, rule: str, what: str) -> str:
         """The rule with what has sources of its own, told."""

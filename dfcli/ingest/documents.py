@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from dfcli.errors import DfError, UsageError
@@ -13,11 +14,17 @@ from dfcli.ingest.reading import CHUNK, read_text
 from dfcli.ingest.sources import Source
 
 END_OF_TEXT = "<|endoftext|>"
+RECORDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 MAX_RECORD = 64 << 20  # characters of one record; a quote that never ends would take all memory
 SHORTEST = 2  # characters of a document: one has nothing to predict
 
 Pieces = Iterator[tuple[bool, str]]
 """Pieces of text in order, and whether a piece begins a document."""
+
+
+def holds_records(path: str) -> bool:
+    """Whether a file of that name holds records, or a folder is there that may."""
+    return Path(path).is_dir() or any(suffix in RECORDS for suffix in Path(path.lower()).suffixes[-2:])
 
 
 def documents(

@@ -126,7 +126,8 @@ def _check_sources(sources: Sequence[str], val: Sequence[str], test: Sequence[st
 
 
 def _paths(items: Sequence[str]) -> list[str]:
-    """The name of a public corpus stands for the file that was fetched; everything else is a path."""
+    """The name of a public corpus stands for the file that was fetched; everything else is a path. No shell expands
+    the `~` of `--data=~/a.txt`."""
     from dfcli.ingest.download import corpus_path, known_corpora
 
     known = known_corpora()
@@ -135,6 +136,8 @@ def _paths(items: Sequence[str]) -> list[str]:
         path = corpus_path(item) if item in known else None
         if item in known and path is None and not os.path.lexists(item):
             raise UsageError(f"the corpus {item} is not fetched yet", f"fetch it with `df data get {item}`")
+        if item.startswith("~") and not os.path.lexists(item):
+            item = os.path.expanduser(item)
         paths.append(item if path is None else str(path))
     return paths
 

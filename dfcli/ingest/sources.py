@@ -7,6 +7,7 @@ comes back with a reason.
 from __future__ import annotations
 
 import codecs
+import difflib
 import hashlib
 import io
 import os
@@ -171,7 +172,17 @@ def refuse_missing(item: str) -> None:
                 missing = True
     if missing:
         name = shown(item) or "without a name"
-        raise UsageError(f"there is no file or folder {name}", "check the path; `df data list` shows datasets")
+        near = difflib.get_close_matches(os.path.basename(item), _beside(item), 1)
+        hint = f"did you mean {shown(Path(item).parent / near[0])}? " if near else "check the path; "
+        raise UsageError(f"there is no file or folder {name}", f"{hint}`df data list` shows datasets")
+
+
+def _beside(item: str) -> list[str]:
+    """The names in the folder where `item` would be."""
+    try:
+        return os.listdir(os.path.dirname(item) or ".")
+    except (OSError, ValueError):
+        return []
 
 
 class Lines:

@@ -1,13 +1,13 @@
 """Which part of the data trains, which validates and which tests: fixed by the data alone, never by chance.
 
-One text (or one recording) is cut by position. Several documents are dealt out whole, by a shuffle that is
-the same on every machine.
+One text (or one recording) is cut by position, and so is each of a few. More documents are dealt out whole, by a
+shuffle that is the same on every machine.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from dfcli.system.words import counted
 
 TRAIN, VAL, TEST = 0, 1, 2
 SEED = 1337
+FEW = 5  # texts or recordings up to which each is cut by position: a whole one would say little of the others
 GROUP = 1 << 20  # documents shuffled at once, so that a billion lines need no more memory than a million
 
 Labels = Callable[[int, int], np.ndarray]
@@ -44,7 +45,7 @@ def by_position(n: int, val: float, test: float) -> tuple[list[int], str]:
     """
     train_end, val_end = int(round(1 - val - test, 12) * n), int(round(1 - test, 12) * n)
     sizes = [train_end, val_end - train_end, n - val_end]
-    parts = _parts(val, test, ["the first", "the next", "the last"])
+    parts = _parts(val, test, ["the first", "the next" if test else "the last", "the last"])
     return sizes, f"by position: {parts}"
 
 
@@ -52,7 +53,8 @@ def by_shuffle(n: int, val: float, test: float, what: str) -> tuple[Labels, str]
     """Deals `n` documents (each called `what`) out by a fixed shuffle; each split that is asked for gets at
     least one.
 
-    Raises UsageError where there are fewer documents than splits.
+    The rule says no shares: documents differ in size, see `shares`. Raises UsageError where there are fewer documents
+    than splits.
     """
     needed = 1 + (val > 0) + (test > 0)
     if n < needed:
@@ -89,7 +91,13 @@ def by_shuffle(n: int, val: float, test: float, what: str) -> tuple[Labels, str]
             start = end
         return np.concatenate(found) if found else np.empty(0, np.uint8)
 
-    return labels, f"by a fixed shuffle of {counted(n, what)} (seed {SEED}): {_parts(val, test, ['', '', ''])}"
+    return labels, f"by a fixed shuffle of {counted(n, what)} (seed {SEED})"
+
+
+def shares(sizes: Sequence[int]) -> str:
+    """The true shares of train, val and test, of which documents dealt out whole made these `sizes`."""
+    val, test = (size / max(1, sum(sizes)) for size in sizes[1:])
+    return _parts(*(round(share, 3) or float(f"{share:.1g}") for share in (val, test)), ["", "", ""])
 
 
 def makemore(n: int) -> tuple[Labels, str]:

@@ -255,7 +255,7 @@ class Texts(Build):
                 chunks = Lines().of(self._read(text.source, total))
                 for ids in self._ids(codec, text.source, chunks, lines=True):
                     dealer.add(ids, np.flatnonzero(ids == boundary))
-        return rule
+        return rule + self._shares(self._dealt())
 
     def _write_documents(
         self,
@@ -272,7 +272,7 @@ class Texts(Build):
             for text in group:
                 for ids, starts in self._document_ids(codec, text.source, boundary, total):
                     dealer.add(ids, starts)
-        return rule
+        return rule + self._shares(self._dealt())
 
     def _document_ids(
         self, codec: TextCodec, source: Source, boundary: int | None, total: int

@@ -43,6 +43,9 @@ PRETRAINED_LR = 5e-5  # AdamW, for weights trained elsewhere
 EFFICIENCY = 0.45  # the share of a device's peak rate that a small model's training usually reaches
 
 
+UNITS = {"mulaw": "sample", "chars": "character", "bytes": "byte"}  # what an id of a codec stands for; else a token
+
+
 @dataclass(frozen=True)
 class Corpus:
     """What the choices depend on: the training split's size and shape."""
@@ -53,13 +56,13 @@ class Corpus:
     vocab_size: int
     lines: bool
     val_tokens: int = 0
-    unit: str = "id"  # what an id stands for, in a word: a sample of sound, or just an id
+    unit: str = "id"  # the word for what an id stands for
 
 
 def corpus_of(dataset: Dataset) -> Corpus:
     """The corpus that a dataset's training split is."""
     train, codec = dataset.splits["train"], dataset.codec
-    unit = "sample" if codec.name == "mulaw" else "id"
+    unit = UNITS.get(codec.name, "token")
     val = dataset.splits["val"].tokens_count if "val" in dataset.splits else 0
     return Corpus(train.tokens_count, train.documents, train.longest, codec.vocab_size, dataset.lines, val, unit)
 
@@ -191,11 +194,8 @@ def _gpt_model(draft: Draft) -> None:
         context, reason = corpus.longest, "the longest line"
     ngrams = 1 + sum(corpus.tokens >= least for least in NGRAM_TOKENS)
     draft.tell("context", str(context), reason)
-    draft.tell(
-        "ngrams",
-        str(ngrams),
-        f"n-grams of up to {counted(ngrams, 'token')}, because the training split has {corpus.tokens:,}",
-    )
+    together = f"looks up the last {'2-' * (ngrams > 2)}{ngrams} {corpus.unit}s together" if ngrams > 1 else "no tables"
+    draft.tell("ngrams", str(ngrams), f"{together}; {counted(corpus.tokens, corpus.unit)} to train on")
     values = {
         "vocab_size": corpus.vocab_size, "context": context, "position": "rotary", "norm": "rmsnorm",
         "activation": "relu2", "bias": False, "qkv_bias": False, "qk_norm": True, "tied_head": False, "init": "zero",
@@ -224,9 +224,9 @@ def _gpt_recipe(draft: Draft) -> None:
     length, mean = draft.recipe.window or config.context, ""
     if draft.recipe.packing == "documents":
         length = max(1, corpus.tokens // corpus.documents)
-        mean = f", at {length:,} ids a line"
+        mean = f", at {counted(length, corpus.unit)} a line"
     rows = max(1, tokens // (length * draft.recipe.accumulate))
-    draft.set("batch_size", rows, f"about {tokens:,} ids a step on {draft.machine}{mean}")
+    draft.set("batch_size", rows, f"about {counted(tokens, corpus.unit)} a step on {draft.machine}{mean}")
 
 
 def _wavenet_model(draft: Draft) -> None:

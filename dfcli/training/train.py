@@ -394,7 +394,7 @@ def _info(plan: Plan, dataset: Dataset) -> dict[str, Any]:
             "boundary": dataset.boundary,
             "lines": dataset.lines,
             "lead": dataset.lead,
-            "normalize": dataset.info["options"]["normalize"],
+            **{name: dataset.info["options"].get(name) for name in ("normalize", "separator", "field")},
             "sources": resume.identities(plan.data),
             "splits": {name: split.tokens_count for name, split in dataset.splits.items()},
             "protocol": plan.protocol,

@@ -193,6 +193,19 @@ def test_files_are_scored_whole(text: Run, tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "home" / "datasets").iterdir() if path.is_dir()) == ["text"]
 
 
+def test_documents_of_files_are_told_apart_as_in_the_runs_own_data(tmp_path: Path) -> None:
+    own, other, plain = tmp_path / "own.jsonl", tmp_path / "other.jsonl", tmp_path / "plain.txt"
+    own.write_text("".join(json.dumps({"text": f"ab {k}", "id": k}) + "\n" for k in range(10)))
+    other.write_text(json.dumps({"text": "ab 1", "id": 99}) + "\n" + json.dumps({"text": "b 23", "id": 98}) + "\n")
+    plain.write_text("ab 1")
+    with prepare([str(own)], name="records", field="text") as dataset:
+        run = save("records", dataset)
+    run.info["dataset"]["field"] = "text"
+    found = measure(run, [str(other)])
+    assert (found.tokens, found.unknown_characters) == (2 * 3, 0)
+    assert measure(run, [str(plain)]).tokens == 3
+
+
 def test_lines_of_files(names: Run, tmp_path: Path) -> None:
     other = tmp_path / "other.txt"
     other.write_text("bob\nanna\n", encoding="utf-8")

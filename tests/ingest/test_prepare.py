@@ -79,7 +79,7 @@ def test_one_text_is_cut_as_nanogpt_cuts_it(tmp_path: Path) -> None:
     assert decoded(dataset, "val") == [text[int(0.9 * len(text)) :]]
     assert set(dataset.splits) == {"train", "val"}
     assert (dataset.kind, dataset.boundary, dataset.lines, dataset.lead) == ("text", None, False, 1)
-    assert dataset.info["split_rule"] == "by position: the first 90% train, the next 10% validate"
+    assert dataset.info["split_rule"] == "by position: the first 90% train, the last 10% validate"
     assert dataset.info["facts"] == {"characters": 12_345, "bytes": len(text.encode()), "blank_lines": 0}
     assert [event.what for event in events if isinstance(event, Choice)] == ["codec", "split"]
     progress = [event for event in events if isinstance(event, Progress)]
@@ -218,7 +218,7 @@ def test_one_of_something_is_told_as_one(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_used_is_counted_and_named(tmp_path: Path) -> None:
-    texts = corpus(tmp_path / "c", 4)
+    texts = corpus(tmp_path / "c", 6)
     (tmp_path / "c" / "bad.txt").write_bytes("größe".encode("latin-1"))
     (tmp_path / "c" / "binary").write_bytes(b"\0\1")
     (tmp_path / "c" / "empty.txt").write_bytes(b"")
@@ -564,6 +564,14 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         prepare([])
     with pytest.raises(UsageError, match=r"no file or folder nowhere\.txt"):
         prepare(["nowhere.txt"])
+    (tmp_path / "shakespeare.txt").write_text("text")
+    for slip in ("shakespear.txt", str(tmp_path / "shakespeare.text")):
+        with pytest.raises(UsageError) as error:
+            prepare([slip])
+        assert error.value.hint.startswith(f"did you mean {Path(slip).parent / 'shakespeare.txt'}? ")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with prepare(["~/shakespeare.txt"]) as dataset:  # as in --data=~/shakespeare.txt
+        assert dataset.info["facts"]["characters"] == 4
     with pytest.raises(UsageError) as error:
         prepare(["shakespeare"])
     assert "df data get shakespeare" in error.value.hint
@@ -797,23 +805,28 @@ def test_few_texts_of_unequal_size_are_each_cut_by_position(tmp_path: Path) -> N
 def test_what_is_held_out_is_named_with_its_true_share(tmp_path: Path) -> None:
     for k in range(20):
         wav(tmp_path / "many" / f"{k:02}.wav", tone(500 + 10 * k, pitch=0.01 * (k + 1)))
-    for k, samples in enumerate((2800, 3500, 3700)):
+    for k, samples in enumerate((3000, 3000, 3000, 3000, 3000)):
         wav(tmp_path / "few" / f"{k}.wav", tone(samples, pitch=0.01 * (k + 1)))
     events: list[object] = []
     with prepare([str(tmp_path / "many")], on_event=events.append) as dataset:
         tokens = {name: split.tokens_count - split.documents for name, split in dataset.splits.items()}
         share = tokens["val"] / sum(tokens.values())
+        rule = f"20 recordings (seed 1337): {1 - share:.1%} train, {share:.1%} validate"
+        assert dataset.info["split_rule"].endswith(rule)
     assert f"held out to validate, {share:.1%} of the data: {tmp_path / 'many'}" in notes(events)
-    with prepare([str(tmp_path / "few")]) as dataset:  # a whole one would be 28 % or more
-        assert [split.documents for split in dataset.splits.values()] == [3, 3]
+    with prepare([str(tmp_path / "few")]) as dataset:  # a whole one would say little of the other four
+        assert [split.documents for split in dataset.splits.values()] == [5, 5]
+        assert (
+            dataset.info["split_rule"] == "each of 5 recordings by position: the first 90% train, the last 10% validate"
+        )
 
 
 def small_sources(folder: Path, kind: str) -> str:
     if kind == "audio":
-        for k in range(4):
+        for k in range(6):
             wav(folder / "s" / f"{k}.wav", tone(50 + k))
     else:
-        corpus(folder / "s", 4)
+        corpus(folder / "s", 6)
     return str(folder / "s")
 
 
@@ -832,7 +845,7 @@ def test_any_write_may_fail(tmp_path: Path, kind: str, error: int) -> None:
             assert os.strerror(error) in failure.message
             assert [entry for entry in tree(datasets_folder()) if not entry.startswith(".tmp-")] == []
         with prepare([sources], name="x") as dataset:
-            assert sum(split.documents for split in dataset.splits.values()) == 4
+            assert sum(split.documents for split in dataset.splits.values()) == 6
         assert all(entry.split(os.sep)[0] == "x" for entry in tree(datasets_folder()))
         remove_dataset("x")
         assert tree(datasets_folder()) == []

@@ -15,8 +15,8 @@ from dfcli.training.optim import Optimizer
 from dfcli.training.recipes import Corpus, Draft
 from dfcli.training.settings import Given, Recipe
 
-SHAKESPEARE = Corpus(tokens=1_003_854, documents=1, longest=1_003_854, vocab_size=65, lines=False)
-NAMES = Corpus(tokens=182_625, documents=25_626, longest=16, vocab_size=27, lines=True)
+SHAKESPEARE = Corpus(tokens=1_003_854, documents=1, longest=1_003_854, vocab_size=65, lines=False, unit="character")
+NAMES = Corpus(tokens=182_625, documents=25_626, longest=16, vocab_size=27, lines=True, unit="character")
 SPEECH = Corpus(tokens=6_700_000, documents=1800, longest=18_000, vocab_size=256, lines=False, unit="sample")
 
 
@@ -151,8 +151,16 @@ def test_reasons_are_sentences_of_their_data() -> None:
         choices = default("gpt", corpus, machine(), steps, 0.0, {}).choices
         return next(choice.reason for choice in choices if choice.what == what)
 
-    assert reason(NAMES, "batch_size", 100) == "about 1,024 ids a step on a CPU, at 7 ids a line"
-    assert reason(SHAKESPEARE, "batch_size", 100) == "about 1,024 ids a step on a CPU"
+    assert reason(NAMES, "batch_size", 100) == "about 1,024 characters a step on a CPU, at 7 characters a line"
+    assert reason(SHAKESPEARE, "batch_size", 100) == "about 1,024 characters a step on a CPU"
+    assert (
+        reason(SHAKESPEARE, "ngrams", 100)
+        == "looks up the last 2-6 characters together; 1,003,854 characters to train on"
+    )
+    assert reason(replace(SHAKESPEARE, tokens=30_000), "ngrams", 9).startswith(
+        "looks up the last 2 characters together"
+    )
+    assert reason(replace(SHAKESPEARE, tokens=3000), "ngrams", 9) == "no tables; 3,000 characters to train on"
     steps = SHAKESPEARE.tokens // 1024
     assert reason(SHAKESPEARE, "dropout", steps // 2) == "the budget reads the corpus less than once"
     assert reason(SHAKESPEARE, "dropout", steps + 10) == "the budget reads the corpus about once"
