@@ -97,7 +97,11 @@ def by_shuffle(n: int, val: float, test: float, what: str) -> tuple[Labels, str]
 def shares(sizes: Sequence[int]) -> str:
     """The true shares of train, val and test, of which documents dealt out whole made these `sizes`."""
     val, test = (size / max(1, sum(sizes)) for size in sizes[1:])
-    return _parts(*(round(share, 3) or float(f"{share:.1g}") for share in (val, test)), ["", "", ""])
+    return _parts(_rounded(val), _rounded(test), ["", "", ""])
+
+
+def _rounded(share: float) -> float:
+    return round(share, 3) or float(f"{share:.1g}")
 
 
 def makemore(n: int) -> tuple[Labels, str]:
