@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -56,6 +57,8 @@ def test_every_line_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd:
         words = random.choice(["thou", "art", "a", "villain", "and", "king"], 3000)
         (tmp_path / name).write_text(" ".join(words) + "\nIt was. ROMEO:\n")
     (tmp_path / "names.txt").write_text("\n".join("".join(random.choice(list("aeioulmn"), 5)) for _ in range(300)))
+    records = [json.dumps({"text": " ".join(random.choice(["king", "and", "queen"], 20))}) for _ in range(60)]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(records))
     (tmp_path / "recordings").mkdir()
     for i in range(4):
         wave = 0.3 * np.sin(np.arange(8000) * 0.05 * (i + 1))

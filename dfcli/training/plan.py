@@ -131,7 +131,7 @@ def from_preset(request: Request, on_event: OnEvent) -> Plan:
     """The plan of a published model, changed where the request says so. A look (`request.show`) needs no data."""
     device, choices = _device(request)
     entry = preset(request.kind, str(request.preset))
-    core, protocol = entry["core"], entry.get("data", {}) | _labelled(request)
+    core, protocol = entry["core"], entry.get("data", {}) | request.preparation
     values = {"vocab_size": entry["vocab_size"]} | entry["config"]
     given = given_by(core, request.overrides, request.recipe)
     parent = start(request.init) if request.init else None
@@ -178,7 +178,7 @@ def from_run(request: Request, parent: Run | Folder, on_event: OnEvent) -> Plan:
     values = {name: value for name, value in info["core"]["config"].items() if name not in DROPOUTS} | given.config
     config = config_of(core, values)
     _windowed(core, config, change(Recipe(), given.recipe))  # refused before data is prepared
-    protocol = parent.dataset.get("protocol", {}) | _labelled(request)
+    protocol = parent.dataset.get("protocol", {}) | request.preparation
     data = request.data or _data_of(parent, choices)
     dataset = _trainable(prepare_for(data, protocol, parent.codec, on_event, request.kind, not request.show))
     told = _told(request, {}, core, parent, dataset, choices)
@@ -209,17 +209,12 @@ def from_defaults(request: Request, on_event: OnEvent) -> Plan:
     given = _with_budget(given_by(core, request.overrides, request.recipe), choices)
     recipes.check(core, given)  # refused before data is prepared
     data = request.data or _builtin_data("audio" if core == "wavenet" else "text", "no --data was given", choices)
-    protocol = _labelled(request)
+    protocol = request.preparation
     dataset = _trainable(prepare_for(data, protocol, None, on_event, request.kind, not request.show))
     told = _told(request, {}, core, None, dataset, choices)
     given = Given(given.config | _row(told, None, given.config), given.recipe)
     draft = recipes.default(core, recipes.corpus_of(dataset), device, given)
     return _of_draft(request, draft, data, protocol, dataset, choices, told, None)
-
-
-def _labelled(request: Request) -> dict[str, Any]:
-    """How labels are read from paths, as an argument of `prepare`."""
-    return {} if request.label is None else {"label": request.label}
 
 
 def _told(

@@ -37,11 +37,12 @@ def option(
     flags: tuple[str, ...] = (),
     bounds: tuple[float, float] | None = None,
     recipe: bool = False,
+    data: bool = False,
 ) -> Any:
     """A field of `Request` that is an option. `flags` are its names on the command line, by default the field's name.
     `bounds` are the lowest and the highest value; floats must be above the lowest. `recipe`: it sets the recipe's field
-    of the same name."""
-    metadata = {"help": help, "metavar": metavar, "flags": flags, "bounds": bounds, "recipe": recipe}
+    of the same name. `data`: it is the argument of `ingest.prepare` of the same name."""
+    metadata = {"help": help, "metavar": metavar, "flags": flags, "bounds": bounds, "recipe": recipe, "data": data}
     if callable(default):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -62,6 +63,19 @@ class Request:
 
     kind: str
     data: tuple[str, ...] = option((), "What to learn from; may be repeated. Built-in data by default.", "NAME|PATH")
+    codec: str | None = option(
+        None,
+        "How data becomes token ids: chars, bytes, gpt2, bpe or mulaw; chars or mulaw by default.",
+        "NAME",
+        data=True,
+    )
+    lines: bool = option(False, "Each line of the text is one document.", data=True)
+    separator: str | None = option(None, "Text that stands between documents within a file.", "TEXT", data=True)
+    field: str | None = option(None, "The field of JSONL, CSV or Parquet records that holds text.", "NAME", data=True)
+    levels: int | None = option(None, "Mu-law levels of sound: 256, 512, 1024, 2048 or 4096.", "N", data=True)
+    label: str | None = option(
+        None, "Labels of recordings: their folder, or named groups of a pattern.", "folder|PATTERN", data=True
+    )
     preset: str | None = option(None, "A published model and its protocol.", "NAME")
     name: str | None = option(None, "What to call the run.", "NAME")
     steps: int | None = option(None, "Train for this many steps.", "N", bounds=(1, 10**9), recipe=True)
@@ -78,7 +92,6 @@ class Request:
     condition: str | None = option(
         None, "What a WaveNet is told beside the sound; labels where the data has them.", "labels|mel|none"
     )
-    label: str | None = option(None, "Labels of recordings: their folder, or named groups.", "folder|PATTERN")
     overrides: Mapping[str, str] = option(
         dict, "Change a field of the model or the recipe.", "KEY=VALUE", flags=("--set",)
     )
@@ -97,6 +110,12 @@ class Request:
         """The recipe's fields that options of their own set."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("recipe")}
         return {name: value for name, value in values.items() if value is not None}
+
+    @property
+    def preparation(self) -> dict[str, Any]:
+        """The arguments of `ingest.prepare` that were given."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("data")}
+        return {name: value for name, value in values.items() if value not in (None, False)}
 
     def _check_values(self) -> None:
         if self.kind not in PRESETS:
@@ -118,6 +137,8 @@ class Request:
                 f"preset `{self.preset}` starts from {weights}",
                 "give the Hugging Face folder (config.json, model.safetensors, tokenizer.json) with `--init FOLDER`",
             )
+        if self.init and self.codec:
+            raise UsageError("`--init` keeps the codec of the weights it starts from", "leave out `--codec`")
         if self.init and self.preset and not weights:
             raise UsageError("--init takes the model of another run, --preset a published one", "give one of them")
         for one, other, why in (

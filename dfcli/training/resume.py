@@ -93,8 +93,9 @@ def changed_option(run: Run, plan: Plan, request: Request) -> str:
             return flag(f)
     if request.condition not in (None, run.conditioning.kind if run.conditioning else "none"):
         return "--condition"
-    if request.label not in (None, plan.protocol.get("label")):
-        return "--label"
+    for name, wanted in request.preparation.items():
+        if wanted != plan.protocol.get(name):
+            return f"--{name}"
     given = given_by(plan.core, request.overrides, {})
     for holder, values in ((plan.config, given.config), (plan.recipe, given.recipe)):
         for name, wanted in values.items():
