@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 import struct
+import zlib
 from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 
@@ -40,6 +41,7 @@ AIFF_LAWS = {b"ulaw": "ULAW", b"ULAW": "ULAW", b"alaw": "ALAW", b"ALAW": "ALAW"}
 UNKNOWN_SIZE = 0x7FFF0000  # what programs write as a length that they cannot know starts here
 W64_RIFF = bytes.fromhex("726966662e91cf11a5d628db04c10000")
 W64_WAVE = bytes.fromhex("77617665f3acd3118cd100c04f8edb8a")
+SWAPPED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 OGG_CODECS = (b"\x01vorbis", b"OpusHead", b"\x7fFLAC")
 FLAC_START = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22")  # a stream begins with a STREAMINFO of 34 bytes
 TAGS = (b"TAG", b"APETAGEX", b"ID3", b"LYRICS")  # behind MPEG frames: no sound, and none missing
@@ -347,6 +349,7 @@ def _ogg(file: IO[bytes], start: int, size: int) -> Found:
     parts: list[Part] = []
     notes: list[str] = []
     place, begun, ended, beginning = start, start, True, False
+    pages = damaged = 0
     while place < size:
         head = _at(file, place, 27 + 255)
         length = 27 + head[26] + sum(head[27 : 27 + head[26]]) if len(head) > 26 else 0
@@ -367,15 +370,25 @@ def _ogg(file: IO[bytes], start: int, size: int) -> Found:
             if not known or len(parts) >= MAX_PARTS:
                 return Found(parts, [*notes, f"{counted(size - begun, 'byte')} behind its sound were left out"])
         beginning, ended = bool(head[5] & 2), bool(head[5] & 4)
+        pages, damaged = pages + 1, damaged + (not _ogg_sum_holds(_at(file, place, length)))
         place += length
     if place == start:
         raise DfError("its Ogg stream is neither Vorbis, Opus nor FLAC", CONVERT)
     parts.append(Part(((begun, place - begun),), exact=True))
+    if damaged:
+        notes.append(f"{damaged:,} of {counted(pages, 'Ogg page')} {'is' if damaged == 1 else 'are'} damaged")
     if not ended:
         notes.append("it is cut off: its last page is missing, and all that is there was read")
     elif place < size:
         notes.append(f"{counted(size - place, 'byte')} behind its sound were left out")
     return Found(parts, notes)
+
+
+def _ogg_sum_holds(page: bytes) -> bool:
+    """Whether a page's checksum is right (RFC 3533). It is the CRC-32 of zlib with bits in the other order, from 0."""
+    swapped = (page[:22] + bytes(4) + page[26:]).translate(SWAPPED_BITS)
+    found = zlib.crc32(swapped, 0xFFFFFFFF) ^ 0xFFFFFFFF
+    return found.to_bytes(4, "little").translate(SWAPPED_BITS) == page[25:21:-1]
 
 
 class _Frame(NamedTuple):

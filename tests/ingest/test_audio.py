@@ -374,6 +374,13 @@ def test_an_mp3_is_read_whatever_its_first_frame_says(tmp_path: Path) -> None:
     assert "400 bytes between its frames are no sound" in note
 
 
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_damaged_pages_of_ogg_are_counted(subtype: str, tmp_path: Path) -> None:
+    content = bytearray(sound("OGG", subtype))
+    content[content.index(b"OggS", len(content) // 3) + 200] ^= 1
+    assert f"1 of {content.count(b'OggS')} Ogg pages is damaged" in noted(tmp_path, bytes(content))[1]
+
+
 def test_decoders_say_nothing_on_stderr(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     content = sound("MP3")
     for k in range(20):
