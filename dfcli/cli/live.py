@@ -18,8 +18,7 @@ from dfcli.cli.figures import Course, age, count, duration, short, si, size, spa
 from dfcli.cli.signals import Stop
 from dfcli.system import processes
 from dfcli.system.events import Note, Progress
-from dfcli.training import events
-from dfcli.training.events import Finished, Sample, Saved, Started, Step
+from dfcli.training.events import Finished, Overfitting, Sample, Saved, Started, Step
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 
 MOST_COUNTED = 20_000_000  # training tokens beyond which no baseline is counted beside the training
 DAY = 86_400.0  # seconds
-OVERFITTING: Any = getattr(events, "Overfitting", None)
 LABEL = 7  # columns of the names of rows
 WIDE = 80  # columns of a row from which on units are written out
 
@@ -88,8 +86,8 @@ class TrainView:
             self.saved, self.saved_at = event, time.monotonic()
         elif isinstance(event, Sample):
             self.sample = event
-        elif OVERFITTING is not None and isinstance(event, OVERFITTING):
-            self.overfitting = count(vars(event)["best_step"])
+        elif isinstance(event, Overfitting):
+            self.overfitting = count(event.best_step)
             text = f"overfitting: since step {self.overfitting} the validation loss rises while the training loss falls"
             self.listener(Note(text))
         elif isinstance(event, Finished):

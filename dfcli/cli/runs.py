@@ -16,7 +16,8 @@ from dfcli.cli.figures import age, count, duration, size, sparkline
 from dfcli.cli.layout import Command, Group
 from dfcli.cli.options import Checkpoint, Json, Yes, confirmed
 from dfcli.errors import DfError, UsageError
-from dfcli.system.files import check_name, read_json
+from dfcli.system.events import Note
+from dfcli.system.files import check_name
 from dfcli.system.words import counted
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def show(name: Name, json: Json = False) -> None:
     from dfcli.runs import Run
 
     run = Run.open(name)
+    complete(run)
     rows = run.metrics()
     if json:
         output.write_json(facts(run) | {"info": run.info, "metrics": rows})
@@ -275,6 +277,20 @@ def export_(
     output.say(f"{made.folder}: {made.architecture}, step {count(made.checkpoint)}, {size(made.size)}")
 
 
+def complete(run: Run) -> None:
+    """Measure the closing figure of a finished run whose training was stopped before it had it. A note says why, where
+    that cannot be done."""
+    if run.result is None or run.result.get("closed", True):
+        return
+    with output.Listener() as listener:
+        with output.loading():
+            from dfcli.training.train import finish
+        try:
+            finish(run, on_event=listener)
+        except DfError as error:
+            listener(Note(f"its loss over the whole validation split cannot be measured: {error.message}"))
+
+
 def state(run: Run) -> str:
     """Whether a run is finished, in training, stopped before its budget was used, or imported."""
     from dfcli.runs.lock import holder
@@ -290,11 +306,9 @@ def state(run: Run) -> str:
 def val_loss(run: Run) -> str:
     """The validation loss of the best checkpoint: over the whole split, as a finished training measures it, else as it
     was during training, with a ~ where that was over a part of it."""
-    from dfcli.runs.run import RESULT
-
     try:
-        if (run.path / RESULT).exists():
-            return loss(read_json(run.path / RESULT).get("val_loss"))
+        if run.result is not None and run.result.get("closed", True):
+            return loss(run.result.get("val_loss"))
         shown = loss(run.state(run.resolve("best")).get("val_loss"))
     except DfError:  # there is no checkpoint, or it is damaged
         return "-"
@@ -311,10 +325,8 @@ def measured_in_part(run: Run) -> bool:
 
 def overfits(run: Run) -> bool:
     """Whether a finished training found that its model overfits."""
-    from dfcli.runs.run import RESULT
-
     try:
-        return (run.path / RESULT).exists() and read_json(run.path / RESULT).get("overfitting") is True
+        return run.result is not None and run.result.get("overfitting") is True
     except DfError:  # the result is damaged
         return False
 

@@ -62,7 +62,7 @@ class Stop:
     def notice(self) -> str:
         """The message after a request to stop."""
         if self.saved:
-            return "stopping: the run is finished; `df eval` measures it over the whole validation split"
+            return "stopping: the run is finished and saved; `df runs show` measures the whole validation split"
         more = "; Ctrl-C again stops at once" if self.exit_code == INTERRUPTED and self._again else ""
         return f"stopping: this step is finished and saved first{more}"
 

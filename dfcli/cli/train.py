@@ -18,7 +18,7 @@ from dfcli.cli.options import Json, mention_stdin, request_options
 from dfcli.cli.signals import INTERRUPTED, TERMINATED, Stop
 from dfcli.errors import UsageError
 from dfcli.system import processes
-from dfcli.system.words import counted
+from dfcli.system.words import counted, span
 from dfcli.training.request import Request, about_corpus
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _show(request: Request, json: bool, quiet: bool) -> None:
             ("recipe", _values(made.recipe)),
             ("codec", made.codec_name),
             ("parameters", count(made.parameters)),
-            ("context", counted(made.config.context, "id")),
+            ("context", span(made.config.context, made.sample_rate)),
             ("FLOPs per token", f"{count(made.flops_per_token)} forward"),
             ("memory", f"about {size(made.memory)}{of}"),
             ("export", made.export[1]),
@@ -127,14 +127,16 @@ def _train(request: Request, json: bool, quiet: bool, line: list[str]) -> None:
                     kept = True
                 elif isinstance(event, Closing):
                     stop.saved = True
+                    if plan is None:  # the run was finished before
+                        stack.enter_context(stop)
                 view(event)
 
             result = train(request, previews=view.animated, on_event=on_event, stop=stop)
         except (KeyboardInterrupt, SystemExit):
             stack.close()
-            if plan is not None and kept:
+            if plan is not None and kept and not stop.saved:
                 _tell_resume(line, plan)
-            elif not quiet:
+            elif not quiet and not stop.saved:  # its notice has said all
                 before = "first step: nothing to save" if plan is None else "first checkpoint: nothing is kept"
                 output.say(f"stopped before the {before}")
             raise
@@ -155,20 +157,20 @@ def _tell(result: TrainResult, kind: str) -> None:
     """Where the run is, its figures, and what to type next."""
     from dfcli.runs import Run
 
-    reached = f"{counted(result.steps, 'step')}, {short(result.tokens_seen)} tokens in {duration(result.train_seconds)}"
-    output.say(f"{result.run}: {reached} ({short(result.tokens_per_second)} tokens/s)", style="bold")
+    sound = Run.open(result.run).makes == "audio"
+    unit = "sample" if sound else "token"
+    seen = f"{counted(result.steps, 'step')}, {short(result.tokens_seen)} {unit}s in {duration(result.train_seconds)}"
+    output.say(f"{result.run}: {seen} ({short(result.tokens_per_second)} {unit}s/s)", style="bold")
     if result.val_loss is not None:
         bits = result.val_loss / math.log(2)
         at = "" if result.best_step is None else f" (step {count(result.best_step)})"
         whole = result.stopped is None and result.closed
         over = "over the whole split" if whole else "as measured during training"
-        output.say(f"validation loss {result.val_loss:.4f} nats a token, {bits:.3f} bits, {over}{at}")
+        output.say(f"validation loss {result.val_loss:.4f} nats a {unit}, {bits:.3f} bits, {over}{at}")
     output.say(f"kept in {output.one_line(result.path)}", fold=False)
     if result.stopped is None:
         run = shlex.quote(result.run)
-        sample = f"{kind} --run {run}"
-        if Run.open(result.run).codec.name == "mulaw":
-            sample = f"wavenet --run {run} --seconds 4 -o out.wav"
+        sample = f"wavenet --run {run} --seconds 4 -o out.wav" if sound else f"{kind} --run {run}"
         split = " --split train" if result.val_loss is None else ""  # there is nothing else to score
         output.say(f"next: df sample {sample}\n      df eval --run {run}{split}", style="cyan", fold=False)
 

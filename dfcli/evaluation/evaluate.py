@@ -27,7 +27,7 @@ from dfcli.runs.run import Run, newest
 from dfcli.system.device import resolve
 from dfcli.system.events import Note, OnEvent, ignore
 from dfcli.system.files import DAMAGED, read_json
-from dfcli.system.words import counted
+from dfcli.system.words import counted, span
 
 WHOLE = "all"  # the one split of data that is given to be scored whole
 
@@ -254,18 +254,12 @@ def _bits(nats_per_token: float, sizes: dict[str, int], inside: float | None) ->
     return found if inside is None else found | {"bits_per_16bit_sample": found["bits_per_sample"] + inside}
 
 
-def _length(codec: Codec, count: int) -> str:
-    """So many ids; of sound also in ms."""
-    if isinstance(codec, MuLaw):
-        return f"{counted(count, 'sample')} ({1000 * count / codec.sample_rate:,.0f} ms)"
-    return counted(count, "id")
-
-
 def _protocol(loss: Loss, dataset: Dataset, split: str, others: dict[str, float]) -> str:
     """How the figures were measured, in a sentence's words."""
     documents = dataset.splits[split].documents
     unit = "line" if dataset.lines else "recording" if dataset.kind == "audio" else "text"
-    ids = _length(dataset.codec, loss.context)
+    codec = dataset.codec
+    ids = span(loss.context, codec.sample_rate if isinstance(codec, MuLaw) else 0)
     where = f"one {unit}" if documents == 1 else f"{documents:,} {unit}s"
     if loss.stride == 1:
         seen = f"seeing the newest {ids} of its {unit} (fewer at its start)"

@@ -8,6 +8,13 @@ def counted(n: int, thing: str) -> str:
     return f"{n:,} {thing}" if n == 1 else f"{n:,} {thing}s"
 
 
+def span(ids: int, sample_rate: int = 0, unit: str = "id") -> str:
+    """So many ids; of sound, which has a sample rate in Hz, so many samples and ms: "511 samples (32 ms)"."""
+    if not sample_rate:
+        return counted(ids, unit)
+    return f"{counted(ids, 'sample')} ({1000 * ids / sample_rate:,.0f} ms)"
+
+
 def size(n: float) -> str:
     """Bytes as a person reads them: 1536000 -> "1.5 MB" (powers of 1000)."""
     for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):

@@ -72,6 +72,12 @@ class Plan:
         return self.config.parameters()
 
     @property
+    def sample_rate(self) -> int:
+        """Of sound, Hz; 0 for text."""
+        codec = self.dataset.codec if self.dataset else None
+        return codec.sample_rate if isinstance(codec, MuLaw) else 0 if codec else self.protocol.get("sample_rate", 0)
+
+    @property
     def flops_per_token(self) -> int:
         """Of a forward pass; training takes about three times as many."""
         return self.config.flops_per_token()

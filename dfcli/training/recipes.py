@@ -19,12 +19,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dfcli import cores
+from dfcli.codecs import MuLaw
 from dfcli.cores.wavenet import DOUBLING
 from dfcli.data.dataset import Dataset
 from dfcli.system import processes
 from dfcli.system.device import Device
 from dfcli.system.events import Choice
-from dfcli.system.words import counted
+from dfcli.system.words import counted, span
 from dfcli.training.settings import Given, Recipe, change, config_of
 
 GPT_SIZES = ((2, 2, 64), (3, 3, 96), (4, 4, 128), (6, 6, 192), (6, 8, 256), (6, 6, 384), (8, 8, 512), (12, 12, 768))
@@ -57,14 +58,16 @@ class Corpus:
     lines: bool
     val_tokens: int = 0
     unit: str = "id"  # the word for what an id stands for
+    sample_rate: int = 0  # of sound, Hz
 
 
 def corpus_of(dataset: Dataset) -> Corpus:
     """The corpus that a dataset's training split is."""
     train, codec = dataset.splits["train"], dataset.codec
     unit = UNITS.get(codec.name, "token")
+    rate = codec.sample_rate if isinstance(codec, MuLaw) else 0
     val = dataset.splits["val"].tokens_count if "val" in dataset.splits else 0
-    return Corpus(train.tokens_count, train.documents, train.longest, codec.vocab_size, dataset.lines, val, unit)
+    return Corpus(train.tokens_count, train.documents, train.longest, codec.vocab_size, dataset.lines, val, unit, rate)
 
 
 @dataclass
@@ -245,17 +248,17 @@ def _wavenet_recipe(draft: Draft) -> None:
         eval_tokens=1_000_000 if draft.on_gpu else 65_536,
     )  # fmt: skip
     # As many samples of many recordings teach more than those of one, though each begins without a past.
-    samples, context, unit = 65_536 if draft.on_gpu else 4096, draft.config.context, draft.corpus.unit
+    samples, context, corpus = 65_536 if draft.on_gpu else 4096, draft.config.context, draft.corpus
     documents = draft.recipe.packing == "documents"
     window, reason = min(samples, max(256, 2 ** round(math.log2(context / 2)))), "short training excerpts"
     if documents:
         window, reason = min(samples, draft.corpus.longest), "from the beginning of each recording"
-    draft.set("window", window, f"{reason}; the model looks back {counted(context, unit)}")
+    draft.set("window", window, f"{reason}; the model looks back {span(context, corpus.sample_rate, corpus.unit)}")
     recipe, window = draft.recipe, draft.recipe.window or context
     rows = max(1, samples // (window * recipe.accumulate))
     scored = rows * recipe.accumulate * (1 if recipe.packing == "last" else window)
     most = "at most " if documents else ""
-    draft.set("batch_size", rows, f"{most}{counted(scored, unit)} a step on {draft.machine}")
+    draft.set("batch_size", rows, f"{most}{counted(scored, corpus.unit)} a step on {draft.machine}")
 
 
 def _charwavenet_recipe(draft: Draft) -> None:

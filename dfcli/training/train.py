@@ -95,7 +95,8 @@ def train(
             del trainer  # and its memory
             if stopped is None:
                 result = _close(run, made, result, group, calls)
-                _tell_start(run, made, state, before, group, on_event)
+                if result.closed:
+                    _tell_start(run, made, state, before, group, on_event)
         on_event(Finished(result))
         return result
 
@@ -334,6 +335,7 @@ def _measured(
         told = run.conditioning
         loss = sweep(core, dataset, "val", device, processes=group, conditioning=told, on_event=watch).mean
     except Stopped:
+        group.sums([math.nan, 0.0])  # a process that was not stopped then has no figure either
         return result
     if not math.isfinite(loss):
         return result

@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -270,6 +271,66 @@ def test_a_second_interrupt_stops_at_once(talk):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in err
+
+
+SLOW = """
+import sys, time
+from dfcli.training import train
+whole = train.sweep
+def slowly(*things, on_event, **options):
+    return whole(*things, **options, on_event=lambda event: (time.sleep(0.05), on_event(event)))
+train.sweep = slowly
+from dfcli.cli.app import main
+main(sys.argv[1:])
+"""
+"""Trains with a closing evaluation that takes a minute."""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals as on POSIX")
+def test_a_signal_in_the_closing_evaluation_stops_at_once_and_the_next_command_measures(here, tmp_path):
+    (tmp_path / "talk.txt").write_text("It was the best of times, it was the worst of times.\n" * 20_000)
+    cut = ["--steps", "4", "--name", "a", "--set", "eval_tokens=64"]
+    result = tmp_path / "home" / "runs" / "a" / "result.json"
+    for words in ([*LINE, *cut], [*LINE, *cut, "--resume"]):  # the second one finds it finished
+        process = subprocess.Popen(
+            [sys.executable, "-c", SLOW, *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert process.stderr is not None
+        if "--resume" in words:
+            next(line for line in process.stderr if "is finished already" in line)
+        while not result.exists():
+            assert process.poll() is None
+            time.sleep(0.02)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        _, err = process.communicate(timeout=60)
+        assert time.monotonic() - began < 10
+        assert process.returncode == 130, err
+        assert "stopping: the run is finished and saved; `df runs show` measures the whole validation split\n" in err
+        assert "as measured during training" in err
+        assert "to go on" not in err
+    assert "~" in here("runs", "list").out
+    shown = here("runs", "show", "a")
+    assert shown.code == 0, shown.err
+    loss = json.loads(here("eval", "--run", "a", "--limit", 10**9, "--json").out)["loss"]
+    assert f", val loss {loss:.4f}\n" in shown.out
+    assert "~" not in here("runs", "list").out
+
+
+def test_two_trainings_without_a_name_take_different_ones(talk, home):
+    lines = [
+        subprocess.Popen(
+            [sys.executable, "-m", "dfcli", *LINE, "--steps", "3", "--json"], cwd=talk.parent,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    ended = [process.communicate(timeout=90) for process in lines]
+    assert [process.returncode for process in lines] == [0, 0], ended
+    assert {json.loads(out)["run"] for out, _ in ended} == {"gpt-talk-1", "gpt-talk-2"}
+    assert [run.name for run in dfcli.list_runs()] == ["gpt-talk-1", "gpt-talk-2"]
 
 
 def test_the_built_in_corpus_needs_nothing(here):

@@ -17,7 +17,9 @@ from dfcli.training.settings import Given, Recipe
 
 SHAKESPEARE = Corpus(tokens=1_003_854, documents=1, longest=1_003_854, vocab_size=65, lines=False, unit="character")
 NAMES = Corpus(tokens=182_625, documents=25_626, longest=16, vocab_size=27, lines=True, unit="character")
-SPEECH = Corpus(tokens=6_700_000, documents=1800, longest=18_000, vocab_size=256, lines=False, unit="sample")
+SPEECH = Corpus(
+    tokens=6_700_000, documents=1800, longest=18_000, vocab_size=256, lines=False, unit="sample", sample_rate=16_000
+)
 
 
 class Machine(Device):
@@ -168,7 +170,7 @@ def test_reasons_are_sentences_of_their_data() -> None:
     choices = default("gpt", replace(SHAKESPEARE, tokens=300), machine(), 0, 60.0, {}).choices
     assert "as large as the corpus feeds" in [choice.reason for choice in choices]
     speech = {choice.what: choice.reason for choice in default("wavenet", SPEECH, machine(), 100, 0.0, {}).choices}
-    assert speech["window"] == "short training excerpts; the model looks back 511 samples"
+    assert speech["window"] == "short training excerpts; the model looks back 511 samples (32 ms)"
     assert speech["batch_size"] == "4,096 samples a step on a CPU"
 
 
@@ -177,14 +179,14 @@ def test_reasons_are_sentences_of_their_data() -> None:
     [
         ({"window": 8192}, None, "8,192 samples"),
         ({"window": 0}, None, "4,088 samples"),
-        ({"accumulate": 17}, "looks back 511 samples", "4,352 samples"),
-        ({"packing": "last"}, "looks back 511 samples", "16 samples"),
+        ({"accumulate": 17}, "looks back 511 samples (32 ms)", "4,352 samples"),
+        ({"packing": "last"}, "looks back 511 samples (32 ms)", "16 samples"),
         (
             {"packing": "documents"},
-            "from the beginning of each recording; the model looks back 511 samples",
+            "from the beginning of each recording; the model looks back 511 samples (32 ms)",
             "at most 4,096 samples",
         ),
-        ({"kernel": 1}, "looks back 1 sample", "4,096 samples"),
+        ({"kernel": 1}, "looks back 1 sample (0 ms)", "4,096 samples"),
     ],
 )
 def test_reasons_hold_whatever_is_given(pinned: dict[str, Any], window: str | None, batch_size: str) -> None:
