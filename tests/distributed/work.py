@@ -17,7 +17,7 @@ import dfcli
 from dfcli.data.batches import Batches
 from dfcli.errors import DfError
 from dfcli.system import processes
-from dfcli.training import plan as plans
+from dfcli.training import memory
 from dfcli.training.train import TrainResult
 
 STEPS = 20
@@ -64,7 +64,7 @@ def life(folder: Path) -> None:
     """Train, stop, resume, fail: everything that leaves the processes alive. Notes go to a file for each process."""
     rank = processes.rank()
     seen: list[list[list[int]]] = []
-    draw, fits = Batches.at, plans.check_fits
+    draw, fits = Batches.at, memory.check_fits
 
     def drawn(self: Batches, step: int, micro: int = 0) -> Any:
         batch = draw(self, step, micro)
@@ -86,12 +86,12 @@ def life(folder: Path) -> None:
     def refuse(plan: Any) -> None:
         raise DfError("there is too little memory", "take less")
 
-    plans.check_fits = refuse if rank else fits
+    memory.check_fits = refuse if rank else fits
     try:
         train(folder, "fails")
     except DfError as error:
         notes["failure"] = [type(error).__name__, error.message, error.hint]
-    plans.check_fits = fits
+    memory.check_fits = fits
     try:
         dfcli.train("gpt", [str(folder / "text.txt")], steps=2, batch_size=9, device="cpu")
     except DfError as error:

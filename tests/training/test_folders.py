@@ -128,18 +128,10 @@ def test_overfitting_is_told_when_it_begins_and_at_the_end(tmp_path: Path) -> No
     """1,800 random letters, which can be learned by heart, and 200 others."""
     letters = random.Random(0)
     (tmp_path / "noise.txt").write_text("".join(letters.choices("abcdefgh", k=2000)))
-    wide = {
-        "layers": "1",
-        "heads": "2",
-        "channels": "64",
-        "context": "16",
-        "ngrams": "1",
-        "dropout": "0",
-        "compile": "off",
-    }
+    wide = TINY | {"channels": "64", "batch_size": "16", "ngrams": "1", "dropout": "0"}
     events: list[object] = []
     result = train(
-        "gpt", [str(tmp_path / "noise.txt")], steps=120, lr=0.02, batch_size=16, name="a",
+        "gpt", [str(tmp_path / "noise.txt")], steps=120, lr=0.02, name="a",
         overrides=wide | {"eval_every": "10", "eval_tokens": "0", "schedule": "constant"}, on_event=events.append,
     )  # fmt: skip
     assert result.overfitting
@@ -151,7 +143,5 @@ def test_overfitting_is_told_when_it_begins_and_at_the_end(tmp_path: Path) -> No
     (told,) = (event for event in events if isinstance(event, Overfitting))
     assert (told.best_step, told.best_val_loss) == (result.best_step, losses[result.best_step])
     assert told.val_loss == losses[told.step] > 1.01 * told.best_val_loss
-    wanted = (
-        f"overfitting: the validation loss was lowest at step {result.best_step} of 120, and rose while the training"
-    )
+    wanted = f"overfitting: the validation loss was lowest at step {result.best_step} of 120, and rose while"
     assert any(isinstance(event, Note) and event.text.startswith(wanted) for event in events)
