@@ -238,7 +238,6 @@ def trainer_of(run: Run, plan: Plan, group: Processes, calls: Calls) -> Trainer:
     trainer = Trainer(
         core, recipe, batches, run if group.first else Nowhere(run.path), device, seed=plan.seed, state=state,
         validation=validation, on_event=calls.on_event, stop=calls.stop, clock=calls.clock, processes=group,
-        start_counts=plan.init is not None,
     )  # fmt: skip
     if checkpoint:
         trainer.optimizer.load_state_tensors(checkpoint.optimizer or {})

@@ -66,10 +66,8 @@ class Trainer:
         stop: Callable[[], str | None] = lambda: None,
         clock: Callable[[], float] = time.perf_counter,
         processes: Processes = ALONE,
-        start_counts: bool = False,
     ) -> None:
         self.core, self.recipe, self.batches, self.device = core, recipe, batches, device
-        self.start_counts = start_counts
         self.seed, self.validation, self.on_event, self.processes = seed, validation, on_event, processes
         pulse = Pulse(processes, clock, stop)
         self.stop = pulse.stop
@@ -89,7 +87,7 @@ class Trainer:
         if self.state.done:
             return None
         self.core.train()
-        if self.start_counts and self.validation and not self.state.val_losses:
+        if self.validation and self.validation.of_start and not self.state.val_losses:
             self.evaluate(self.validation)
             self.saver.save()
             self.state.seconds = 0.0

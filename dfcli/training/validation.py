@@ -32,6 +32,7 @@ class Validation:
     loss: Callable[[], float]  # the validation loss, in nats a token
     tokens: int  # about how many targets it scores
     preview: Callable[[], str] | None = None  # makes a short text
+    of_start: bool = False  # also before the first step: weights that were trained before may stay the best
 
 
 def validation_of(
@@ -49,7 +50,7 @@ def validation_of(
             on_event=on_event,
         ).mean  # fmt: skip
 
-    return Validation(loss, min(limit or val.tokens_count, val.tokens_count))
+    return Validation(loss, min(limit or val.tokens_count, val.tokens_count), of_start=plan.init is not None)
 
 
 def earlier_loss(plan: Plan, core: cores.Core, processes: Processes, on_event: OnEvent) -> float | None:
