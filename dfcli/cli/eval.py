@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,8 +11,9 @@ import typer
 
 from dfcli.cli import output
 from dfcli.cli.figures import count, short
-from dfcli.cli.options import Checkpoint, Device, Json
+from dfcli.cli.options import Json, with_options
 from dfcli.errors import UsageError
+from dfcli.evaluation.request import Request
 
 if TYPE_CHECKING:
     from dfcli.evaluation.evaluate import Evaluation
@@ -27,35 +29,13 @@ UNITS = {
 }
 
 
+@with_options(Request)
 def evaluate(
     run: Annotated[
         list[str] | None,
         typer.Option("--run", metavar="NAME", help="A run's name, folder or packed file; repeat it to compare."),
     ] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option("--data", metavar="NAME|PATH", help="Other data than the run's own; files are scored whole."),
-    ] = None,
-    split: Annotated[
-        str | None, typer.Option("--split", metavar="SPLIT", help="val, test or train; val by default.")
-    ] = None,
-    stride: Annotated[
-        int | None,
-        typer.Option(
-            "--stride",
-            metavar="N",
-            help="Distance between evaluation windows (GPT only). Smaller gives more context but is slower.",
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option("--limit", metavar="N", help="Score only the first N tokens, for a quick look.")
-    ] = None,
-    measures: Annotated[
-        bool,
-        typer.Option(
-            "--measures", metavar="", help="Of a vocoder: also spectral distances of clips that it makes again."
-        ),
-    ] = False,
+    *,
     choices: Annotated[
         Path | None,
         typer.Option(
@@ -64,9 +44,8 @@ def evaluate(
             help="Score multiple-choice items instead: JSONL with ctx, endings and label, as HellaSwag has it.",
         ),
     ] = None,
-    checkpoint: Checkpoint = "best",
-    device: Device = "auto",
     json: Json = False,
+    **options: Any,
 ) -> None:
     """Measure a run: loss, perplexity and bits, beside baselines on the same tokens.
 
@@ -85,9 +64,10 @@ def evaluate(
 
     with output.Listener() as listener:
         chosen = [Run.open(name) for name in run] if run else [newest(on_event=listener)]
-        check_sources(data or [])
+        check_sources(options["data"] or [])
         if choices is not None:
-            if data or split or stride or limit or measures:
+            checkpoint, device = options.pop("checkpoint"), options.pop("device")
+            if any(options.values()):
                 raise UsageError("`--choices` is a measurement of its own", "leave out the options of the loss")
             _choices(chosen, choices, checkpoint, device, json, listener)
             return
@@ -97,24 +77,16 @@ def evaluate(
             with output.loading():
                 from dfcli.evaluation.evaluate import evaluate
 
-            found.append(
-                evaluate(
-                    each,
-                    data or [],
-                    split=split,
-                    stride=stride,
-                    limit=limit,
-                    measures=measures,
-                    checkpoint=checkpoint,
-                    device=device,
-                    on_event=listener,
-                )
-            )
+            found.append(evaluate(each, **options, on_event=listener))
     if json:
-        objects = [dataclasses.asdict(evaluation) for evaluation in found]
-        output.write_json(objects[0] if len(objects) == 1 else {"runs": objects})
+        _write_json(found)
     else:
         _print(found)
+
+
+def _write_json(found: Sequence[Any]) -> None:
+    objects = [dataclasses.asdict(one) for one in found]
+    output.write_json(objects[0] if len(objects) == 1 else {"runs": objects})
 
 
 def _choices(
@@ -126,8 +98,7 @@ def _choices(
     found = [score_choices(run, file, checkpoint=checkpoint, device=device, on_event=listener) for run in chosen]
     listener.close()
     if json:
-        objects = [dataclasses.asdict(one) for one in found]
-        output.write_json(objects[0] if len(objects) == 1 else {"runs": objects})
+        _write_json(found)
         return
     rows = [[one.run, f"{one.accuracy_by_sum:.4f}", f"{one.accuracy_by_mean:.4f}"] for one in found]
     rows.append(["chance", *[f"{found[0].chance:.4f}"] * 2])

@@ -6,38 +6,63 @@ import dataclasses
 import inspect
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, Any, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
 import typer
 
 from dfcli.cli import output
 from dfcli.errors import UsageError
-from dfcli.training.request import DEVICES, Request, flag
+from dfcli.system.options import flag, options
 
 STDIN_SECONDS = 0.5  # of silence on standard input before saying that it is being read
 
 
-def request_options() -> list[inspect.Parameter]:
-    """The options of `training.request.Request`, as parameters of a Typer command."""
-    hints = get_type_hints(Request)
-    return [_parameter(f, hints[f.name]) for f in dataclasses.fields(Request) if "help" in f.metadata]
+def with_options(cls: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a Typer command the options of a dataclass (`system.options`) in place of its `**options`. They stand before
+    its keyword-only parameters."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind != p.VAR_KEYWORD]
+        last = [p for p in own if p.kind == p.KEYWORD_ONLY]
+        hints = get_type_hints(cls)
+        parameters = [_parameter(f, f.metadata["kind"] or hints[f.name]) for f in options(cls)]
+        signature = inspect.Signature([*own[: len(own) - len(last)], *parameters, *last])
+        command.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
+        return command
+
+    return decorate
 
 
 def _parameter(f: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
-    default = f.default
+    default = None if f.default is dataclasses.MISSING else f.default
     if get_origin(kind) in (tuple, Mapping):  # may be repeated
         kind, default = list[str] | None, None
     declared = typer.Option(
-        *(f.metadata["flags"] or (flag(f),)), metavar=f.metadata["metavar"], help=f.metadata["help"]
+        *(f.metadata["flags"] or (flag(f),)),
+        metavar=None if get_origin(kind) is Literal else f.metadata["metavar"],  # None: the choices
+        help=f.metadata["help"],
+        case_sensitive=False,
     )
     return inspect.Parameter(
         f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, declared]
     )
 
 
-Device = Annotated[str, typer.Option("--device", metavar="NAME", help=DEVICES)]
+def key_values(items: list[str] | None, option: str, form: str, example: str) -> dict[str, str]:
+    """`["layers=4"]` -> {"layers": "4"}. Raises UsageError for what is not of this `form`, or is given twice."""
+    found: dict[str, str] = {}
+    for item in items or []:
+        key, equals, value = item.partition("=")
+        if not (equals and key.strip() and value):
+            raise UsageError(f"`{option} {item}` is not {form}", f"for example `{option} {example}`")
+        if key.strip() in found:
+            raise UsageError(f"`{option} {key.strip()}` is given twice")
+        found[key.strip()] = value
+    return found
+
+
 RunName = Annotated[
     str | None, typer.Option("--run", metavar="NAME", help="A run's name or folder; the newest by default.")
 ]

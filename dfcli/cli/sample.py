@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shlex
 import stat
 import sys
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, cast
 
 import typer
 
 from dfcli.cli import output
 from dfcli.cli.figures import short
 from dfcli.cli.layout import Command, Group
-from dfcli.cli.options import Checkpoint, Device, Json, RunName, reading_stdin
+from dfcli.cli.options import Json, RunName, key_values, reading_stdin, with_options
 from dfcli.cli.signals import INTERRUPTED
 from dfcli.errors import DfError, UsageError
+from dfcli.generation.request import SoundRequest, TextRequest
 
 if TYPE_CHECKING:
     from dfcli.generation.sample import SampleResult
@@ -27,37 +28,9 @@ app = typer.Typer(cls=Group, no_args_is_help=True, help="Let a trained model wri
 
 MAX_PROMPT = 16 << 20  # bytes; far more than any context, because a device or a pipe may be endless
 
-Num = Annotated[int, typer.Option("--num", metavar="N", help="How many samples.")]
-Temperature = Annotated[
-    float,
-    typer.Option(
-        "--temperature",
-        metavar="T",
-        help="Above 1 more varied, below 1 more predictable, 0 always the likeliest token.",
-    ),
-]
-TopK = Annotated[int | None, typer.Option("--top-k", metavar="K", help="Choose among the K likeliest tokens only.")]
-TopP = Annotated[
-    float | None,
-    typer.Option("--top-p", metavar="P", help="Choose among the likeliest tokens whose probabilities add up to P."),
-]
-MinP = Annotated[
-    float | None,
-    typer.Option(
-        "--min-p", metavar="P", help="Leave out tokens with less than P times the probability of the likeliest."
-    ),
-]
-Seed = Annotated[
-    int | None,
-    typer.Option("--seed", metavar="N", help="The same seed gives the same samples."),
-]
-Engine = Annotated[
-    Literal["auto", "plain", "fast"],
-    typer.Option("--engine", case_sensitive=False, help="How to run the model; auto takes the fastest and says which."),
-]
-
 
 @app.command(cls=Command)
+@with_options(TextRequest)
 def gpt(
     run: RunName = None,
     prompt: Annotated[
@@ -67,20 +40,9 @@ def gpt(
         Path | None,
         typer.Option("--prompt-file", metavar="FILE", help="File to continue; `-` is standard input."),
     ] = None,
-    tokens: Annotated[
-        int | None, typer.Option("--tokens", metavar="N", help="Number of tokens to write, at most; 500 by default.")
-    ] = None,
-    stop: Annotated[str | None, typer.Option("--stop", metavar="TEXT", help="Stop before this text.")] = None,
-    num: Num = 1,
-    temperature: Temperature = 1.0,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    min_p: MinP = None,
-    seed: Seed = None,
-    device: Device = "auto",
-    engine: Engine = "auto",
-    checkpoint: Checkpoint = "best",
+    *,
     json: Json = False,
+    **options: Any,
 ) -> None:
     """Write text with a trained GPT, on stdout, while it is generated.
 
@@ -100,60 +62,20 @@ def gpt(
         found = Run.open(run) if run else newest("text", listener)
         if found.codec.kind != "text":
             raise UsageError(f"the run `{found.name}` makes sound, not text", f"type `{_sound_line(found)}`")
-        _write_text(
-            found,
-            _prompt(prompt, prompt_file),
-            json,
-            listener,
-            tokens=tokens,
-            stop=stop,
-            num=num,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            seed=seed,
-            device=device,
-            engine=engine,
-            checkpoint=checkpoint,
-        )
+        _write_text(found, _prompt(prompt, prompt_file), json, listener, **options)
 
 
 @app.command(cls=Command)
+@with_options(SoundRequest)
 def wavenet(
     run: RunName = None,
-    seconds: Annotated[float | None, typer.Option("--seconds", metavar="S", help="Length of the sound.")] = None,
     out: Annotated[
         str | None,
         typer.Option("-o", "--output", metavar="FILE", help="A .wav, .flac, .ogg or .mp3, or a folder; `-` is stdout."),
     ] = None,
-    num: Num = 1,
-    label: Annotated[
-        list[str] | None, typer.Option("--label", metavar="NAME=VALUE", help="Such as speaker=george; repeatable.")
-    ] = None,
-    mel: Annotated[
-        Path | None, typer.Option("--mel", metavar="CLIP", help="Make this recording's sound again (a vocoder).")
-    ] = None,
-    best: Annotated[
-        int | None, typer.Option("--best", metavar="K", help="Keep the K most likely of the --num clips.")
-    ] = None,
-    normalize: Annotated[
-        Literal["none", "peak"],
-        typer.Option("--normalize", case_sensitive=False, help="peak: bring each clip to the usual level, -1 dB."),
-    ] = "none",
-    prime: Annotated[Path | None, typer.Option("--prime", metavar="CLIP", help="Continue this recording.")] = None,
-    keep_prime: Annotated[
-        bool, typer.Option("--keep-prime", metavar="", help="Write the recording before its continuation.")
-    ] = False,
-    temperature: Temperature = 1.0,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    min_p: MinP = None,
-    seed: Seed = None,
-    device: Device = "auto",
-    engine: Engine = "auto",
-    checkpoint: Checkpoint = "best",
+    *,
     json: Json = False,
+    **options: Any,
 ) -> None:
     """Make sound with a trained WaveNet, into a file that grows while it is generated.
 
@@ -176,26 +98,23 @@ def wavenet(
 
     with output.Listener() as listener:
         found = Run.open(run) if run else newest("audio", listener)
-        options: dict[str, Any] = {
-            "num": num, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed,
-            "device": device, "engine": engine, "checkpoint": checkpoint,
-        }  # fmt: skip
-        if found.codec.kind == "text":
-            if found.kind != "wavenet":
-                raise UsageError(
-                    f"the run `{found.name}` is a {found.kind} that makes text",
-                    f"type `df sample gpt --run {_word(found)}`",
-                )
-            if any((seconds, out, prime, keep_prime, label, mel, best, normalize != "none")):
-                raise UsageError(
-                    f"the run `{found.name}` makes text: --seconds, -o, --prime, --label and --mel are for sound",
-                    f"type `df sample wavenet --run {_word(found)}`",
-                )
-            _write_text(found, "", json, listener, **options)
-        else:
-            options |= {"prime": prime, "keep_prime": keep_prime, "best": best, "normalize": normalize}
-            told = {"labels": _labels(label or []), "mel": mel}
-            _write_sound(found, seconds, out, json, listener, **told, **options)
+        options["labels"] = key_values(options["labels"], "--label", "NAME=VALUE", "speaker=george")
+        if found.codec.kind != "text":
+            _write_sound(found, out, json, listener, **options)
+            return
+        if found.kind != "wavenet":
+            raise UsageError(
+                f"the run `{found.name}` is a {found.kind} that makes text",
+                f"type `df sample gpt --run {_word(found)}`",
+            )
+        known = {f.name for f in fields(TextRequest)}
+        for_sound = [f for f in fields(SoundRequest) if f.name not in known]
+        if out or any(options[f.name] not in (None, f.default, {}) for f in for_sound):
+            raise UsageError(
+                f"the run `{found.name}` makes text: --seconds, -o, --prime, --label and --mel are for sound",
+                f"type `df sample wavenet --run {_word(found)}`",
+            )
+        _write_text(found, "", json, listener, **{k: v for k, v in options.items() if k in known})
 
 
 def _write_text(run: Run, prompt: str, json: bool, listener: output.Listener, **options: Any) -> None:
@@ -208,7 +127,7 @@ def _write_text(run: Run, prompt: str, json: bool, listener: output.Listener, **
     result = sample_text(run, prompt, on_text=(lambda i, text: None) if json else texts, on_event=listener, **options)
     listener.close()
     if json:
-        output.write_json(dataclasses.asdict(result))
+        output.write_json(asdict(result))
     else:
         texts.finish(result.samples)
     _tell(result)
@@ -216,12 +135,11 @@ def _write_text(run: Run, prompt: str, json: bool, listener: output.Listener, **
         raise typer.Exit(INTERRUPTED)
 
 
-def _write_sound(
-    run: Run, seconds: float | None, out: str | None, json: bool, listener: output.Listener, **options: Any
-) -> None:
+def _write_sound(run: Run, out: str | None, json: bool, listener: output.Listener, **options: Any) -> None:
     ends = run.conditioning is not None and (run.conditioning.mel is not None or run.conditioning.progress is not None)
-    if (seconds is None and not ends) or out is None:
-        wanted = (("--seconds (how much sound to make)", True if ends else seconds), ("-o (where to write it)", out))
+    length = True if ends else options["seconds"]
+    if length is None or out is None:
+        wanted = (("--seconds (how much sound to make)", length), ("-o (where to write it)", out))
         missing = " and ".join(name for name, value in wanted if value is None)
         raise UsageError(f"{missing} must be given", f"for example `{_sound_line(run)}`")
     if out == "-" and json:
@@ -243,10 +161,10 @@ def _write_sound(
 
     output.say(f"run {run.name}", style="dim")
     target = cast(BinaryIO, output.Stdout()) if out == "-" else out
-    result = sample_audio(run, seconds, target, on_event=show, **options)
+    result = sample_audio(run, out=target, on_event=show, **options)
     listener.close()
     if json:
-        output.write_json(dataclasses.asdict(result))
+        output.write_json(asdict(result))
     for i, path in enumerate(result.samples):
         nats = f" ({result.nats_per_sample[i]:.3f} nats a sample)" if result.nats_per_sample else ""
         output.say(f"wrote {output.one_line(path)}{nats}")
@@ -256,19 +174,6 @@ def _write_sound(
     _tell(result)
     if result.interrupted:
         raise typer.Exit(INTERRUPTED)
-
-
-def _labels(given: list[str]) -> dict[str, str]:
-    """ "speaker=george" -> {"speaker": "george"}"""
-    labels: dict[str, str] = {}
-    for text in given:
-        label, equals, name = text.partition("=")
-        if not (label and equals and name):
-            raise UsageError(f"`--label {text}` is no NAME=VALUE", "for example `--label speaker=george`")
-        if label in labels:
-            raise UsageError(f"`--label {label}=...` is given twice", "give it once")
-        labels[label] = name
-    return labels
 
 
 def _sound_line(run: Run) -> str:

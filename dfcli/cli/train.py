@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
 import os
 import shlex
@@ -14,9 +13,8 @@ import typer
 
 from dfcli.cli import output
 from dfcli.cli.figures import count, duration, short, size
-from dfcli.cli.options import Json, mention_stdin, request_options
+from dfcli.cli.options import Json, key_values, mention_stdin, with_options
 from dfcli.cli.signals import INTERRUPTED, TERMINATED, Stop
-from dfcli.errors import UsageError
 from dfcli.system import processes
 from dfcli.system.words import counted, span
 from dfcli.training.request import Request, about_corpus
@@ -26,6 +24,7 @@ if TYPE_CHECKING:
     from dfcli.training.result import TrainResult
 
 
+@with_options(Request)
 def train(
     context: typer.Context,
     kind: Annotated[
@@ -56,8 +55,8 @@ def train(
     # Idle threads of PyTorch spin for 4 ms on the CPUs that compiled layers are to use. Now they sleep after 0.1 ms.
     # Operations that follow each other come sooner. Read when PyTorch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    options |= {"data": options["data"] or (), "overrides": _overrides(options["overrides"] or [])}
-    request = Request(kind, **options)
+    overrides = key_values(options.pop("overrides"), "--set", "key=value", "layers=4")
+    request = Request(kind, overrides=overrides, **options)
     if processes.rank():  # the first process tells
         quiet, json = True, False
     mention_stdin(list(request.data))
@@ -65,12 +64,6 @@ def train(
         _show(request, json, quiet)
     else:
         _train(request, json, quiet, context.find_root().obj["arguments"])
-
-
-_own = inspect.signature(train, eval_str=True).parameters
-train.__signature__ = inspect.Signature(  # pyright: ignore[reportFunctionMemberAccess]
-    [_own["context"], _own["kind"], *request_options(), _own["quiet"], _own["json"]]
-)
 
 
 def _show(request: Request, json: bool, quiet: bool) -> None:
@@ -186,19 +179,6 @@ def _tell_resume(line: list[str], plan: Plan) -> None:
     if "--resume" not in words:
         words.append("--resume")
     output.say(f"to go on: {shlex.join(words)}", style="cyan", fold=False)
-
-
-def _overrides(items: list[str]) -> dict[str, str]:
-    """`["layers=4"]` -> {"layers": "4"}. Raises UsageError for what is not key=value, or is given twice."""
-    found: dict[str, str] = {}
-    for item in items:
-        key, equals, value = item.partition("=")
-        if not equals or not key.strip():
-            raise UsageError(f"`--set {item}` is not key=value", "for example `--set layers=4`")
-        if key.strip() in found:
-            raise UsageError(f"`--set {key.strip()}` is given twice")
-        found[key.strip()] = value
-    return found
 
 
 def _values(fields: Any) -> str:

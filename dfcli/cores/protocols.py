@@ -23,7 +23,7 @@ CHUNK = 8192  # positions that `prefill` reads at once: their activations must f
 class Picking(NamedTuple):
     """How an id is picked from logits, as plain numbers for compiled code. The defaults filter nothing.
 
-    `generation.sampling` has the rules, and `Filters` makes and checks one."""
+    `generation.sampling` has the rules, and `generation.request.Filters` makes and checks one."""
 
     temperature: float = 1.0  # 0: the largest logit
     top_k: int = 2**31 - 1  # ids to keep; V or more keeps all

@@ -17,6 +17,7 @@ from dfcli.cores import GPTConfig
 from dfcli.data.dataset import Dataset
 from dfcli.errors import CorruptError, DfError, UsageError
 from dfcli.evaluation.baselines import baselines, count_targets
+from dfcli.evaluation.request import Request
 from dfcli.evaluation.sweep import Loss, sweep
 from dfcli.evaluation.vocoder import measured
 from dfcli.ingest.documents import holds_records
@@ -24,12 +25,13 @@ from dfcli.ingest.prepare import prepare
 from dfcli.ingest.reopen import run_dataset
 from dfcli.runs.pack import FIGURES
 from dfcli.runs.run import Run, newest
-from dfcli.system.device import resolve
+from dfcli.system.device import Device, resolve
 from dfcli.system.events import Note, OnEvent, ignore
 from dfcli.system.files import DAMAGED, read_json
 from dfcli.system.words import counted, span
 
 WHOLE = "all"  # the one split of data that is given to be scored whole
+UNITS = ("bits_per_token", "bits_per_byte", "bits_per_character", "bits_per_sample", "bits_per_16bit_sample")
 
 
 @dataclass(frozen=True)
@@ -65,15 +67,11 @@ def evaluate(
     run: Run | str | Path | None = None,
     data: Sequence[str] = (),
     *,
-    split: str | None = None,
-    stride: int | None = None,
-    limit: int | None = None,
-    measures: bool = False,
-    checkpoint: str | int = "best",
-    device: str = "auto",
     on_event: OnEvent = ignore,
+    **options: Any,
 ) -> Evaluation:
-    """Scores every target of a split once, deterministically; the newest run, if `run` is None.
+    """Scores every target of a split once, deterministically; the newest run, if `run` is None. The other `options` are
+    the fields of `evaluation.request.Request`: `split`, `stride`, `limit`, `measures`, `checkpoint`, `device`.
 
     Without `data` it is a split ("val" by default) of the dataset that the run was trained on. `data` may
     name another dataset, prepared with the same codec, or files and folders, which are scored whole as the
@@ -85,69 +83,69 @@ def evaluate(
     Raises UsageError for options out of range, DfError if the run's data is gone or has changed, or cannot
     be expressed in its codec, CorruptError for damaged files.
     """
-    where = resolve(device)
-    if limit is not None and limit < 1:
-        raise UsageError(f"--limit must be at least 1 token, not {limit}")
+    request = Request(data=tuple(data or ()), **options)
+    where = resolve(request.device)
     if run is None:
         run = newest()
         on_event(Note(f"the newest run is {run.name}"))
     elif not isinstance(run, Run):
         run = Run.open(run)
-    if not (data or stride or limit or measures) and (packed := _packed(run, split, on_event)):
+    if request.plain and (packed := _packed(run, request.split, on_event)):
         return packed
-    with _dataset(run, data, on_event) as dataset:
-        split = _split(dataset, split)
-        core, loaded = run.build(checkpoint, where.torch_device)
-        config: Any = core.config
-        if stride is not None and not isinstance(config, GPTConfig):
-            on_event(
-                Note(f"the stride changes nothing: this model sees {counted(config.context, 'id')} at every position")
-            )
-            stride = None
-        began = time.perf_counter()
-        told = run.conditioning
-        loss = sweep(core, dataset, split, where, stride=stride, first=limit, conditioning=told, on_event=on_event)
-        seconds = time.perf_counter() - began
-        if not math.isfinite(loss.nats):
-            raise DfError(f"the loss of run {run.name} is not finite", "try an earlier `--checkpoint`")
-        if not data and (split, stride, limit, checkpoint) == ("val", None, None, "best"):
-            with suppress(DfError):  # a run that cannot be written is evaluated all the same
-                run.set_closing_loss(loss.mean)
-        with _counted(run, dataset, on_event) as train:
-            others = baselines((dataset, split), train, limit, on_event)
-        found = None
-        if measures:
-            made = measured(run, core, dataset, split, where, on_event)
-            found = {name: distances._asdict() for name, distances in made.items()}
-        sizes = _sizes(run.codec, dataset, split, loss.tokens, limit)
-        inside = _bits_inside_levels(run.codec, dataset, split, limit)
-        bits = _bits(loss.mean, sizes, inside)
-        fidelity = dataset.info.get("fidelity", {}).get(split, {})
-        return Evaluation(
-            run=run.name,
-            checkpoint=loaded.step,
-            dataset=", ".join(data) or dataset.name,
-            split=split,
-            tokens=loss.tokens,
-            context=loss.context,
-            stride=loss.stride,
-            limit=limit,
-            unknown_characters=dataset.info["facts"].get("unknown_characters", 0),
-            loss=loss.mean,
-            perplexity=math.exp(loss.mean) if loss.mean < 700 else math.inf,  # e^709 is the largest float
-            bits_per_token=bits["bits_per_token"],
-            bits_per_byte=bits.get("bits_per_byte"),
-            bits_per_character=bits.get("bits_per_character"),
-            bits_per_sample=bits.get("bits_per_sample"),
-            bits_per_16bit_sample=bits.get("bits_per_16bit_sample"),
-            quantization_snr=fidelity.get("snr"),
-            flac_bits_per_sample=fidelity.get("flac_bits_per_sample"),
-            measures=found,
-            baselines={name: {"loss": nats, **_bits(nats, sizes, inside)} for name, nats in others.items()},
-            protocol=_protocol(loss, dataset, split, others),
-            seconds=seconds,
-            tokens_per_second=loss.tokens / seconds,
-        )
+    with _dataset(run, request.data, on_event) as dataset:
+        return _evaluation(run, dataset, _split(dataset, request.split), request, where, on_event)
+
+
+def _evaluation(
+    run: Run, dataset: Dataset, split: str, request: Request, where: Device, on_event: OnEvent
+) -> Evaluation:
+    core, loaded = run.build(request.checkpoint, where.torch_device)
+    config: Any = core.config
+    stride, limit = request.stride, request.limit
+    if stride is not None and not isinstance(config, GPTConfig):
+        seen = counted(config.context, "id")
+        on_event(Note(f"the stride changes nothing: this model sees {seen} at every position"))
+        stride = None
+    began = time.perf_counter()
+    told = run.conditioning
+    loss = sweep(core, dataset, split, where, stride=stride, first=limit, conditioning=told, on_event=on_event)
+    seconds = time.perf_counter() - began
+    if not math.isfinite(loss.nats):
+        raise DfError(f"the loss of run {run.name} is not finite", "try an earlier `--checkpoint`")
+    if not request.data and (split, stride, limit, request.checkpoint) == ("val", None, None, "best"):
+        with suppress(DfError):  # a run that cannot be written is evaluated all the same
+            run.set_closing_loss(loss.mean)
+    with _counted(run, dataset, on_event) as train:
+        others = baselines((dataset, split), train, limit, on_event)
+    measures = None
+    if request.measures:
+        distances = measured(run, core, dataset, split, where, on_event)
+        measures = {name: distance._asdict() for name, distance in distances.items()}
+    sizes = _sizes(run.codec, dataset, split, loss.tokens, limit)
+    inside = _bits_inside_levels(run.codec, dataset, split, limit)
+    units: dict[str, Any] = dict.fromkeys(UNITS)
+    fidelity = dataset.info.get("fidelity", {}).get(split, {})
+    return Evaluation(
+        run=run.name,
+        checkpoint=loaded.step,
+        dataset=", ".join(request.data) or dataset.name,
+        split=split,
+        tokens=loss.tokens,
+        context=loss.context,
+        stride=loss.stride,
+        limit=limit,
+        unknown_characters=dataset.info["facts"].get("unknown_characters", 0),
+        loss=loss.mean,
+        perplexity=math.exp(loss.mean) if loss.mean < 700 else math.inf,  # e^709 is the largest float
+        quantization_snr=fidelity.get("snr"),
+        flac_bits_per_sample=fidelity.get("flac_bits_per_sample"),
+        measures=measures,
+        baselines={name: {"loss": nats, **_bits(nats, sizes, inside)} for name, nats in others.items()},
+        protocol=_protocol(loss, dataset, split, others),
+        seconds=seconds,
+        tokens_per_second=loss.tokens / seconds,
+        **units | _bits(loss.mean, sizes, inside),
+    )
 
 
 def _packed(run: Run, split: str | None, on_event: OnEvent) -> Evaluation | None:

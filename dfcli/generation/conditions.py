@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from dfcli.cores import Condition
 from dfcli.data.conditions import Conditioning, Rows
 from dfcli.errors import UsageError
 from dfcli.generation.audio import Prime
+from dfcli.generation.request import SoundRequest
 from dfcli.runs.run import Run
 from dfcli.system.events import Note, OnEvent
 from dfcli.system.words import counted
@@ -27,18 +27,6 @@ At = Callable[[int, int], Condition]
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What a caller asks of clips of sound."""
-
-    num: int
-    labels: Mapping[str, str]
-    mel: Path | None  # a recording whose sound is made again
-    prime: Prime | None
-    limit: int | None  # samples
-    seed: int
-
-
-@dataclass(frozen=True)
 class Plan:
     """How long each clip becomes, in samples; `at(clips, ids of the opening)`: what they are told, None for a model
     without conditions; the name of each label, for each clip."""
@@ -48,61 +36,61 @@ class Plan:
     labels: list[dict[str, str]] | None = None
 
 
-def planned(run: Run, codec: MuLaw, wanted: Wanted, on_event: OnEvent) -> Plan:
-    """The clips of a run as they are wanted. Tells which labels were drawn. Raises UsageError for what the model cannot
-    be told."""
-    told = run.conditioning
-    fixed = wanted.limit or round(SECONDS * codec.sample_rate)
+def planned(run: Run, codec: MuLaw, request: SoundRequest, prime: Prime | None, on_event: OnEvent) -> Plan:
+    """The clips of a run as they are requested, to continue `prime`. Tells which labels were drawn. Raises UsageError
+    for what the model cannot be told."""
+    told, limit = run.conditioning, request.limit(codec.sample_rate)
+    fixed = limit or round(SECONDS * codec.sample_rate)
     if told is None or not told.names:
-        _refuse_labels(wanted.labels)
-    if wanted.mel is not None and (told is None or told.mel is None):
+        _refuse_labels(request.labels)
+    if request.mel is not None and (told is None or told.mel is None):
         raise UsageError(f"run {run.name} is no vocoder: it takes no mel spectrogram", "leave out --mel")
     if told is None:
-        return Plan([fixed] * wanted.num)
-    if told.mel is not None:
-        return _copies(told, run, codec, wanted, on_event)
-    return _labelled(told, wanted, fixed, on_event)
-
-
-def _copies(told: Conditioning, run: Run, codec: MuLaw, wanted: Wanted, on_event: OnEvent) -> Plan:
-    """All clips are told the mel spectrogram of one recording, and are as long."""
-    if wanted.mel is None:
+        return Plan([fixed] * request.num)
+    if told.mel is None:
+        return _labelled(told, request, 0 if prime is None else prime.samples, fixed, on_event)
+    if request.mel is None:
         raise UsageError(f"run {run.name} is a vocoder: it needs the recording that it makes again", "`--mel clip.wav`")
-    if wanted.prime is not None:
+    if prime is not None:
         raise UsageError("--mel and --prime exclude each other: a mel spectrogram is of the whole clip")
-    clip = Prime(wanted.mel, codec, run.dataset["normalize"], None, "the recording of --mel")
+    clip = Prime(request.mel, codec, run.dataset["normalize"], None, "the recording of --mel")
     if clip.rate != codec.sample_rate:
-        on_event(Note(f"{wanted.mel.name} was resampled from {clip.rate:,} to {codec.sample_rate:,} Hz"))
+        on_event(Note(f"{request.mel.name} was resampled from {clip.rate:,} to {codec.sample_rate:,} Hz"))
+    return _copies(told, codec, clip, request.num, limit)
+
+
+def _copies(told: Conditioning, codec: MuLaw, clip: Prime, num: int, limit: int | None) -> Plan:
+    """All clips are told the mel spectrogram of one recording, and are as long."""
     rows = told.of_sound(codec, clip.newest)
-    samples = min(clip.samples, wanted.limit or clip.samples)
+    samples = min(clip.samples, limit or clip.samples)
 
     def at(clips: range, opening: int) -> At:
         return _positions([rows] * len(clips), told.hop, 1 - opening)
 
-    return Plan([samples] * wanted.num, at)
+    return Plan([samples] * num, at)
 
 
-def _labelled(told: Conditioning, wanted: Wanted, fixed: int, on_event: OnEvent) -> Plan:
+def _labelled(told: Conditioning, request: SoundRequest, after: int, fixed: int, on_event: OnEvent) -> Plan:
     """Clips with labels. Those of short recordings end by themselves, at a length drawn from the training documents
-    with their labels; but not behind a prime. What is drawn depends on (seed, clip) alone."""
-    names = checked_names(told, wanted.labels)
-    after = wanted.prime.samples if wanted.prime else 0
+    with their labels; but not behind a prime of `after` samples. What is drawn depends on (seed, clip) alone."""
+    names = checked_names(told, request.labels)
     places, lengths = [], []
-    for clip in range(wanted.num):
-        *chances, chance = _chances(wanted.seed, clip, len(names) + 1)
-        row = [known.index(wanted.labels[label]) if label in wanted.labels else int(drawn * len(known))
+    for clip in range(request.num):
+        *chances, chance = _chances(request.seed, clip, len(names) + 1)
+        row = [known.index(request.labels[label]) if label in request.labels else int(drawn * len(known))
                for (label, known), drawn in zip(names.items(), chances, strict=True)]  # fmt: skip
         places.append(row)
         lengths.append(after + fixed if after or told.progress is None else told.progress.length(row, chance))
     chosen = [{label: known[place] for (label, known), place in zip(names.items(), row, strict=True)} for row in places]
-    _say_drawn(names, chosen, wanted.labels, on_event)
+    _say_drawn(names, chosen, request.labels, on_event)
 
     def at(clips: range, opening: int) -> At:
         rows = [told.of_labels(places[clip], lengths[clip]) for clip in clips]
         return _positions(rows, told.hop, after - opening + 1)
 
     ends = [length - after for length in lengths]
-    return Plan([min(end, wanted.limit or end) for end in ends], at, chosen)
+    limit = fixed if request.seconds is not None else None
+    return Plan([min(end, limit or end) for end in ends], at, chosen)
 
 
 def _positions(rows: list[Rows], hop: int, offset: int) -> At:

@@ -16,7 +16,8 @@ from dfcli.codecs import Codec
 from dfcli.errors import DfError
 from dfcli.generation.conditions import At
 from dfcli.generation.engines import choose
-from dfcli.generation.sampling import Dice, Filters
+from dfcli.generation.request import Filters
+from dfcli.generation.sampling import Dice
 from dfcli.runs.run import Run, newest
 from dfcli.system.device import Device, resolve
 from dfcli.system.events import Choice, Note, OnEvent, ignore

@@ -8,12 +8,11 @@ batch).
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,16 +20,15 @@ from numpy.typing import NDArray
 from dfcli.codecs import MuLaw, TextCodec
 from dfcli.errors import UsageError
 from dfcli.generation.audio import AudioClip, Output, Prime
-from dfcli.generation.conditions import Wanted, planned
+from dfcli.generation.conditions import Plan, planned
 from dfcli.generation.generator import Generator, Model, load
 from dfcli.generation.likelihood import mean_nats
-from dfcli.generation.sampling import Filters, chosen_seed
+from dfcli.generation.request import SoundRequest, TextRequest
 from dfcli.generation.text import TextClip
 from dfcli.runs.run import Run
 from dfcli.system.events import Choice, Note, OnEvent, ignore
 
 TOKENS = 500  # of a text, where the caller does not say
-MOST_CLIPS = 100_000  # of one call
 TEXT_CHUNK = 0.05  # seconds of work between two outputs
 AUDIO_CHUNK = 0.25  # seconds of work, and of sound, between two outputs
 
@@ -66,25 +64,21 @@ class AudioProgress:
     times_real_time: float
 
 
+Chunks = Iterable[tuple[range, NDArray[np.int64]]]  # clips, and further ids of each [clips, n]
+
+
 def sample_text(
     run: Run | str | Path | None = None,
     prompt: str = "",
     *,
-    tokens: int | None = None,
-    stop: str | None = None,
-    num: int = 1,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    seed: int | None = None,
-    device: str = "auto",
-    engine: str = "auto",
-    checkpoint: str | int = "best",
     on_text: Callable[[int, str], None] = lambda number, piece: None,
     on_event: OnEvent = ignore,
+    **options: Any,
 ) -> SampleResult:
     """Continues `prompt` with the model of a run; the newest that makes text, if `run` is None.
+
+    The `options` are the fields of `generation.request.TextRequest`: `tokens`, `stop`, `num`, `temperature`, `top_k`,
+    `top_p`, `min_p`, `seed`, `device`, `engine`, `checkpoint`.
 
     A model of lines writes one line, of at most `tokens` ids (500 by default); any other writes `tokens`
     ids. Both end before the text `stop`, if it comes. Without a prompt a text begins at the model's
@@ -94,45 +88,41 @@ def sample_text(
     Raises UsageError for options out of range and for a run of audio, DfError for a prompt that the codec
     cannot express.
     """
-    filters = Filters(temperature, top_k, top_p, min_p)
-    seed = chosen_seed(seed)
-    if not 1 <= num <= MOST_CLIPS:
-        raise UsageError(f"the number of samples must be from 1 to {MOST_CLIPS:,}, not {num}")
-    tokens = TOKENS if tokens is None else tokens
-    if tokens < 1:
-        raise UsageError(f"the number of tokens must be at least 1, not {tokens}")
-    if stop == "":
-        raise UsageError("the stop text is empty", "leave it out to stop at no text")
-    run, step, model = load(run, "text", checkpoint, device, on_event)
+    request = TextRequest(**options)
+    run, step, model = load(run, "text", request.checkpoint, request.device, on_event)
     codec = model.codec
     if not isinstance(codec, TextCodec):
         raise UsageError(f"run {run.name} makes sound, not text", "use `df sample wavenet -o out.wav`")
-    _note_top_k(top_k, codec.vocab_size, on_event)
+    _note_top_k(request.top_k, codec.vocab_size, on_event)
     if model.lines:
         prompt = prompt.removesuffix("\n")
         if "\n" in prompt:
             raise UsageError("the prompt has several lines, and this model writes single lines")
     opening = _text_opening(model, prompt, on_event)
-
-    generator = Generator(model, num, engine, on_event)
-
+    end = model.boundary if model.lines else None
+    generator = Generator(model, request.num, request.engine, on_event)
     clips: list[TextClip] = []
-    made, interrupted = 0, False
+    made = 0
+
+    def feed(group: range, ids: NDArray[np.int64]) -> None:
+        nonlocal made
+        if len(clips) == group.start:
+            clips.extend(TextClip(i, codec, prompt, end, request.stop, on_text) for i in group)
+        made += sum(clip.feed(row) for clip, row in zip(clips[group.start :], ids.tolist(), strict=True))
+
     began = time.perf_counter()
-
-    def done(group: range) -> bool:
-        return all(clip.done for clip in clips[group.start :])
-
-    try:
-        for group, ids in generator.generate(opening, tokens, filters, seed, seconds=TEXT_CHUNK, done=done):
-            if len(clips) == group.start:
-                clips += [_text_clip(model, prompt, stop, i, on_text) for i in group]
-            made += sum(clip.feed(row) for clip, row in zip(clips[group.start :], ids.tolist(), strict=True))
-    except KeyboardInterrupt:
-        interrupted = True
+    interrupted = _interrupted(
+        generator.generate(
+            opening, request.tokens or TOKENS, request, request.seed, seconds=TEXT_CHUNK,
+            done=lambda group: all(clip.done for clip in clips[group.start :]),
+        ),
+        feed,
+    )  # fmt: skip
     took = time.perf_counter() - began
     samples = [clip.finish() for clip in clips]
-    return SampleResult(run.name, step, seed, generator.engine.name, samples, made, took, made / took, interrupted)
+    return SampleResult(
+        run.name, step, request.seed, generator.engine.name, samples, made, took, made / took, interrupted
+    )
 
 
 def sample_audio(
@@ -140,25 +130,14 @@ def sample_audio(
     seconds: float | None = None,
     out: str | Path | BinaryIO = "out.wav",
     *,
-    num: int = 1,
-    best: int | None = None,
-    normalize: str = "none",
-    labels: Mapping[str, str] | None = None,
-    mel: str | Path | None = None,
-    prime: str | Path | None = None,
-    keep_prime: bool = False,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    seed: int | None = None,
-    device: str = "auto",
-    engine: str = "auto",
-    checkpoint: str | int = "best",
     on_event: OnEvent = ignore,
+    **options: Any,
 ) -> SampleResult:
     """Writes sound by the model of a run (the newest that makes sound, if `run` is None), 16 bit, mono: `seconds` of
     it, 4 by default.
+
+    The other `options` are the fields of `generation.request.SoundRequest`: `num`, `best`, `normalize`, `labels`,
+    `mel`, `prime`, `keep_prime`, `temperature`, `top_k`, `top_p`, `min_p`, `seed`, `device`, `engine`, `checkpoint`.
 
     `out` is a path that ends in .wav, .flac, .ogg or .mp3; for `num` clips the paths are out-01.wav, out-02.wav, ... A
     wav is replaced when the first samples are ready, grows while more are made, and is valid all along; the other
@@ -173,70 +152,45 @@ def sample_audio(
     what was made. Memory does not depend on `seconds`. Tells AudioProgress. Raises UsageError for options out of range,
     unknown labels and a run of text, DfError where the output cannot be written.
     """
-    filters = Filters(temperature, top_k, top_p, min_p)
-    seed = chosen_seed(seed)
-    if not 1 <= num <= MOST_CLIPS:
-        raise UsageError(f"the number of samples must be from 1 to {MOST_CLIPS:,}, not {num}")
-    if prime is None and keep_prime:
-        raise UsageError("there is no prime to keep", "give one with `--prime clip.wav`")
-    if normalize not in ("none", "peak"):
-        raise UsageError(f"there is no normalisation {normalize!r} of clips", "known: none, peak")
-    kept_file = Path(prime) if prime is not None and keep_prime else None
-    output = Output(out, num, kept_file, best, normalize == "peak")
-    run, step, model = load(run, "audio", checkpoint, device, on_event)
+    request = SoundRequest(seconds=seconds, **options)
+    kept_file = request.prime if request.keep_prime else None
+    output = Output(out, request.num, kept_file, request.best, request.normalize == "peak")
+    run, step, model = load(run, "audio", request.checkpoint, request.device, on_event)
     codec = model.codec
     if not isinstance(codec, MuLaw):
         raise UsageError(f"run {run.name} makes text, not sound", "use `df sample gpt`")
-    if best is not None and run.conditioning is not None:
+    if request.best is not None and run.conditioning is not None:
         raise UsageError(f"--best cannot rank clips of `{run.name}`, whose model takes conditions", "leave it out")
-    _note_top_k(top_k, codec.vocab_size, on_event)
-    output.name(run.name, seed)
-    limit = _limit(seconds, codec.sample_rate)
-    recording = None if prime is None else Prime(Path(prime), codec, run.dataset["normalize"], model.context)
-    wanted = Wanted(num, labels or {}, None if mel is None else Path(mel), recording, limit, seed)
-    plan = planned(run, codec, wanted, on_event)
-    kept, level = 0, (1.0, 0.0)
-    if recording and keep_prime:
-        kept, level = recording.samples, (recording.gain, recording.shift)
-    output.check_room(plan.samples, kept, codec.sample_rate)
-    opening = model.opening(np.empty(0) if recording is None else recording.newest)
-    generator = Generator(model, num, engine, on_event)
-
-    began = time.perf_counter()
-    clips: list[AudioClip] = []
-    interrupted = False
+    _note_top_k(request.top_k, codec.vocab_size, on_event)
+    output.name(run.name, request.seed)
+    prime = None if request.prime is None else Prime(request.prime, codec, run.dataset["normalize"], model.context)
+    plan = planned(run, codec, request, prime, on_event)
+    opening = model.opening(np.empty(0) if prime is None else prime.newest)
+    kept = prime if request.keep_prime else None
+    output.check_room(plan.samples, kept.samples if kept else 0, codec.sample_rate)
+    generator = Generator(model, request.num, request.engine, on_event)
+    sound = _Sound(output, codec, plan, kept, request.best is not None, on_event)
     try:
-        for group, ids in generator.generate(
-            opening, max(plan.samples), filters, seed, seconds=AUDIO_CHUNK,
-            longest=max(1, int(AUDIO_CHUNK * codec.sample_rate)), told=plan.at,
-            done=lambda group: all(clip.done for clip in clips[group.start :]),
-        ):  # fmt: skip
-            if len(clips) == group.start:  # the first samples are ready: now there is something to write
-                for i in group:
-                    wav = output.open(i, codec.sample_rate)
-                    clips.append(AudioClip(wav, codec, plan.samples[i], kept, *level))
-                    if recording and keep_prime:
-                        recording.copy(wav)
-            for clip, row in zip(clips[group.start :], ids, strict=True):
-                clip.feed(row)
-                clip.ids += [row] if best is not None else []
-            on_event(_progress(clips, plan.samples, codec.sample_rate, began))
-    except KeyboardInterrupt:
-        interrupted = True
+        interrupted = _interrupted(
+            generator.generate(
+                opening, max(plan.samples), request, request.seed, seconds=AUDIO_CHUNK, told=plan.at, done=sound.done,
+                longest=max(1, int(AUDIO_CHUNK * codec.sample_rate)),
+            ),
+            sound.feed,
+        )  # fmt: skip
     finally:
-        for clip in clips:
-            clip.close()
-    took = time.perf_counter() - began
+        sound.close()
+    took, clips = time.perf_counter() - sound.began, sound.clips
     made, rate = sum(clip.samples for clip in clips), codec.sample_rate
-    order = list(range(len(clips)))
-    nats = [mean_nats(model, opening, np.concatenate(clip.ids)) for clip in clips] if best is not None else []
-    if best is not None:
-        order = sorted(order, key=lambda i: nats[i])[:best]
+    order, nats = list(range(len(clips))), None
+    if request.best is not None:
+        nats = [mean_nats(model, opening, np.concatenate(clip.ids)) for clip in clips]
+        order = sorted(order, key=nats.__getitem__)[: request.best]
     output.finish(order, rate)
     return SampleResult(
         run=run.name,
         checkpoint=step,
-        seed=seed,
+        seed=request.seed,
         engine=generator.engine.name,
         samples=[str(path) for path in (output.paths or [])[: len(order)]],
         tokens=made,
@@ -246,25 +200,61 @@ def sample_audio(
         sample_rate=rate,
         audio_seconds=made / rate,
         times_real_time=made / rate / took,
-        leading_silence=None if recording is not None else [clips[i].silent / rate for i in order],
+        leading_silence=None if prime is not None else [clips[i].silent / rate for i in order],
         labels=plan.labels,
-        nats_per_sample=None if best is None else [nats[i] for i in order],
+        nats_per_sample=nats and [nats[i] for i in order],
     )
 
 
-def _limit(seconds: float | None, rate: int) -> int | None:
-    """Samples. Raises UsageError where that is less than one."""
-    if seconds is None:
-        return None
-    samples = round(seconds * rate) if math.isfinite(seconds) else 0
-    if samples < 1:
-        raise UsageError(f"the length must be at least one sample of {rate:,} Hz, not {seconds} seconds")
-    return samples
+class _Sound:
+    """The clips of one call: each opens its file when its first ids come, behind the prime `kept` if that is given.
+    `scored`: the clips keep their ids."""
+
+    def __init__(
+        self, output: Output, codec: MuLaw, plan: Plan, kept: Prime | None, scored: bool, on_event: OnEvent
+    ) -> None:
+        self.clips: list[AudioClip] = []
+        self.began = time.perf_counter()
+        self._output, self._codec, self._plan, self._kept = output, codec, plan, kept
+        self._scored, self._on_event = scored, on_event
+
+    def feed(self, group: range, ids: NDArray[np.int64]) -> None:
+        if len(self.clips) == group.start:
+            for i in group:
+                self._open(i)
+        for clip, row in zip(self.clips[group.start :], ids, strict=True):
+            clip.feed(row)
+            clip.ids += [row] if self._scored else []
+        rate = self._codec.sample_rate
+        heard = sum(clip.samples for clip in self.clips) / rate
+        speed = heard / (time.perf_counter() - self.began)
+        self._on_event(AudioProgress(heard, sum(self._plan.samples) / rate, speed))
+
+    def _open(self, number: int) -> None:
+        kept, samples = self._kept, self._plan.samples[number]
+        wav = self._output.open(number, self._codec.sample_rate)
+        if kept is None:
+            self.clips.append(AudioClip(wav, self._codec, samples))
+        else:
+            self.clips.append(AudioClip(wav, self._codec, samples, kept.samples, kept.gain, kept.shift))
+            kept.copy(wav)
+
+    def done(self, group: range) -> bool:
+        return all(clip.done for clip in self.clips[group.start :])
+
+    def close(self) -> None:
+        for clip in self.clips:
+            clip.close()
 
 
-def _progress(clips: list[AudioClip], samples: list[int], rate: int, began: float) -> AudioProgress:
-    heard = sum(clip.samples for clip in clips) / rate
-    return AudioProgress(heard, sum(samples) / rate, heard / (time.perf_counter() - began))
+def _interrupted(chunks: Chunks, feed: Callable[[range, NDArray[np.int64]], None]) -> bool:
+    """Feed every chunk. Returns whether Ctrl-C ended that."""
+    try:
+        for group, ids in chunks:
+            feed(group, ids)
+    except KeyboardInterrupt:
+        return True
+    return False
 
 
 def _note_top_k(top_k: int | None, vocab_size: int, on_event: OnEvent) -> None:
@@ -284,10 +274,3 @@ def _text_opening(model: Model, prompt: str, on_event: OnEvent) -> NDArray[np.in
     if len(ids) > model.context:
         on_event(Note(f"the prompt has {len(ids):,} ids; the model sees the last {model.context:,}"))
     return model.opening(ids)
-
-
-def _text_clip(
-    model: Model, prompt: str, stop: str | None, number: int, on_text: Callable[[int, str], None]
-) -> TextClip:
-    end = model.boundary if model.lines else None
-    return TextClip(number, cast(TextCodec, model.codec), prompt, end, stop, on_text)

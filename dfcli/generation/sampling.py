@@ -1,5 +1,5 @@
-"""From logits to ids: which ids may be picked (`Filters`), how one is picked (`pick`), and where chance comes from
-(`Dice`).
+"""From logits to ids: how one is picked (`pick`) among those that may be (`request.Filters`), and where chance comes
+from (`Dice`).
 
 A pick is a pure function of the logits, the filters and one uniform number u in [0, 1), so that every engine,
 whatever it is written in, makes the same choice:
@@ -22,53 +22,13 @@ Sources: top-k: Fan et al. 2018 (arXiv 1805.04833); top-p: Holtzman et al. 2019 
 
 from __future__ import annotations
 
-import math
-import secrets
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dfcli.cores.protocols import Picking
-from dfcli.errors import UsageError
-
-
-@dataclass(frozen=True)
-class Filters:
-    """What may be picked. None leaves a filter out; `temperature` 0 always takes the most likely id.
-
-    Raises UsageError for a value that makes no sense.
-    """
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UsageError(
-                f"the temperature must be a number from 0 up, not {self.temperature}",
-                "0 is greedy, 1 as trained",
-            )
-        if self.top_k is not None and self.top_k < 1:
-            raise UsageError(f"top-k must be at least 1, not {self.top_k}", "leave it out to keep every id")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UsageError(f"top-p must be above 0 and at most 1, not {self.top_p}")
-        if self.min_p is not None and not 0 <= self.min_p <= 1:
-            raise UsageError(f"min-p must be from 0 to 1, not {self.min_p}")
-
-    def picking(self) -> Picking:
-        """The same for engines: a filter that is left out gets the value that filters nothing. A top-k above the
-        vocabulary keeps every id."""
-        everything = Picking()
-        return Picking(
-            float(self.temperature),
-            everything.top_k if self.top_k is None else min(self.top_k, everything.top_k),
-            1.0 if self.top_p is None else float(self.top_p),
-            0.0 if self.min_p is None else float(self.min_p),
-        )
+from dfcli.generation.request import chosen_seed
 
 
 def pick(logits: NDArray[np.float32], picking: Picking, uniforms: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -103,15 +63,6 @@ def pick(logits: NDArray[np.float32], picking: Picking, uniforms: NDArray[np.flo
         weights *= weights >= np.float32(min_p)
     sums = np.cumsum(weights, -1, dtype=np.float64)
     return (sums <= uniforms[:, None] * sums[:, -1:]).sum(-1)
-
-
-def chosen_seed(seed: int | None) -> int:
-    """`seed`; where it is None, one that is drawn. Raises UsageError for one outside 0 .. 2**63 - 1."""
-    if seed is None:
-        return secrets.randbelow(2**31)
-    if not 0 <= seed < 2**63:
-        raise UsageError(f"the seed must be from 0 to 2**63 - 1, not {seed}")
-    return seed
 
 
 class Dice:

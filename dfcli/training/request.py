@@ -7,18 +7,18 @@ Nothing here imports PyTorch, which takes seconds, so that a mistake is reported
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from dfcli.errors import UsageError
 from dfcli.system import processes
+from dfcli.system.options import device_option, flag, option
 from dfcli.training.presets import PRESETS, preset
 
 SPEECH_COMMANDS = "https://storage.googleapis.com/download.tensorflow.org/data/speech_commands_v0.02.tar.gz"
 
 CONDITIONS = ("labels", "mel", "none")
-DEVICES = "auto, cpu, cuda, cuda:<n> or mps."
 
 NOT_FETCHED = {  # corpora that `df data get` cannot fetch: their description, and how to get them
     "sc09": (
@@ -27,30 +27,6 @@ NOT_FETCHED = {  # corpora that `df data get` cannot fetch: their description, a
         "`--data FOLDER`; other recordings will do too",
     ),
 }
-
-
-def option(
-    default: Any,
-    help: str,
-    metavar: str = "",
-    *,
-    flags: tuple[str, ...] = (),
-    bounds: tuple[float, float] | None = None,
-    recipe: bool = False,
-    data: bool = False,
-) -> Any:
-    """A field of `Request` that is an option. `flags` are its names on the command line, by default the field's name.
-    `bounds` are the lowest and the highest value; floats must be above the lowest. `recipe`: it sets the recipe's field
-    of the same name. `data`: it is the argument of `ingest.prepare` of the same name."""
-    metadata = {"help": help, "metavar": metavar, "flags": flags, "bounds": bounds, "recipe": recipe, "data": data}
-    if callable(default):
-        return field(default_factory=default, metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def flag(field: Field[Any]) -> str:
-    """The option's name on the command line."""
-    return (field.metadata["flags"] or (f"--{field.name.replace('_', '-')}",))[0]
 
 
 @dataclass(frozen=True)
@@ -83,7 +59,7 @@ class Request:
         None, "Train for this long, not counting data preparation and the final validation; 5 by default.", "M",
         bounds=(0.0, 1e6), recipe=True,
     )  # fmt: skip
-    device: str = option("auto", DEVICES, "NAME")
+    device: str = device_option()
     batch_size: int | None = option(None, "Sequences a step.", "N", bounds=(1, 10**6), recipe=True)
     lr: float | None = option(None, "Peak learning rate.", "X", bounds=(0.0, 1e3), recipe=True)
     seed: int | None = option(None, "The same seed gives the same run.", "N", bounds=(0, 2**63 - 1))
@@ -98,7 +74,7 @@ class Request:
     show: bool = option(False, "Show what would be trained, with reasons, and train nothing.")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "data", tuple(self.data))
+        object.__setattr__(self, "data", tuple(self.data or ()))
         object.__setattr__(self, "overrides", dict(self.overrides or {}))
         if processes.rank() == 0:  # of several processes the first one checks, and reports
             self._check_values()

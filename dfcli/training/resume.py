@@ -16,8 +16,9 @@ from dfcli.runs.run import Run
 from dfcli.system.device import resolve
 from dfcli.system.events import Choice, Note, OnEvent
 from dfcli.system.files import same_name
+from dfcli.system.options import flag
 from dfcli.training.plan import Plan
-from dfcli.training.request import Request, flag
+from dfcli.training.request import Request
 from dfcli.training.settings import Recipe, given_by
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from dfcli.cores.protocols import Picking
-from dfcli.generation.sampling import Filters
+from dfcli.generation.request import Filters
 from dfcli.system.device import Device
 
 CUDA = Device(torch.device("cuda"), "cuda", "GPU", "bfloat16", "", 1)

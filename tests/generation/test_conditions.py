@@ -15,8 +15,9 @@ from dfcli.data import mel
 from dfcli.data.conditions import Conditioning, Progress
 from dfcli.errors import UsageError
 from dfcli.generation import generator
+from dfcli.generation.request import Filters
 from dfcli.generation.sample import SampleResult, sample_audio
-from dfcli.generation.sampling import Dice, Filters, pick
+from dfcli.generation.sampling import Dice, pick
 from dfcli.ingest.audio import Recording
 from dfcli.runs.run import Run
 from dfcli.system.events import Note

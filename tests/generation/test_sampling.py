@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from dfcli.cores.protocols import Picking
 from dfcli.errors import UsageError
-from dfcli.generation.sampling import Dice, Filters, pick
+from dfcli.generation.request import Filters
+from dfcli.generation.sampling import Dice, pick
 from tests.generation.engine import picking
 
 NAN, INF = float("nan"), float("inf")
