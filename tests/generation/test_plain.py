@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from dfcli import kernels
 from dfcli.cores import GPT, CharWaveNet, CharWaveNetConfig, GPTConfig, WaveNet, WaveNetConfig, protocols
 from dfcli.cores.protocols import Picking
 from dfcli.errors import UsageError
@@ -91,6 +93,8 @@ def test_a_broken_numba_is_passed_over(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.syspath_prepend(tmp_path)
     for name in [name for name in sys.modules if name == "numba" or name.startswith("dfcli.kernels.")]:
         monkeypatch.delitem(sys.modules, name)
+    for name in [name for name, value in vars(kernels).items() if isinstance(value, ModuleType)]:
+        monkeypatch.delattr(kernels, name)  # `from dfcli.kernels import` finds an imported module here first
     for name in ("gpt", "wavenet"):
         engine, why = engines.choose(name, build(name), 1, cpu())
         assert engine.name == "plain"
