@@ -51,8 +51,8 @@ def test_flags_show_no_type(here, command: str):
 def test_options_are_those_of_the_design(here, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "200")
     expected = {
-        "train": "data preset name steps minutes device batch-size lr seed resume init condition label set show quiet "
-        "json",
+        "train": "data codec lines separator field levels label preset name steps minutes device batch-size lr "
+        "seed resume init condition set show quiet json",
         "sample gpt": "run prompt prompt-file tokens stop num temperature top-k top-p min-p seed device engine "
         "checkpoint json",
         "sample wavenet": "run seconds output num best normalize label mel prime keep-prime temperature top-k top-p "
