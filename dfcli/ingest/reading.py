@@ -138,7 +138,8 @@ def _convert(source: Source, encoding: str) -> str:
 def _undecodable(source: Source, encoding: str, data: bytes, place: int) -> BadText:
     if encoding != "utf-8":
         return BadText(source.name, f"is damaged {encoding[:6].upper()} at byte {place:,}", "save it as UTF-8")
-    if NOT_WINDOWS & set(data):
+    other = sum(byte > 127 for byte in data[:CHUNK])
+    if NOT_WINDOWS & set(data) or other > len(data[:CHUNK]) / 2:  # Western languages have few such letters
         hint = (
             f"find out its encoding, for example with `file -i {shlex.quote(source.name)}`, and convert it by `iconv`"
         )
@@ -148,6 +149,14 @@ def _undecodable(source: Source, encoding: str, data: bytes, place: int) -> BadT
 
 def _binary(source: Source, data: bytes, offset: int, nul: int) -> BadText:
     reason = f"is not text: it has a NUL at byte {offset + nul:,}"
+    name = shlex.quote(source.name)
+    if data[257:262] == b"ustar":
+        return BadText(source.name, "is a tar archive", f"unpack it, for example with `tar -xOf {name} > {name}.txt`")
+    fours = data[: len(data) // 4 * 4]
+    for encoding, zeros in (("UTF-32LE", fours[3::4] + fours[2::4]), ("UTF-32BE", fours[::4] + fours[1::4])):
+        if zeros and zeros.count(0) > 0.9 * len(zeros) and fours.count(0) < 0.8 * len(fours):
+            looks = f"is not UTF-8 but looks like {encoding} without a mark"
+            return BadText(source.name, looks, _convert(source, encoding))
     pairs = data[: len(data) // 2 * 2]
     for encoding, zeros in (("UTF-16LE", pairs[1::2]), ("UTF-16BE", pairs[::2])):
         if len(zeros) > 1 and zeros.count(0) > len(zeros) / 2 and pairs.count(0) < 1.1 * zeros.count(0):
@@ -155,6 +164,5 @@ def _binary(source: Source, data: bytes, offset: int, nul: int) -> BadText:
                 source.name, f"is not UTF-8 but looks like {encoding} without a mark", _convert(source, encoding)
             )
     if data.startswith(b"PK\3\4"):
-        name = shlex.quote(source.name)
         return BadText(source.name, "is a zip archive", f"unpack it, for example with `unzip -p {name} > {name}.txt`")
     return BadText(source.name, reason, "give a text file")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import tarfile
 from itertools import pairwise
 from pathlib import Path
 
@@ -183,6 +184,19 @@ def test_marks_nul_and_utf16(tmp_path: Path) -> None:
     with pytest.raises(BadText) as error:
         text_of(path)
     assert f"iconv -f WINDOWS-1252 -t UTF-8 {path} > {path}.utf8" in error.value.hint
+    for encoding in ("cp1251", "koi8-r", "gbk"):  # their letters would become others
+        path.write_bytes("Привет мир, это текст. ".encode(encoding))
+        with pytest.raises(BadText) as error:
+            text_of(path)
+        assert f"find out its encoding, for example with `file -i {path}`" in error.value.hint
+    path.write_bytes("abc".encode("utf-32-be"))
+    with pytest.raises(BadText, match="looks like UTF-32BE"):
+        text_of(path)
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
+        archive.add(__file__, "a.py")
+    with pytest.raises(BadText, match="is a tar archive") as error:
+        text_of(tmp_path / "a.tar.gz")
+    assert f"`tar -xOf {tmp_path / 'a.tar.gz'} >" in error.value.hint
     gone = source(path)
     path.unlink()
     with pytest.raises(DfError, match="No such file"):
