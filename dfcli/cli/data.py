@@ -211,6 +211,7 @@ def show(
       df data show names
     """
     from dfcli.data.dataset import Dataset
+    from dfcli.ingest.reuse import recorded
     from dfcli.ingest.sources import list_some
 
     with Dataset.open(name) as dataset:
@@ -222,7 +223,8 @@ def show(
             ("path", dataset.path),
             ("kind", dataset.kind),
             ("codec", f"{dataset.info['codec']['name']}, {counted(dataset.vocab_size, 'id')}"),
-            ("documents", "one a line" if dataset.lines else "one a source"),
+            ("sources", list_some([source[1] for source in recorded(dataset)])),
+            ("documents", _documents(dataset)),
             ("boundary", _boundary(dataset)),
             *(_names(label, names) for label, names in dataset.labels.items()),
         ]
@@ -240,6 +242,16 @@ def show(
             ("created", info["created"]),
         ]
         output.pairs(items + _tokens(dataset))
+
+
+def _documents(dataset: Dataset) -> str:
+    """What a document of the dataset is."""
+    options = dataset.info["options"]
+    if options.get("separator") is not None:
+        return f"the parts between {options['separator']!r}"
+    if options.get("field") is not None:
+        return f"the field {options['field']!r} of each record"
+    return "one a line" if dataset.lines else "one a source"
 
 
 def _tokens(dataset: Dataset) -> list[tuple[str, object]]:
