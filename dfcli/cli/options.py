@@ -98,7 +98,7 @@ def confirmed(what: str, yes: bool) -> bool:
     if yes:
         return True
     if sys.stdin is None or not sys.stdin.isatty():
-        raise UsageError(f"nobody can be asked whether to {what}", "repeat it with `--yes`")
+        raise UsageError(f"this would {what}, and there is no terminal to confirm on", "repeat it with `--yes`")
     output.stderr().print(output.one_line(what) + "? [y/N] ", end="")
     try:
         return input().strip().lower() in ("y", "yes")

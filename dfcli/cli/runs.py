@@ -23,7 +23,7 @@ from dfcli.system.words import counted
 if TYPE_CHECKING:
     from dfcli.runs import Run
 
-app = typer.Typer(cls=Group, no_args_is_help=True, help="List, show and remove trained runs.")
+app = typer.Typer(cls=Group, no_args_is_help=True, help="List, show, rename, pack, import, export and remove runs.")
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A run's name, folder or packed file.")]
 

@@ -218,7 +218,7 @@ def build(core: nn.Module, device: Device, exact: bool = True, on_event: OnEvent
     _tokens.load(
         on_event, model, _state(model, core, 1), np.empty((1, 0)), 1.0, 1, 1.0, 0.0, np.empty((1, 0), np.int64)
     )
-    reason = "compiled for this processor, with the plain engine's picks"
+    reason = "compiled for this processor; it makes the same samples as the plain engine"
     return ThreadedEngine("numba", reason, lambda size: _Sequences(core, model, size), device.threads)
 
 

@@ -176,7 +176,7 @@ def build(core: nn.Module, device: Device, exact: bool = True, on_event: OnEvent
     none = np.empty((1, 0), np.int64)
     gates = _Gates(np.zeros(len(model.layers) * 2 * model.table.shape[1], np.float32), none)
     samples.load(on_event, model, _state(model, core, 1), gates, np.empty((1, 0)), Picking(), none)
-    name, reason = "numba", "compiled for this processor, with the plain engine's picks"
+    name, reason = "numba", "compiled for this processor; it makes the same samples as the plain engine"
     if rounded:
         name = "numba-bfloat16"
         reason = "compiled for this processor, weights rounded to bfloat16; `--engine fast` keeps float32"
