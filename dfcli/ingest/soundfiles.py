@@ -22,6 +22,7 @@ import numpy as np
 
 from dfcli.errors import DfError
 from dfcli.ingest.containers import CONVERT, MAX_CHANNELS, RATES, Part, identify
+from dfcli.system.files import data_home
 
 MAX_EXPANSION = 200  # frames per byte: far above speech at 6 kbit/s (64), far below what a bomb needs
 ALWAYS_ALLOWED = 12 * 3600  # seconds that any file may expand to, at up to 48 kHz: digital silence takes no space
@@ -143,7 +144,8 @@ class _Decoder:
 def _quiet() -> Iterator[None]:
     """Keep what the MP3 decoder writes to the process's standard error away from it; all else goes there afterwards."""
     try:
-        kept, caught = os.dup(2), tempfile.TemporaryFile()  # noqa: SIM115 - closed below
+        data_home().mkdir(parents=True, exist_ok=True)
+        kept, caught = os.dup(2), tempfile.TemporaryFile(dir=data_home())  # noqa: SIM115 - closed below
     except OSError:  # there is no standard error, or no room
         yield
         return

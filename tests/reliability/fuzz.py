@@ -202,6 +202,7 @@ def text_case(folder: Path, dice: Dice) -> None:
             assert isinstance(dataset.codec, TextCodec)
             ids = [dataset.splits[key].read(0, dataset.splits[key].tokens_count) for key in ("train", "val", "test") if key in dataset.splits]  # fmt: skip # noqa: E501
             made, text = dataset.codec.decode(np.concatenate(ids)), data.decode("utf-8-sig")
+            text = text.replace("\r\n", "\n").replace("\r", "\n")  # every line ends as in LF files
             short = len(text) < 30 and text.startswith(made)  # a part of one character has nothing to predict: left out
             assert made == text or short, "text was changed"
 

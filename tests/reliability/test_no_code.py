@@ -19,11 +19,11 @@ import dfcli
 
 PACKAGE = Path(dfcli.__file__).parent
 FORBIDDEN_MODULES = {
-    "pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "zipfile", "tarfile", "yaml",
+    "pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "tarfile", "yaml",
 }  # fmt: skip
 FORBIDDEN_CALLS = {
     "eval", "exec", "compile", "__import__", "torch.load", "torch.save", "torch.hub.load", "torch.jit.load", "np.load",
-    "numpy.load", "shutil.unpack_archive", "os.system", "os.popen",
+    "numpy.load", "archive.extract", "archive.extractall", "shutil.unpack_archive", "os.system", "os.popen",
 }  # fmt: skip
 
 
