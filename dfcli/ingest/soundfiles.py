@@ -145,7 +145,8 @@ def _quiet() -> Iterator[None]:
     """Keep what the MP3 decoder writes to the process's standard error away from it; all else goes there afterwards."""
     try:
         data_home().mkdir(parents=True, exist_ok=True)
-        kept, caught = os.dup(2), tempfile.TemporaryFile(dir=data_home())  # noqa: SIM115 - closed below
+        caught = tempfile.TemporaryFile(dir=data_home())  # noqa: SIM115 - closed below
+        kept = os.dup(2)  # last, because nothing closes it where the file cannot be made
     except OSError:  # there is no standard error, or no room
         yield
         return

@@ -248,14 +248,12 @@ class Texts(Build):
         total: int,
     ) -> str:
         """Each line is a document; lines of all main texts are dealt out together."""
-        labels, rule = self._deal(sum(text.lines for text in texts[TRAIN]), "line")
-        for label, group in enumerate(texts):
-            dealer = _Dealer(writers, labels if label == TRAIN else constant(label))
-            for text in group:
-                chunks = Lines().of(self._read(text.source, total))
-                for ids in self._ids(codec, text.source, chunks, lines=True):
-                    dealer.add(ids, np.flatnonzero(ids == boundary))
-        return rule + self._shares(self._dealt())
+
+        def lines(source: Source) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for ids in self._ids(codec, source, Lines().of(self._read(source, total)), lines=True):
+                yield ids, np.flatnonzero(ids == boundary)
+
+        return self._deal_out("line", texts, writers, lines)
 
     def _write_documents(
         self,
@@ -266,11 +264,24 @@ class Texts(Build):
         total: int,
     ) -> str:
         """Documents inside files: those of all main files are dealt out together."""
-        labels, rule = self._deal(sum(text.lines for text in texts[TRAIN]), "document")
+        return self._deal_out(
+            "document", texts, writers, lambda source: self._document_ids(codec, source, boundary, total)
+        )
+
+    def _deal_out(
+        self,
+        kind: str,
+        texts: list[list[Text]],
+        writers: list[Writers],
+        encoded: Callable[[Source], Iterator[tuple[np.ndarray, np.ndarray]]],
+    ) -> str:
+        """Deal out the documents that `encoded` gives of a source: ids [n], and the places [k] among them where
+        documents begin. Returns the rule of the split, in words."""
+        labels, rule = self._deal(sum(text.lines for text in texts[TRAIN]), kind)
         for label, group in enumerate(texts):
             dealer = _Dealer(writers, labels if label == TRAIN else constant(label))
             for text in group:
-                for ids, starts in self._document_ids(codec, text.source, boundary, total):
+                for ids, starts in encoded(text.source):
                     dealer.add(ids, starts)
         return rule + self._shares(self._dealt())
 

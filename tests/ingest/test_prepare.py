@@ -165,7 +165,7 @@ def test_several_texts_are_dealt_out_whole(tmp_path: Path) -> None:
 
 
 def test_gpt2_texts_begin_with_the_end_of_text(tmp_path: Path) -> None:
-    texts = corpus(tmp_path / "c", 5)
+    texts = corpus(tmp_path / "c", 8)
     dataset = prepare([str(tmp_path / "c")], codec="gpt2", bpe=str(shared_file("gpt2-bpe")))
     assert dataset.boundary == 50256
     for split in dataset.splits.values():
