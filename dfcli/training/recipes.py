@@ -326,7 +326,7 @@ def _dropout(draft: Draft) -> None:
     epochs = tokens / max(1, corpus.tokens)
     # A model that is small beside its corpus cannot learn it by heart, however often it reads it.
     small = replace(config, ngrams=1).parameters() < 2 * corpus.tokens
-    read = epochs / 3 if draft.device.kind == "cpu" else epochs  # with dropout: it is not compiled there
+    read = epochs / 3 if draft.device.kind == "cpu" else epochs  # measured when kernels had no dropout
     shares = {"dropout": 0.0 if read < (20 if small else 6) else 0.1 if read < 40 else 0.2}
     if config.ngrams > 1:  # a table learns by heart sooner than the model beside it
         by_epochs = ((4, 0.7), (2.2, 0.6), (1.5, 0.4), (0.7, 0.2), (0, 0.0))
