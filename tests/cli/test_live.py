@@ -79,12 +79,15 @@ class Terminal:
         self.child = pexpect.spawn(sys.executable, command, dimensions=(rows, columns), env=env, timeout=20)
 
     def read(self, until: str = "", seconds: float = 20) -> str:
-        """Feed the screen until it shows `until`, or the child has ended; what it shows."""
+        """Feed the screen until it shows `until` in a whole picture, or the child has ended; what it shows. A picture
+        comes in several reads: it is whole when each panel is closed and no more arrives for a moment."""
         end = time.monotonic() + seconds
-        while time.monotonic() < end and not (until and until in self.text):
+        while time.monotonic() < end:
             try:
-                data = self.child.read_nonblocking(65536, timeout=0.1)
+                data = self.child.read_nonblocking(65536, timeout=0.03)
             except pexpect.TIMEOUT:
+                if until and until in self.text and self.text.count("╭") == self.text.count("╰"):
+                    break
                 continue
             except pexpect.EOF:
                 break
@@ -104,8 +107,7 @@ class Terminal:
 
 def test_the_picture_and_its_figures():
     terminal = Terminal("wait")
-    terminal.read(until="validation 75%")
-    shown = terminal.read(until="not \\u202eto be")  # the rest of the same picture
+    shown = terminal.read(until="validation 75%")
     for part in (
         "prepared data-1", "layers", "fits the time", "play\\x1b[2J · data-1 · 803k parameters · CPU, 2 threads",
         "88%", "step 1,750 / 2,000", "0:02 left", "2.2500", "2.6000", "best 2.6000 at step 1,500", "█", "▁",
