@@ -49,7 +49,7 @@ from tests.benchmarks import common
 RULE = r"(?P<digit>\d)_(?P<speaker>[a-z]+)_"
 HELD_OUT = re.compile(r"\d+_\w+_[0-4]\.wav")
 FRAMES = 80  # of a recording that the listener hears: one second
-EPOCHS = 40
+EPOCHS = 15
 
 
 def recordings(folder: Path, speaker: str = "") -> tuple[list[str], list[str]]:

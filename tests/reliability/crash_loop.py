@@ -96,7 +96,9 @@ def end_of(home: Path) -> dict[str, Any]:
 
     def sample() -> None:
         if run.codec.kind == "audio":
-            sample_audio(run.path, 0.01, home / "sample.wav", seed=1, engine="plain", device="cpu")
+            told = run.conditioning
+            mel = home.parent / "sound" / "0.wav" if told is not None and told.mel else None
+            sample_audio(run.path, 0.01, home / "sample.wav", mel=mel, seed=1, engine="plain", device="cpu")
         else:
             made = sample_text(run.path, tokens=30, seed=1, engine="plain", device="cpu")
             (home / "sample.wav").write_text(json.dumps(made.samples))

@@ -107,6 +107,7 @@ def commands(folder: Path) -> list[Command]:
 
     text = ["data", "prepare", str(folder / "text.txt"), "--name", "t", "--codec", "bytes"]
     recordings = ["data", "prepare", str(folder / "sound"), "--name", "s", "--val-fraction", "0.4"]
+    labelled = [*recordings, "--label", r"(?P<tone>\d)"]
     sample = [
         "sample",
         "wavenet",
@@ -125,9 +126,11 @@ def commands(folder: Path) -> list[Command]:
     return [
         Command(text, "prepare text", [other], kept=others),
         Command(recordings, "prepare recordings", [other], kept=others),
+        Command(labelled, "prepare recordings with labels", [other], kept=others),
         Command(gpt, "train from nothing", [other], kept=committed),
         Command(gpt, "train on", [other, gpt], begun=True, kept=committed),
         Command(wavenet, "train a wavenet", [other], kept=committed),
+        Command(parts("wavenet with labels"), "train a wavenet with labels", [other], kept=committed),
         Command(sample, "sample to a file", [other, wavenet], kept=contents, output="out.wav"),
         Command(["runs", "remove", "r", "--yes"], "remove a run", [other, gpt], kept=others, again=["runs", "list"]),
         Command(

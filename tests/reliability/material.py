@@ -44,5 +44,7 @@ def trainings(folder: Path, steps: int, pace: list[str] = OFTEN) -> dict[str, li
         "gpt of lines, sgd": line("gpt", "names.txt", *GPT, "optimizer=sgd", more=("--preset", "makemore")),
         "wavenet, adamw": line("wavenet", "sound", *WAVENET, "optimizer=adamw", "batch_size=2"),
         "wavenet, sgd": line("wavenet", "sound", *WAVENET, "optimizer=sgd", "momentum=0.9", "batch_size=2"),
+        "wavenet with labels": line("wavenet", "sound", *WAVENET, "batch_size=2", more=("--label", r"(?P<tone>\d)")),
+        "vocoder": line("wavenet", "sound", *WAVENET, "batch_size=2", more=("--condition", "mel")),
         "character wavenet": line("wavenet", "names.txt", "hidden=8", "embedding=4", more=("--preset", "makemore")),
     }
