@@ -9,11 +9,13 @@ PyTorch is imported where it is needed: a child process whose memory is measured
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import multiprocessing
 import os
 import platform
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -256,3 +258,32 @@ def repeated(source: Path, target: Path, size: int) -> Path:
             file.write(text)
         file.write(text[: text.find(b"\n", left) + 1] or text)
     return target
+
+
+# Texts that every machine has ----------------------------------------------------------------------------------------
+
+
+def library() -> list[Path]:
+    """The Python standard library's sources, without installed packages, by name."""
+    root = Path(sysconfig.get_path("stdlib"))
+    return [path for path in sorted(root.rglob("*.py")) if "site-packages" not in path.relative_to(root).parts]
+
+
+def installed() -> Iterator[bytes]:
+    """The standard library's sources, then sources and documentation of the installed packages: each text once."""
+    roots = {Path(sysconfig.get_path("purelib")), Path(sysconfig.get_path("platlib"))}
+    packages = [path for root in sorted(roots) for path in sorted(root.rglob("*"))]
+    seen = set()
+    for path in [*library(), *packages]:
+        if path.suffix not in (".py", ".md", ".rst", ".txt") or not path.is_file():
+            continue
+        text = path.read_bytes()
+        digest = hashlib.sha256(text).digest()
+        if digest in seen or b"\0" in text:
+            continue
+        seen.add(digest)
+        try:
+            text.decode("utf-8")
+        except UnicodeDecodeError:
+            continue
+        yield text

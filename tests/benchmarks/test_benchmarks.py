@@ -12,7 +12,18 @@ import numpy as np
 import pytest
 import soundfile
 
-from tests.benchmarks import common, experiments, memory, nano_cpu_ratio, prepare, train_gpt, train_wavenet
+from tests.benchmarks import (
+    byte_pairs,
+    common,
+    experiments,
+    memory,
+    nano_cpu_ratio,
+    prepare,
+    records,
+    tokenizer,
+    train_gpt,
+    train_wavenet,
+)
 
 TEXT = "".join(f"The {n % 97}th line of {n}, which is no poem.\n" for n in range(600))
 
@@ -44,7 +55,8 @@ def printed(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
 
     def call(main: Callable[[list[str]], None], *words: object) -> dict[str, Any]:
         main([str(word) for word in words])
-        figures = json.loads(capfd.readouterr().out)
+        out = capfd.readouterr().out
+        figures = json.loads(out[out.index("{\n") :])  # the last that is printed
         assert figures["versions"].keys() == {"python", "torch"}
         assert figures["date"]
         assert figures["machine"]
@@ -125,6 +137,30 @@ def test_prepare(printed: Callable[..., dict[str, Any]], text: Path, recordings:
         assert figures[name]["megabytes_per_second"] == pytest.approx(0.2 / figures[name]["seconds"], rel=0.01)
     assert figures["audio"]["times_real_time"] == pytest.approx(6 / figures["audio"]["seconds"], rel=0.2)
     assert figures["audio_resampled"]["sample_rate"] == 16_000
+
+
+def test_tokenizer(printed: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "installed", lambda: iter([TEXT.encode()]))
+    figures = printed(tokenizer.main, "--megabytes", 0.1, "--vocab-size", 300)
+    assert figures["distinct_megabytes"] == pytest.approx(len(TEXT) / 1e6, rel=0.01)
+    assert figures["bytes_read"] == pytest.approx(1e5, rel=0.01)
+    assert figures["codec"] == "bpe, 300 ids"
+
+
+def test_records(printed: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "SMALL", 200_000)
+    figures = printed(records.main, "--gigabytes", 0.0005)
+    assert figures["small"]["megabytes"] == pytest.approx(0.2, rel=0.05)
+    assert 0.35e6 < figures["large"]["tokens"] < 0.5e6  # without the records' other fields and their escapes
+
+
+@pytest.mark.slow
+def test_byte_pairs(printed: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("--cpu-minutes", 0.01, "--megabytes", 0.3, "--models", "bpe", "bytes")
+    models = printed(byte_pairs.main, *words)["models"]
+    assert 1 < models["bytes"]["bits_per_byte"] < 8
+    assert models["bpe"]["val_bytes"] == pytest.approx(models["bytes"]["val_bytes"], rel=0.01)
+    assert models["bpe"]["val_tokens"] < models["bytes"]["val_tokens"]
 
 
 def test_memory_of_a_child_counts_what_it_holds_and_text_repeats_by_lines(tmp_path: Path, text: Path) -> None:
