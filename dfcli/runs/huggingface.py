@@ -1,11 +1,10 @@
-"""Models made elsewhere: a GPT-2-shaped Hugging Face folder as what a run is, and as a run.
+"""Models made elsewhere: a Hugging Face folder as what a run is, and as a run.
 
     config.json                          the shape
     model.safetensors                    the weights, or several files and model.safetensors.index.json
     tokenizer.json                       the vocabulary, or vocab.json and merges.txt
 
-The weights are those of `GPT2LMHeadModel` in transformers (read in version 5.24): names with or without the prefix
-`transformer.`, the four Conv1D matrices of a layer stored [in, out], the head absent where it is tied. Nothing that
+The model is a GPT-2, or what `df runs export` writes of other GPTs (Apertus): `layouts.py`. Nothing that
 could run code is opened: no pickle, no `modeling_*.py`.
 """
 
@@ -14,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from dfcli.codecs import BPE, Chars, Codec
 from dfcli.codecs.bpe import END_OF_TEXT
 from dfcli.errors import CorruptError, DfError, UsageError
+from dfcli.runs import layouts
 from dfcli.runs import run as runs
 from dfcli.runs.checkpoint import Checkpoint
 from dfcli.runs.run import Run
@@ -36,17 +35,10 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS, INDEX, TOKENIZER = "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
 MAX_CONFIG = 16 << 20  # bytes of config.json and of an index; published ones have some KB
+_HINT = "`df runs import` takes a GPT2LMHeadModel, or what `df runs export` writes"
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "pytorch_model.pt", "tf_model.h5")
 
-ACTIVATIONS = {
-    "relu": "relu", "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh", "relu2": "relu2",
-}  # fmt: skip
 BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # causal masks, which old files hold
-LAYER = {  # in both the name of a layer's part; transposed: stored [in, out]
-    "attention_norm": "ln_1", "attention.qkv": "attn.c_attn", "attention.projection": "attn.c_proj",
-    "mlp_norm": "ln_2", "mlp.expansion": "mlp.c_fc", "mlp.projection": "mlp.c_proj",
-}  # fmt: skip
 
 
 def start(name_or_path: str) -> Run | Folder:
@@ -150,15 +142,14 @@ class Folder:
         needed, (free, _) = 4 * self.config.parameters(), limits.memory()
         if needed > free:
             raise DfError(f"the weights of {self.path} take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
-        names = {theirs: ours for ours, theirs in gpt2_names(self.config)}
+        slots = {layouts.short(slot.name): slot for slot in layouts.slots(self.config)}
         model: dict[str, Tensor] = {}
         for file in sorted(set(self._places.values())):
-            for stored, tensor in tensors.each(file, self._places.keys()):
-                theirs = stored.removeprefix("transformer.")
-                if (ours := names.get(theirs)) is None:
-                    continue
-                matrix = tensor.ndim == 2 and ".c_" in theirs
-                model[ours] = (tensor.T if matrix else tensor).float().contiguous()
+            for name, tensor in tensors.each(file, self._places.keys()):
+                slot = slots.get(layouts.short(name))
+                if slot is not None and not slot.put(tensor, model):
+                    what = "gains" if name.endswith("weight") else "an activation"
+                    raise DfError(f"{name} of {self.path} holds {what} that the GPT core has not", _HINT)
         if not tensors.finite(model):
             raise CorruptError(f"{self.path} holds weights that are not finite", "fetch the folder again")
         if self.config.tied_head:
@@ -168,53 +159,31 @@ class Folder:
     # What the folder says -----------------------------------------------------------------------------------------
 
     def _check_values(self) -> None:
-        """Refuse by name what the core does not compute. Keys that say nothing of the arithmetic are ignored."""
-        values = self._values
-        if (kind := values.get("model_type", "gpt2")) != "gpt2":
-            raise DfError(f"{self.path} holds a model of type {kind!a}", "only GPT-2-shaped models (gpt2) are read")
-        channels = values.get("n_embd", 768)
-        inner = 4 * channels if isinstance(channels, int) else 0
-        activation = values.get("activation_function", "gelu_new")
-        wanted = {
-            "activation_function": (activation in ACTIVATIONS, ", ".join(ACTIVATIONS)),
-            "layer_norm_epsilon": (values.get("layer_norm_epsilon", 1e-5) == 1e-5, "1e-05"),
-            "n_inner": (values.get("n_inner") in (None, inner), "4 n_embd"),
-            "scale_attn_weights": (values.get("scale_attn_weights", True) is True, "true"),
-            "scale_attn_by_inverse_layer_idx": (not values.get("scale_attn_by_inverse_layer_idx"), "false"),
-            "add_cross_attention": (not values.get("add_cross_attention"), "false"),
-        }
-        for key, (good, known) in wanted.items():
-            if not good:
-                shown = json.dumps(values.get(key))[:60]
-                raise DfError(f"{self.path / CONFIG} has {key} {shown}, which the GPT core has not", f"it has {known}")
+        """Refuse by name what the core does not compute."""
+        kind = self._values.get("model_type", "gpt2")
+        if not isinstance(kind, str) or kind not in layouts.TABLES:
+            raise DfError(f"{self.path} holds a model of type {kind!a}", _HINT)
+        for key, known in layouts.strangers(self._values):
+            shown = json.dumps(self._values.get(key))[:60]
+            raise DfError(f"{self.path / CONFIG} has {key} {shown}, which the GPT core has not", f"it has {known}")
 
     def _config(self) -> GPTConfig:
-        from dfcli.cores import GPTConfig
-
-        values = self._values
         try:
-            return GPTConfig(
-                vocab_size=values.get("vocab_size", 50_257),
-                context=values.get("n_positions", 1024),
-                layers=values.get("n_layer", 12),
-                heads=values.get("n_head", 12),
-                channels=values.get("n_embd", 768),
-                activation=ACTIVATIONS[values.get("activation_function", "gelu_new")],
-                tied_head=self._tied(),
-            )
+            return layouts.from_json(self._values, self._tied())
         except (ValueError, TypeError) as error:
             raise DfError(f"{self.path / CONFIG} describes a model that cannot be: {error}") from None
 
     def _tied(self) -> bool:
         """Whether the head is the token table: as transformers decides, by the config and by what is stored."""
-        if self._values.get("tie_word_embeddings", True) is False:
+        kind = self._values.get("model_type", "gpt2")
+        if not self._values.get("tie_word_embeddings", kind == "gpt2"):
             return False
-        table = next((name for name in self._places if name.removeprefix("transformer.") == "wte.weight"), None)
-        if table is None or "lm_head.weight" not in self._places:
+        table = next((name for name in self._places if layouts.short(name) == layouts.TABLES[kind]), None)
+        if table is None or layouts.HEAD not in self._places:
             return True
         from dfcli.runs import tensors
 
-        pair = ["lm_head.weight", table]
+        pair = [layouts.HEAD, table]
         head, tokens = (next(tensors.each(self._places[name], [name]))[1] for name in pair)
         return head.shape == tokens.shape and bool((head == tokens).all())
 
@@ -253,10 +222,10 @@ class Folder:
 
         found = {}
         for file in set(self._places.values()):
-            found |= {name.removeprefix("transformer."): kind for name, kind in tensors.kinds(file).items()}
+            found |= {layouts.short(name): kind for name, kind in tensors.kinds(file).items()}
         if len(found) < len(self._places):
             raise CorruptError(f"{self.path} holds a tensor twice, with and without the prefix `transformer.`")
-        wanted = dict(_shapes(self.config))
+        wanted = {layouts.short(slot.name): slot.shape for slot in layouts.slots(self.config)}
         for name, shape in wanted.items():
             if name not in found:
                 raise CorruptError(f"{self.path} lacks the tensor {name}", "fetch the folder again")
@@ -265,10 +234,10 @@ class Folder:
                 raise CorruptError(f"{name} of {self.path} is {list(stored)} where {CONFIG} asks for {list(shape)}")
             if not dtype.is_floating_point:
                 raise DfError(f"{name} of {self.path} is stored as {str(dtype).removeprefix('torch.')}", "use floats")
-        ignored = {"lm_head.weight"} if self.config.tied_head else set()
+        ignored = {layouts.HEAD} if self.config.tied_head else set()
         others = sorted(name for name in found.keys() - wanted.keys() - ignored if not BUFFERS.fullmatch(name))
         if others:
-            raise DfError(f"{self.path} holds {others[0]!a}, which a GPT-2 has not", "give a plain GPT2LMHeadModel")
+            raise DfError(f"{self.path} holds {others[0]!a}, which the GPT core has not", _HINT)
 
     # Files --------------------------------------------------------------------------------------------------------
 
@@ -297,37 +266,6 @@ class Folder:
             return strict_json(read_bytes(path, MAX_CONFIG))
         except ValueError as error:
             raise CorruptError(f"{path} is damaged: {error}", "fetch the folder again") from None
-
-
-def gpt2_names(config: GPTConfig) -> Iterator[tuple[str, str]]:
-    """The name of each tensor here, and in transformers without its prefix."""
-    yield "tokens.weight", "wte.weight"
-    yield "positions.weight", "wpe.weight"
-    for i in range(config.layers):
-        for ours, theirs in LAYER.items():
-            for part in ("weight", "bias"):
-                yield f"blocks.{i}.{ours}.{part}", f"h.{i}.{theirs}.{part}"
-    yield "norm.weight", "ln_f.weight"
-    yield "norm.bias", "ln_f.bias"
-    if not config.tied_head:
-        yield "head.weight", "lm_head.weight"
-
-
-def _shapes(config: GPTConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The shape of each tensor as transformers stores it."""
-    C = config.channels
-    wide = {"attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C), "mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
-    for _, name in gpt2_names(config):
-        part, _, kind = name.rpartition(".")
-        matrix = wide.get(part.split(".", 2)[-1])
-        if name in ("wte.weight", "lm_head.weight"):
-            yield name, (config.vocab_size, C)
-        elif name == "wpe.weight":
-            yield name, (config.context, C)
-        elif matrix:
-            yield name, matrix if kind == "weight" else matrix[1:]
-        else:
-            yield name, (C,)
 
 
 def _characters(file: Path) -> Chars | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import json
+import shutil
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from dfcli import cores
 from dfcli.codecs import BPE, GPT2, Bytes, Chars, TextCodec
@@ -21,9 +24,11 @@ from dfcli.evaluation.evaluate import evaluate
 from dfcli.generation.sample import sample_text
 from dfcli.ingest.prepare import prepare
 from dfcli.runs import Run
-from dfcli.runs.export import APERTUS, architecture, export
-from dfcli.runs.export import GPT2 as GPT2_MODEL
+from dfcli.runs.export import architecture, export
 from dfcli.runs.huggingface import import_folder
+from dfcli.runs.layouts import APERTUS
+from dfcli.runs.layouts import GPT2 as GPT2_MODEL
+from dfcli.runs.run import runs_home
 from dfcli.training.train import plan
 from tests.codecs.test_gpt2 import write_vocabulary
 from tests.faults import failing
@@ -94,13 +99,43 @@ def test_transformers_computes_the_same(tmp_path: Path, model: tuple[dict[str, A
     assert found.loss == pytest.approx(nats / (len(ids) - 1), abs=5e-5)
 
 
-def test_what_was_exported_comes_back(tmp_path: Path) -> None:
-    run = make_run(Chars(TEXT), activation="gelu_tanh")
+@pytest.mark.parametrize("values", [{"activation": "gelu_tanh"}, MODERN, MODELS["modern, tied, gelu"][0]])
+def test_what_was_exported_comes_back(tmp_path: Path, values: dict[str, Any]) -> None:
+    run = make_run(Chars(TEXT), **values | {"init": "zero" if "position" in values else "gpt2"})
     export(run, tmp_path / "hf")
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").save_pretrained(
+        tmp_path / "hf"
+    )  # as it rewrites
     again = import_folder(tmp_path / "hf", "again")
     assert (again.codec.to_json(), again.info["core"]) == (run.codec.to_json(), run.info["core"])
     before, after = run.load().model, again.load().model
+    assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def rewritten(folder: Path, **values: Any) -> Path:
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | values))
+    return folder
+
+
+def test_an_apertus_that_the_core_cannot_compute_is_refused_by_name(tmp_path: Path) -> None:
+    export(make_run(Chars(TEXT), **MODERN), tmp_path / "hf")
+    for key, value in {
+        "rms_norm_eps": 1e-5, "num_key_value_heads": 1, "hidden_act": "silu", "intermediate_size": 100,
+        "attention_bias": True, "head_dim": 24, "rope_parameters": {"rope_type": "llama3", "rope_theta": 12e6},
+        "hidden_size": "x",
+    }.items():  # fmt: skip
+        folder = rewritten(Path(shutil.copytree(tmp_path / "hf", tmp_path / key)), **{key: value})
+        with pytest.raises(DfError, match="intermediate_size" if key == "hidden_size" else f"has {key} "):
+            import_folder(folder)
+    for name, what in {"self_attn.q_norm.weight": "gains", "mlp.act_fn.alpha_p": "an activation"}.items():
+        folder = Path(shutil.copytree(tmp_path / "hf", tmp_path / name))
+        tensors = load_file(folder / "model.safetensors")
+        tensors[f"model.layers.1.{name}"] += 0.5
+        save_file(tensors, folder / "model.safetensors")
+        with pytest.raises(DfError, match=f"{name} of .* holds {what} that the GPT core has not"):
+            import_folder(folder, "again")
+    assert [path.name for path in runs_home().iterdir()] == ["r"]
 
 
 def codecs(tmp_path: Path) -> dict[str, TextCodec]:

@@ -22,8 +22,8 @@ from dfcli.cores import GPTConfig
 from dfcli.errors import DfError
 from dfcli.evaluation.evaluate import evaluate
 from dfcli.generation.sample import sample_text
-from dfcli.runs import Run
-from dfcli.runs.huggingface import Folder, _shapes, import_folder, start
+from dfcli.runs import Run, layouts
+from dfcli.runs.huggingface import Folder, import_folder, start
 from dfcli.runs.run import runs_home
 
 transformers = pytest.importorskip("transformers")
@@ -146,8 +146,8 @@ def test_published_sizes_have_the_tensors_of_transformers(size: tuple[int, int, 
     with torch.device("meta"):
         theirs = transformers.GPT2LMHeadModel(shape)
     ours = GPTConfig(50_257, 1024, layers, heads, channels, activation="gelu_tanh")
-    named = {name.removeprefix("transformer."): tuple(p.shape) for name, p in theirs.named_parameters()}
-    assert dict(_shapes(ours)) == named
+    named = {name: tuple(p.shape) for name, p in theirs.named_parameters()}
+    assert {slot.name: slot.shape for slot in layouts.slots(ours)} == named
     assert ours.parameters() == parameters == theirs.num_parameters()
 
 
