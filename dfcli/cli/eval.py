@@ -64,7 +64,10 @@ def evaluate(
 
     with output.Listener() as listener:
         chosen = [Run.open(name) for name in run] if run else [newest(on_event=listener)]
-        check_sources(options["data"] or [])
+        request = Request(**options)
+        for each in chosen:
+            request.check(each)
+        check_sources(request.data)
         if choices is not None:
             checkpoint, device = options.pop("checkpoint"), options.pop("device")
             if any(options.values()):

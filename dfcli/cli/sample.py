@@ -84,7 +84,8 @@ def wavenet(
     of text writes text on stdout instead, and needs neither --seconds nor -o;
     `df sample gpt --run NAME` takes a prompt for it. A label that is left out is
     drawn. A model of short, labelled recordings ends a clip by itself, and a
-    vocoder makes a clip as long as its --mel; --seconds is then a limit.
+    vocoder makes a clip as long as its --mel; --seconds is then a limit. --prime
+    needs --seconds, and every label of its recording.
 
     Examples:
       df sample wavenet --seconds 4 -o out.wav
@@ -118,6 +119,9 @@ def wavenet(
 
 
 def _write_text(run: Run, prompt: str, json: bool, listener: output.Listener, **options: Any) -> None:
+    from dfcli.generation.checks import check_text
+
+    check_text(run, TextRequest(**options), prompt)
     with output.loading():
         from dfcli.generation.sample import sample_text
 
@@ -136,17 +140,22 @@ def _write_text(run: Run, prompt: str, json: bool, listener: output.Listener, **
 
 
 def _write_sound(run: Run, out: str | None, json: bool, listener: output.Listener, **options: Any) -> None:
-    ends = run.conditioning is not None and (run.conditioning.mel is not None or run.conditioning.progress is not None)
-    length = True if ends else options["seconds"]
+    from dfcli.generation.checks import check_sound, told
+
+    request = SoundRequest(**options)
+    known, prime, length = told(run), request.prime, request.seconds
+    if known.vocoder or (known.ends and prime is None):
+        length = 1.0  # it is known without the option
     if length is None or out is None:
         wanted = (("--seconds (how much sound to make)", length), ("-o (where to write it)", out))
         missing = " and ".join(name for name, value in wanted if value is None)
-        raise UsageError(f"{missing} must be given", f"for example `{_sound_line(run)}`")
+        raise UsageError(f"{missing} must be given", f"for example `{_sound_line(run, request)}`")
     if out == "-" and json:
         raise UsageError("`-o -` and `--json` exclude each other", "both would write to stdout")
     if out == "-" and sys.stdout.isatty():
         raise UsageError("a terminal cannot play a wav", "pipe it to a player, or give a file: `-o out.wav`")
-    prime = options["prime"]
+    target = cast(BinaryIO, output.Stdout()) if out == "-" else out
+    check_sound(run, request, target)
     if prime is not None and Path(out).exists() and prime.exists() and Path(out).samefile(prime):
         raise UsageError(f"`-o {out}` would overwrite the recording to continue", "choose another name")
     with output.loading():
@@ -160,7 +169,6 @@ def _write_sound(run: Run, out: str | None, json: bool, listener: output.Listene
             listener(event)
 
     output.say(f"run {run.name}", style="dim")
-    target = cast(BinaryIO, output.Stdout()) if out == "-" else out
     result = sample_audio(run, out=target, on_event=show, **options)
     listener.close()
     if json:
@@ -176,8 +184,10 @@ def _write_sound(run: Run, out: str | None, json: bool, listener: output.Listene
         raise typer.Exit(INTERRUPTED)
 
 
-def _sound_line(run: Run) -> str:
-    return f"df sample wavenet --run {_word(run)} --seconds 4 -o out.wav"
+def _sound_line(run: Run, request: SoundRequest | None = None) -> str:
+    from dfcli.generation.checks import sound_options
+
+    return f"df sample wavenet --run {_word(run)} {sound_options(run, request)}"
 
 
 def _word(run: Run) -> str:
@@ -238,7 +248,7 @@ def _prompt(text: str | None, file: Path | None) -> str:
         except OSError as error:
             raise DfError(f"could not read {file}: {error.strerror}") from None
     if sys.stdin is None:
-        raise UsageError("standard input is closed", "give the prompt with `--prompt TEXT`")
+        raise UsageError("standard input is closed", 'give the prompt with `--prompt "It was"`')
     with reading_stdin("the prompt"):
         try:
             return _decode(sys.stdin.buffer, "standard input")

@@ -20,7 +20,6 @@ from dfcli.system.words import counted, span
 from dfcli.training.request import Request, about_corpus
 
 if TYPE_CHECKING:
-    from dfcli.runs.run import Run
     from dfcli.training.plan import Plan
     from dfcli.training.result import TrainResult
 
@@ -149,6 +148,7 @@ def _train(request: Request, json: bool, quiet: bool, line: list[str]) -> None:
 
 def _tell(result: TrainResult, kind: str) -> None:
     """Where the run is, its figures, and what to type next."""
+    from dfcli.generation.checks import sound_options
     from dfcli.runs import Run
 
     trained = Run.open(result.run)
@@ -165,20 +165,9 @@ def _tell(result: TrainResult, kind: str) -> None:
     output.say(f"kept in {output.one_line(result.path)}", fold=False)
     if result.stopped is None:
         run = shlex.quote(result.run)
-        sample = f"wavenet --run {run} {_sound_options(trained)}" if sound else f"{kind} --run {run}"
+        sample = f"wavenet --run {run} {sound_options(trained)}" if sound else f"{kind} --run {run}"
         split = " --split train" if result.val_loss is None else ""  # there is nothing else to score
         output.say(f"next: df sample {sample}\n      df eval --run {run}{split}", style="cyan", fold=False)
-
-
-def _sound_options(run: Run) -> str:
-    """The options of `df sample wavenet` that suit what the run is told beside the sound."""
-    told = run.conditioning
-    if told is None:
-        return "--seconds 4 -o out.wav"
-    if told.mel is not None:
-        return "--mel CLIP -o again.wav"
-    labels = " ".join(f"--label {shlex.quote(f'{label}={names[0]}')}" for label, names in told.names.items())
-    return f"{labels} -o out.wav" if told.progress else f"{labels} --seconds 4 -o out.wav"
 
 
 def _tell_resume(line: list[str], plan: Plan) -> None:

@@ -21,6 +21,7 @@ from dfcli.data import mel
 from dfcli.data.dataset import Dataset, Split, checked_labels
 from dfcli.data.mel import Mel
 from dfcli.errors import DfError
+from dfcli.system.words import closest
 
 KINDS = ("none", "labels", "mel")
 PROGRESS_RATE = 100  # rows a second
@@ -188,7 +189,7 @@ def _numbered(conditioning: Conditioning, dataset: Dataset, split: str) -> np.nd
         column = rows[:, list(dataset.labels).index(label)]
         unknown = [own[k] for k in np.unique(column) if own[k] not in numbers]
         if unknown:
-            raise DfError(f"the model was not trained on the {label} {unknown[0]!r}", f"known: {', '.join(names[:20])}")
+            raise DfError(f"the model was not trained on the {label} {unknown[0]!r}", closest(unknown[0], names))
         columns.append(np.array([numbers.get(name, -1) for name in own])[column])
     return np.stack(columns, axis=1).astype(np.int64)
 

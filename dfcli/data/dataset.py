@@ -49,7 +49,7 @@ from dfcli.system.files import (
     reading,
     remove_folder,
 )
-from dfcli.system.words import counted
+from dfcli.system.words import closest, counted
 
 FILE = "dataset.json"
 FORMAT = 1
@@ -357,7 +357,7 @@ class Dataset:
         """
         folder = find_dataset(name_or_path)
         if folder is None:
-            raise UsageError(f"there is no dataset {str(name_or_path)!r}", "`df data list` shows what is prepared")
+            raise _no_dataset(str(name_or_path))
         return open_folder(folder)
 
     @property
@@ -435,15 +435,26 @@ def list_datasets(on_event: OnEvent = ignore) -> list[Dataset]:
     """Every prepared dataset, sorted by name. What cannot be read is told as a Note and left out."""
     root = datasets_folder()
     clean_debris(root)  # puts back what a replacement that was cut off had moved away
-    names = sorted(child.name for child in root.iterdir() if NAME.fullmatch(child.name)) if root.is_dir() else []
     found = []
-    for name in names:
-        if (root / name).is_dir():
-            try:
-                found.append(open_folder(root / name))
-            except DfError as error:
-                on_event(Note(f"dataset {name} cannot be read: {error.message}"))
+    for name in dataset_names():
+        try:
+            found.append(open_folder(root / name))
+        except DfError as error:
+            on_event(Note(f"dataset {name} cannot be read: {error.message}"))
     return found
+
+
+def dataset_names() -> list[str]:
+    """The names of the prepared datasets, sorted; some may be damaged."""
+    root = datasets_folder()
+    if not root.is_dir():
+        return []
+    return sorted(child.name for child in root.iterdir() if NAME.fullmatch(child.name) and child.is_dir())
+
+
+def _no_dataset(name: str) -> UsageError:
+    hint = closest(name, dataset_names())
+    return UsageError(f"there is no dataset {name!r}", hint or "`df data prepare` and `df train` make datasets")
 
 
 def remove_dataset(name: str) -> None:
@@ -451,7 +462,7 @@ def remove_dataset(name: str) -> None:
     folder = datasets_folder() / check_name(name, "dataset")
     clean_debris(folder.parent)
     if not folder.is_dir():
-        raise UsageError(f"there is no dataset {name!r}", "`df data list` shows what is prepared")
+        raise _no_dataset(name)
     in_use = DfError(f"the dataset {name} is in use", "wait until training or evaluation on it has ended")
     with preparation_lock(name, wait=0), alone(sorted(folder.glob("*.tokens")), in_use):
         remove_folder(folder)

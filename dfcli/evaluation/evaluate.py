@@ -28,7 +28,7 @@ from dfcli.runs.run import Run, newest
 from dfcli.system.device import Device, resolve
 from dfcli.system.events import Note, OnEvent, ignore
 from dfcli.system.files import DAMAGED, read_json
-from dfcli.system.words import counted, span
+from dfcli.system.words import closest, counted, span
 
 WHOLE = "all"  # the one split of data that is given to be scored whole
 UNITS = ("bits_per_token", "bits_per_byte", "bits_per_character", "bits_per_sample", "bits_per_16bit_sample")
@@ -219,7 +219,7 @@ def _split(dataset: Dataset, split: str | None) -> str:
     if split not in dataset.splits:
         raise UsageError(
             f"dataset {dataset.name} has no split {split!r}",
-            f"choose by `--split` what it has: {', '.join(sorted(dataset.splits))}",
+            closest(split, sorted(dataset.splits), "choose by `--split` one of"),
         )
     return split
 

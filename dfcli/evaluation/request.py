@@ -6,9 +6,16 @@ Nothing here imports PyTorch or NumPy, which take seconds.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from dfcli.errors import UsageError
-from dfcli.system.options import checkpoint_option, device_option, option
+from dfcli.system.options import check_device, checkpoint_option, device_option, option
+from dfcli.system.words import closest
+
+if TYPE_CHECKING:
+    from dfcli.runs import Run
+
+SPLITS = ("val", "test", "train", "all")
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,9 @@ class Request:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", tuple(self.data or ()))
+        check_device(self.device)
+        if self.split not in (None, *SPLITS):
+            raise UsageError(f"there is no split `{self.split}`", closest(str(self.split), SPLITS))
         if self.limit is not None and self.limit < 1:
             raise UsageError(f"--limit must be at least 1 token, not {self.limit}")
 
@@ -32,3 +42,16 @@ class Request:
     def plain(self) -> bool:
         """Whether a split is scored whole, as the end of a training does."""
         return not (self.data or self.stride or self.limit or self.measures)
+
+    def check(self, run: Run) -> None:
+        """Raise UsageError for what a run does not have. Loads no PyTorch."""
+        if "packed" not in run.info:
+            run.resolve(self.checkpoint)
+        splits = run.info.get("dataset", {}).get("splits")
+        if not self.data and isinstance(splits, dict) and (split := self.split or "val") not in splits:
+            raise UsageError(
+                f"the data of the run `{run.name}` has no split `{split}`",
+                closest(split, sorted(splits), "choose by `--split` one of"),
+            )
+        if self.measures and not (run.info.get("conditioning") or {}).get("mel"):
+            raise UsageError(f"run `{run.name}` is no vocoder: --measures compares clips of one", "leave it out")

@@ -14,6 +14,7 @@ from dfcli.errors import DfError, UsageError
 from dfcli.generation.outputs import FORMATS, Held, check_format, is_folder, open_output
 from dfcli.generation.wav import MOST_SAMPLES, Wav, pcm
 from dfcli.ingest.audio import Recording
+from dfcli.ingest.containers import unusable
 from dfcli.system.files import free_bytes, os_errors
 
 SILENCE = 0.01  # the amplitude (-40 dB) that a clip must exceed to count as begun
@@ -90,7 +91,7 @@ class Prime:
                 self.gain, self.shift = recording.gain, recording.shift
                 yield self._codec.encode(samples)
         except DfError as error:
-            raise DfError(f"{self._name} {self._path} cannot be used: {error.message}", error.hint) from None
+            raise unusable(f"{self._name} {self._path}", str(self._path), error) from None
 
     def copy(self, wav: Wav) -> None:
         """Writes it, as the model hears it but at its own level, to `wav`."""

@@ -12,15 +12,14 @@ import torch
 from dfcli.codecs import MuLaw
 from dfcli.cores import Condition
 from dfcli.data.conditions import Conditioning, Rows
-from dfcli.errors import UsageError
 from dfcli.generation.audio import Prime
+from dfcli.generation.checks import SHOWN
 from dfcli.generation.request import SoundRequest
 from dfcli.runs.run import Run
 from dfcli.system.events import Note, OnEvent
 from dfcli.system.words import counted
 
 SECONDS = 4.0  # of a clip that does not end by itself, where the caller does not say
-SHOWN = 12  # names in a message
 
 # The condition of the positions from one number up to another, for the clips of a batch.
 At = Callable[[int, int], Condition]
@@ -37,22 +36,15 @@ class Plan:
 
 
 def planned(run: Run, codec: MuLaw, request: SoundRequest, prime: Prime | None, on_event: OnEvent) -> Plan:
-    """The clips of a run as they are requested, to continue `prime`. Tells which labels were drawn. Raises UsageError
-    for what the model cannot be told."""
+    """The clips of a run as they are requested (see `checks.check_sound`), to continue `prime`. Tells which labels were
+    drawn."""
     told, limit = run.conditioning, request.limit(codec.sample_rate)
     fixed = limit or round(SECONDS * codec.sample_rate)
-    if told is None or not told.names:
-        _refuse_labels(request.labels)
-    if request.mel is not None and (told is None or told.mel is None):
-        raise UsageError(f"run {run.name} is no vocoder: it takes no mel spectrogram", "leave out --mel")
     if told is None:
         return Plan([fixed] * request.num)
     if told.mel is None:
         return _labelled(told, request, 0 if prime is None else prime.samples, fixed, on_event)
-    if request.mel is None:
-        raise UsageError(f"run {run.name} is a vocoder: it needs the recording that it makes again", "`--mel clip.wav`")
-    if prime is not None:
-        raise UsageError("--mel and --prime exclude each other: a mel spectrogram is of the whole clip")
+    assert request.mel is not None
     clip = Prime(request.mel, codec, run.dataset["normalize"], None, "the recording of --mel")
     if clip.rate != codec.sample_rate:
         on_event(Note(f"{request.mel.name} was resampled from {clip.rate:,} to {codec.sample_rate:,} Hz"))
@@ -73,7 +65,7 @@ def _copies(told: Conditioning, codec: MuLaw, clip: Prime, num: int, limit: int 
 def _labelled(told: Conditioning, request: SoundRequest, after: int, fixed: int, on_event: OnEvent) -> Plan:
     """Clips with labels. Those of short recordings end by themselves, at a length drawn from the training documents
     with their labels; but not behind a prime of `after` samples. What is drawn depends on (seed, clip) alone."""
-    names = checked_names(told, request.labels)
+    names = told.names
     places, lengths = [], []
     for clip in range(request.num):
         *chances, chance = _chances(request.seed, clip, len(names) + 1)
@@ -126,23 +118,6 @@ def _chances(seed: int, clip: int, count: int) -> list[float]:
     return np.random.Generator(philox).random(count).tolist()
 
 
-def checked_names(told: Conditioning, wanted: Mapping[str, str]) -> dict[str, list[str]]:
-    """The names of each label. Raises UsageError where a label or a name is wanted that there is not."""
-    for label, name in wanted.items():
-        if label not in told.names:
-            raise UsageError(f"the model has no label {label!a}", f"its labels are {', '.join(told.names)}")
-        known = told.names[label]
-        if name not in known:
-            more = f", and {len(known) - SHOWN:,} more" if len(known) > SHOWN else ""
-            raise UsageError(f"the model knows no {label} {name!a}", f"there are {', '.join(known[:SHOWN])}{more}")
-    return told.names
-
-
-def _refuse_labels(wanted: Mapping[str, str]) -> None:
-    if wanted:
-        raise UsageError("the model was trained without labels", "leave out --label")
-
-
 def _say_drawn(
     names: dict[str, list[str]], chosen: list[dict[str, str]], wanted: Mapping[str, str], on_event: OnEvent
 ) -> None:
@@ -150,4 +125,4 @@ def _say_drawn(
         if label not in wanted:
             drawn = ", ".join(row[label] for row in chosen[:SHOWN]) + (", ..." if len(chosen) > SHOWN else "")
             of = counted(len(known), "name")
-            on_event(Note(f"{label}: {drawn}, drawn from {of}; `--label {label}=NAME` chooses one"))
+            on_event(Note(f"{label}: {drawn}, drawn from {of}; `--label {label}={known[0]}` chooses one"))

@@ -49,21 +49,21 @@ class Model:
         return np.concatenate([np.array(lead, np.int64), ids.astype(np.int64)])[-self.context :]
 
 
-def load(
-    run: Run | str | Path | None, makes: str, checkpoint: str | int, device: str, on_event: OnEvent
-) -> tuple[Run, int, Model]:
-    """A run, the step of the checkpoint that is used, and its model. `run` None is the newest run that makes "text" or
-    "audio"; a Note names it."""
-    where = resolve(device)
+def chosen(run: Run | str | Path | None, makes: str, on_event: OnEvent) -> Run:
+    """The run that is meant. None is the newest run that makes "text" or "audio"; a Note names it."""
     if run is None:
         run = newest(makes)
         on_event(Note(f"the newest run that makes {'text' if makes == 'text' else 'sound'} is {run.name}"))
-    elif not isinstance(run, Run):
-        run = Run.open(run)
+    return run if isinstance(run, Run) else Run.open(run)
+
+
+def load(run: Run, checkpoint: str | int, device: str) -> tuple[int, Model]:
+    """The step of the checkpoint that is used, and its model."""
+    where = resolve(device)
     core, loaded = run.build(checkpoint, where.torch_device)
     data = run.dataset
     model = Model(run.info["core"]["name"], core, run.codec, where, data["boundary"], data["lead"], data["lines"])
-    return run, loaded.step, model
+    return loaded.step, model
 
 
 class Generator:

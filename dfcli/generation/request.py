@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dfcli.errors import UsageError
-from dfcli.system.options import checkpoint_option, device_option, option
+from dfcli.system.options import check_device, checkpoint_option, device_option, option
 
 if TYPE_CHECKING:
     from dfcli.cores.protocols import Picking
@@ -76,6 +76,7 @@ class SampleRequest(Filters):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_device(self.device)
         object.__setattr__(self, "seed", chosen_seed(self.seed))
         if not 1 <= self.num <= MOST_CLIPS:
             raise UsageError(f"the number of samples must be from 1 to {MOST_CLIPS:,}, not {self.num}")

@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfcli.codecs import MuLaw, TextCodec
-from dfcli.errors import UsageError
 from dfcli.generation.audio import AudioClip, Output, Prime
+from dfcli.generation.checks import check_sound, check_text
 from dfcli.generation.conditions import Plan, planned
-from dfcli.generation.generator import Generator, Model, load
+from dfcli.generation.generator import Generator, Model, chosen, load
 from dfcli.generation.likelihood import mean_nats
 from dfcli.generation.request import SoundRequest, TextRequest
 from dfcli.generation.text import TextClip
@@ -89,15 +89,13 @@ def sample_text(
     cannot express.
     """
     request = TextRequest(**options)
-    run, step, model = load(run, "text", request.checkpoint, request.device, on_event)
-    codec = model.codec
-    if not isinstance(codec, TextCodec):
-        raise UsageError(f"run {run.name} makes sound, not text", "use `df sample wavenet -o out.wav`")
+    run = chosen(run, "text", on_event)
+    check_text(run, request, prompt)
+    step, model = load(run, request.checkpoint, request.device)
+    codec = cast(TextCodec, model.codec)
     _note_top_k(request.top_k, codec.vocab_size, on_event)
     if model.lines:
         prompt = prompt.removesuffix("\n")
-        if "\n" in prompt:
-            raise UsageError("the prompt has several lines, and this model writes single lines")
     opening = _text_opening(model, prompt, on_event)
     end = model.boundary if model.lines else None
     generator = Generator(model, request.num, request.engine, on_event)
@@ -153,14 +151,10 @@ def sample_audio(
     unknown labels and a run of text, DfError where the output cannot be written.
     """
     request = SoundRequest(seconds=seconds, **options)
-    kept_file = request.prime if request.keep_prime else None
-    output = Output(out, request.num, kept_file, request.best, request.normalize == "peak")
-    run, step, model = load(run, "audio", request.checkpoint, request.device, on_event)
-    codec = model.codec
-    if not isinstance(codec, MuLaw):
-        raise UsageError(f"run {run.name} makes text, not sound", "use `df sample gpt`")
-    if request.best is not None and run.conditioning is not None:
-        raise UsageError(f"--best cannot rank clips of `{run.name}`, whose model takes conditions", "leave it out")
+    run = chosen(run, "audio", on_event)
+    output = check_sound(run, request, out)
+    step, model = load(run, request.checkpoint, request.device)
+    codec = cast(MuLaw, model.codec)
     _note_top_k(request.top_k, codec.vocab_size, on_event)
     output.name(run.name, request.seed)
     prime = None if request.prime is None else Prime(request.prime, codec, run.dataset["normalize"], model.context)

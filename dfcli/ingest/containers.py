@@ -8,7 +8,9 @@ stream begins and ends, and for further streams behind the first.
 from __future__ import annotations
 
 import math
+import os
 import re
+import shlex
 import struct
 import zlib
 from collections.abc import Iterator
@@ -28,7 +30,15 @@ MAX_TAGS = 16
 MAX_PARTS = 1000  # streams behind each other, or stretches between what is no sound
 BLOCK = 1 << 20  # bytes read at once where a whole file is looked through
 
-CONVERT = "convert it to wav or flac, for example with `ffmpeg -i IN OUT.flac`"
+CONVERT = "convert it to wav or flac"  # `conversion` adds the command
+# Sound and video that no decoder here reads: by name, and by the first bytes
+FOREIGN = (
+    ".3gp", ".aac", ".amr", ".ape", ".avi", ".flv", ".gsm", ".m4a", ".m4b", ".m4v", ".mka", ".mkv", ".mov", ".mp4",
+    ".mpc", ".mpeg", ".mpg", ".ra", ".tta", ".webm", ".wma", ".wmv", ".wv",
+)  # fmt: skip
+FOREIGN_STARTS = (
+    b"\x1a\x45\xdf\xa3", b"FLV\1", b"0&\xb2u\x8ef\xcf\x11", b"#!AMR", b"\0\0\1\xba", b"\xff\xf1", b"\xff\xf9",
+)  # fmt: skip
 CODES = {1: "integers of this width", 2: "Microsoft ADPCM", 0x11: "IMA ADPCM", 0x31: "GSM 6.10", 0x55: "MP3"}
 SUBTYPES = {  # (code of WAV, bytes a sample): soundfile's name
     (1, 1): "PCM_U8", (1, 2): "PCM_16", (1, 3): "PCM_24", (1, 4): "PCM_32", (3, 4): "FLOAT", (3, 8): "DOUBLE",
@@ -79,6 +89,26 @@ def sniff(head: bytes) -> bool:
         return False
     following = _mpeg_frame(head[start + frame.size : start + frame.size + 4])
     return following is not None and following.kind == frame.kind
+
+
+def foreign(head: bytes, name: str) -> bool:
+    """Whether a file of that name that begins with these bytes, which `sniff` does not know, is sound or video all the
+    same."""
+    if head[4:8] == b"ftyp" or head.startswith(FOREIGN_STARTS) or (head[:4] == b"RIFF" and head[8:12] == b"AVI "):
+        return True
+    return name.lower().endswith(FOREIGN)
+
+
+def conversion(path: str) -> str:
+    """The hint with the command that converts the file at `path`; "" stands for standard input."""
+    stem, extension = os.path.splitext(path)
+    out = stem + ("-converted.flac" if extension == ".flac" else ".flac")
+    return f"{CONVERT}: `{shlex.join(['ffmpeg', '-i', path, out]) if path else 'ffmpeg -i - -f wav -'}`"
+
+
+def unusable(name: str, path: str, error: DfError) -> DfError:
+    """The error for the file at `path` (see `conversion`), which is called `name`."""
+    return DfError(f"{name} cannot be used: {error.message}", conversion(path) if error.hint == CONVERT else error.hint)
 
 
 def identify(file: IO[bytes], size: int) -> Found:

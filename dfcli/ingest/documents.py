@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,8 @@ def _jsonl(source: Source, field: str, lines: Iterable[str]) -> Iterator[str]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
-            hint = "give JSONL, one object a line: `jq -c '.[]' IN.json > OUT.jsonl` makes it of an array"
+            names = shlex.quote(source.name), shlex.quote(f"{Path(source.name).stem}-lines.jsonl")
+            hint = "give JSONL, one object a line: `jq -c '.[]' {} > {}` makes it of an array".format(*names)
             raise DfError(f"{where} this is not JSON", hint) from None
         if not isinstance(record, dict):
             raise DfError(f"{where} the record is no object with fields")

@@ -18,6 +18,7 @@ import filelock
 from dfcli.errors import DfError, UsageError
 from dfcli.system.events import Note, OnEvent, Progress, ignore
 from dfcli.system.files import data_home, os_errors, sha256_file, write_atomic
+from dfcli.system.words import closest
 
 GITHUB = "https://raw.githubusercontent.com"
 OPENAI = "https://openaipublic.blob.core.windows.net"
@@ -95,7 +96,7 @@ def get(name: str, out: Path | None = None, on_event: OnEvent = ignore) -> Path:
     UsageError for an unknown name, DfError where the network, the server or the disk fails.
     """
     if name not in KNOWN:
-        raise UsageError(f"unknown corpus {name!r}", f"available: {', '.join(sorted(KNOWN))}")
+        raise UsageError(f"unknown corpus {name!r}", closest(name, sorted(KNOWN)))
     files = KNOWN[name]
     if out is not None and len(files) == 1 and out.is_dir():
         raise UsageError(f"{out} is a folder", "name the file to write")

@@ -13,6 +13,7 @@ from dfcli.errors import UsageError
 from dfcli.ingest.audio import NORMALIZE
 from dfcli.ingest.labels import Labelling
 from dfcli.ingest.splits import check_fractions
+from dfcli.system.words import closest
 
 SPLIT_RULES = ("auto", "makemore", "makemore-transformer")
 
@@ -72,7 +73,7 @@ class Options:
             (self.levels or 256, LEVELS, "number of levels"),
         ):
             if value not in known:
-                raise UsageError(f"there is no {what} {value!r}", f"known: {', '.join(map(str, known))}")
+                raise UsageError(f"there is no {what} {value!r}", closest(str(value), map(str, known)))
         if self.split_rule != "auto" and not self.lines:
             raise UsageError(f"the split rule {self.split_rule} is one of lines", "add `--lines`")
         if not 1 <= self.lead <= MAX_LEAD:

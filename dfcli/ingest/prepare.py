@@ -23,6 +23,7 @@ from dfcli.ingest.recordings import Recordings
 from dfcli.ingest.reuse import locked, place_for, recorded
 from dfcli.ingest.sources import (
     STDIN,
+    UNDECODED,
     Kind,
     Skipped,
     Source,
@@ -30,6 +31,7 @@ from dfcli.ingest.sources import (
     note_skipped,
     nothing_usable,
     refuse_missing,
+    refuse_undecoded,
     shown,
 )
 from dfcli.ingest.texts import Texts
@@ -175,6 +177,9 @@ def _discover(paths: list[list[str]]) -> tuple[list[list[Source]], list[Skipped]
 def _kind(sources: list[Source], options: Options, wanted: str | None, on_event: OnEvent) -> Kind:
     """Text or audio: as the codec says, else what was named, else what is `wanted` if it is there, else what most of
     the usable files are."""
+    for source in sources:
+        if source.given:
+            refuse_undecoded(source, wanted)
     given = {source.kind for source in sources if source.given}
     kind: Kind
     if options.codec is not None:
@@ -209,7 +214,9 @@ def _kind(sources: list[Source], options: Options, wanted: str | None, on_event:
 
 def _of_kind(group: list[Source], kind: Kind, skipped: list[Skipped]) -> list[Source]:
     """Files that were named are tried even if they do not look like it."""
-    skipped += [Skipped(source.name, f"not {kind}") for source in group if source.kind != kind and not source.given]
+    for source in group:
+        if source.kind != kind and not source.given:
+            skipped.append(Skipped(source.name, UNDECODED if source.kind == "media" else f"not {kind}"))
     return [source for source in group if source.kind == kind or source.given]
 
 

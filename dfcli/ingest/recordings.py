@@ -5,6 +5,8 @@ decoding tells which of them can be used.
 from __future__ import annotations
 
 import hashlib
+import os
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -16,6 +18,7 @@ from dfcli.data.dataset import BLOCK
 from dfcli.errors import DfError, UsageError
 from dfcli.ingest.audio import Recording
 from dfcli.ingest.build import Build, Made, Writers
+from dfcli.ingest.containers import unusable
 from dfcli.ingest.fidelity import Fidelity, FidelityMeter, summary
 from dfcli.ingest.labels import untrained
 from dfcli.ingest.metering import Report
@@ -88,7 +91,7 @@ class Recordings(Build):
     def _refuse(self, source: Source, error: DfError) -> None:
         """Skip a recording that cannot be used; raises if the user named it."""
         if source.given:
-            raise DfError(f"{source.name} cannot be used: {error.message}", error.hint) from None
+            raise unusable(source.name, source.name if source.path else "", error) from None
         self._skip(source, error.message)
 
     def _audio_codec(self, found: list[int]) -> MuLaw:
@@ -191,7 +194,9 @@ class Recordings(Build):
                 share = f"{len(found):,} of {counted(len(sounds), 'recording')} {'is' if len(found) == 1 else 'are'}"
                 self._on_event(Note(f"{share} {words[what]}: {list_some(names)}"))
         if plain and peak < QUIET and len(odd["silent"]) < len(sounds):
+            places = [sound.source.name for sound in sounds]
+            place = shlex.quote(places[0] if len(places) == 1 else os.path.dirname(places[0]) or ".")
             quiet = f"the recordings are quiet: the loudest reaches {peak:.1%} of full scale, and samples will too"
-            self._on_event(Note(f"{quiet}; `df data prepare SOURCE --normalize peak` raises each to full scale"))
+            self._on_event(Note(f"{quiet}; `df data prepare {place} --normalize peak` raises each to full scale"))
         seconds = sum(sound.samples for sound in sounds) / codec.sample_rate
         return {"recordings": len(sounds), "seconds": seconds, **{what: len(found) for what, found in odd.items()}}

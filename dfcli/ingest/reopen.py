@@ -30,7 +30,7 @@ def run_dataset(run: Run, on_event: OnEvent = ignore) -> Dataset:
         dataset.close()
     raise DfError(
         f"the dataset {record['name']} that run {run.name} was trained on is gone or has changed",
-        f"restore its sources; `df eval --run {run.name} --data FILE` scores other data, "
+        f"restore its sources; `df eval --run {run.name} --data` and a file scores other data, "
         f"and `df train {run.kind} --init {run.name}` starts a new run from its weights",
     )
 

@@ -7,7 +7,6 @@ comes back with a reason.
 from __future__ import annotations
 
 import codecs
-import difflib
 import hashlib
 import io
 import os
@@ -21,20 +20,20 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from dfcli.errors import DfError, UsageError
-from dfcli.ingest.containers import EXTENSIONS, sniff
+from dfcli.ingest.containers import EXTENSIONS, conversion, foreign, sniff
 from dfcli.system.events import Note, OnEvent
 from dfcli.system.files import data_home, os_errors
+from dfcli.system.words import close
 
 STDIN = "-"
 CHUNK = 1 << 20  # bytes read at once
 TEXT_SIGNATURES = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF8, codecs.BOM_UTF32_BE)
 TEXT_SIGNATURES += (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PAR1")  # compressed, and Parquet
 HEAD = 8192  # bytes that say what a file is
-# Audio by its name, though it cannot be read: it is told apart from text, so that the reason given is the right one.
-OTHER_AUDIO = (".aac", ".amr", ".ape", ".m4a", ".mka", ".wma", ".wv")
+UNDECODED = "a sound or video file of a kind that cannot be decoded here"
 
 Kind = str
-"""Of a source: "text" or "audio"."""
+"""Of a source: "text", "audio", or "media" for sound and video that cannot be decoded."""
 
 
 class Stamp(NamedTuple):
@@ -159,8 +158,9 @@ def discover(items: Iterable[str]) -> tuple[list[Source], list[Skipped]]:
     return sources, skipped
 
 
-def refuse_missing(item: str) -> None:
-    """Raise UsageError where there is no file or folder `item`, DfError where that cannot be seen."""
+def refuse_missing(item: str, what: str = "file, folder or dataset") -> None:
+    """Raise UsageError where there is no file or folder `item`, which should be `what`; DfError where that cannot be
+    seen."""
     missing = not item or "\0" in item
     if not missing:
         with os_errors("read", Path(shown(item))):
@@ -172,9 +172,20 @@ def refuse_missing(item: str) -> None:
                 missing = True
     if missing:
         name = shown(item) or "without a name"
-        near = difflib.get_close_matches(os.path.basename(item), _beside(item), 1)
-        hint = f"did you mean {shown(Path(item).parent / near[0])}? " if near else "check the path; "
-        raise UsageError(f"there is no file or folder {name}", f"{hint}`df data list` shows datasets")
+        raise UsageError(f"there is no {what} {name}", _meant(item, what) or "check the path")
+
+
+def _meant(item: str, what: str) -> str:
+    """The hint that names the file, dataset or public corpus whose name is closest to `item`."""
+    from dfcli.data.dataset import dataset_names
+    from dfcli.ingest.download import known_corpora
+
+    if name := close(os.path.basename(item), _beside(item)):
+        return f"did you mean `{shown(Path(item).parent / name)}`?"
+    if "dataset" not in what:
+        return ""
+    name = close(item, [*dataset_names(), *known_corpora()])
+    return f"did you mean `{name}`?" if name else "`df data list` shows datasets"
 
 
 def _beside(item: str) -> list[str]:
@@ -223,13 +234,27 @@ class Lines:
             yield rest
 
 
+def refuse_undecoded(source: Source, wanted: Kind | None) -> None:
+    """Raise DfError for sound or video that cannot be decoded; where audio is `wanted`, also for what is no text."""
+    hint = conversion(source.name if source.path else "")
+    if source.kind == "media":
+        raise DfError(f"{source.name} is {UNDECODED}", hint)
+    if wanted == "audio" and source.kind == "text" and source.size and not source.looks_like_text():
+        raise DfError(f"{source.name} is neither sound that can be decoded here nor text", hint)
+
+
 def nothing_usable(skipped: Sequence[Skipped]) -> DfError:
     """The error for sources of which nothing is left."""
     reasons = list_some([f"{file.name} ({file.reason})" for file in skipped])
     return DfError(
         "the sources hold nothing to learn from",
-        f"left out: {reasons}" if skipped else "name a file, or a folder that holds some",
+        f"left out: {reasons}{_how_to_convert(skipped)}" if skipped else "name a file, or a folder that holds some",
     )
+
+
+def _how_to_convert(skipped: Sequence[Skipped]) -> str:
+    name = next((file.name for file in skipped if file.reason == UNDECODED), None)
+    return "" if name is None else f"; {conversion(name)}"
 
 
 def note_skipped(skipped: dict[str, Any], on_event: OnEvent) -> None:
@@ -253,14 +278,20 @@ def shown(path: str | Path) -> str:
 
 
 def _kind(path: Path) -> Kind:
-    """Audio by its name or by what stands in it; anything else may be text."""
-    if path.suffix.lower() in (*EXTENSIONS, *OTHER_AUDIO):
-        return "audio"
+    """Sound by what stands in it or by its name; anything else may be text."""
     try:
         with path.open("rb") as file:
-            return "audio" if sniff(file.read(HEAD)) else "text"
+            return _kind_of(file.read(HEAD), path.name)
     except OSError:  # told when it is read
-        return "text"
+        return _kind_of(b"", path.name)
+
+
+def _kind_of(head: bytes, name: str) -> Kind:
+    if sniff(head):
+        return "audio"
+    if foreign(head, name):
+        return "media"
+    return "audio" if name.lower().endswith(EXTENSIONS) else "text"
 
 
 def _walk(folder: Path, skipped: list[Skipped]) -> Iterator[Path]:
@@ -299,5 +330,5 @@ def _spool_stdin() -> Source:
         spooled.flush()
         size = spooled.tell()
         spooled.seek(0)
-        kind = "audio" if sniff(spooled.read(HEAD)) else "text"
+        kind = _kind_of(spooled.read(HEAD), "")
     return Source(None, "standard input", kind, size, True, spooled=spooled)

@@ -27,6 +27,7 @@ from dfcli.runs import checkpoint, lock, metrics
 from dfcli.runs.checkpoint import Checkpoint
 from dfcli.system import files
 from dfcli.system.events import Note, OnEvent, ignore
+from dfcli.system.words import closest
 
 if TYPE_CHECKING:
     import torch
@@ -403,11 +404,11 @@ def _find(name_or_path: str | Path) -> Path:
 
 
 def _no_run(name: str) -> UsageError:
-    names = ", ".join(folder.name for folder in _folders())
+    names = [folder.name for folder in _folders()]
     with suppress(OSError, ValueError):
         if Path(name).is_file():
             return UsageError(f"{name} is a file, not a run", "a run is a name, a folder or a file of `df runs pack`")
-    return UsageError(f"there is no run `{name}`", f"there are: {names}" if names else "train one: `df train gpt`")
+    return UsageError(f"there is no run `{name}`", closest(name, names) if names else "train one: `df train gpt`")
 
 
 def _folders() -> list[Path]:

@@ -46,7 +46,7 @@ def _extract(path: Path, archive: zipfile.ZipFile) -> Path:
     prefix = "" if root in (None, ".") else f"{root}/"  # a folder that was zipped by hand is the top of all names
     names = [member.filename.removeprefix(prefix) for member in members]
     if root is None or len(set(names)) < len(names) or len(members) > MOST_MEMBERS:
-        raise CorruptError(f"{path} is not a packed run", "make one with `df runs pack NAME -o model.df.zip`")
+        raise CorruptError(f"{path} is not a packed run", "`df runs pack` makes one")
     odd = [name for name in names if not MEMBER.fullmatch(name)]
     if odd:
         raise CorruptError(f"{path} holds the name {odd[0]!a}, which no packed run has", files.DAMAGED)

@@ -17,6 +17,7 @@ import torch
 
 from dfcli.errors import UsageError
 from dfcli.system import limits, processes
+from dfcli.system.options import check_device
 from dfcli.system.stats import gpu_memory_used
 from dfcli.system.words import counted
 
@@ -114,6 +115,7 @@ def resolve(name: str = "auto") -> Device:
     Without a number, CUDA means the GPU with this process's local rank, or the first GPU that is not busy.
     Raises UsageError for an unknown name and for a device that this machine does not have or cannot use.
     """
+    check_device(name)
     threads = set_threads()
     if name == "auto":
         return _auto(threads)
@@ -123,12 +125,10 @@ def resolve(name: str = "auto") -> Device:
         if not torch.backends.mps.is_available():
             raise UsageError("no Apple GPU (mps) was found", _USE_AUTO)
         return _mps(threads, "asked for")
-    kind, colon, number = name.partition(":")
-    if kind == "cuda" and (not colon or (number.isascii() and number.isdigit() and len(number) < 5)):
-        if problem := _cuda_problem():
-            raise UsageError(*problem)
-        return _cuda(int(number) if number else None, threads, "asked for")
-    raise UsageError(f"`{name}` is no device", "use auto, cpu, cuda, cuda:<n> or mps")
+    if problem := _cuda_problem():
+        raise UsageError(*problem)
+    number = name.partition(":")[2]
+    return _cuda(int(number) if number else None, threads, "asked for")
 
 
 def _auto(threads: int) -> Device:

@@ -5,9 +5,13 @@ The command line makes its options from the fields, and the Python API takes the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import Field, field, fields, is_dataclass
 from typing import Any
+
+from dfcli.errors import UsageError
+from dfcli.system.words import close
 
 
 def option(
@@ -32,8 +36,16 @@ def option(
     return field(default=default, metadata=metadata)
 
 
+def check_device(name: str) -> None:
+    """Raise UsageError where `name` is the word of no device. Whether this machine has it is seen when it is used."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,4})?", name):
+        meant = close(name, ("auto", "cpu", "mps", "cuda"))
+        hint = f"did you mean `{meant}`? " if meant else ""
+        raise UsageError(f"`{name}` is no device", f"{hint}use auto, cpu, cuda, cuda:0 (a GPU's number) or mps")
+
+
 def device_option() -> Any:
-    return option("auto", "auto, cpu, cuda, cuda:<n> or mps.", "NAME")
+    return option("auto", "auto, cpu, cuda, cuda:0 (a GPU's number) or mps.", "NAME")
 
 
 def checkpoint_option() -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 def counted(n: int, thing: str) -> str:
     """1, "line" -> "1 line"; 2000, "line" -> "2,000 lines"."""
@@ -21,6 +23,28 @@ def size(n: float) -> str:
         if n >= limit:
             return f"{n / limit:.1f} {unit}"
     return f"{n:.0f} B"
+
+
+NAMED = 12  # names of a list in a hint
+
+
+def close(word: str, known: Iterable[str]) -> str:
+    """The name that was probably meant by `word`, which is none of `known`; "" where none is like it. Case, `-` and `_`
+    make no difference."""
+    from difflib import get_close_matches
+
+    plain = {name.casefold().replace("_", "-"): name for name in known}
+    found = get_close_matches(word.casefold().replace("_", "-"), plain, 1)
+    return plain[found[0]] if found else ""
+
+
+def closest(word: str, known: Iterable[str], introduction: str = "there are") -> str:
+    """The hint for a `word` that is none of `known`: the name that was probably meant, and the names there are."""
+    names = list(known)
+    meant = close(word, names)
+    more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
+    listed = f"{introduction} {', '.join(names[:NAMED])}{more}" if names else ""
+    return "; ".join(part for part in (f"did you mean `{meant}`?" if meant else "", listed) if part).replace("?;", "?")
 
 
 def first_line(error: Exception) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from dfcli.errors import UsageError
+from dfcli.system.words import closest
 
 _SHAKESPEARE = {"codec": "chars", "val_fraction": 0.1}
 _NANO = {
@@ -267,5 +268,5 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 def preset(kind: str, name: str) -> dict[str, Any]:
     """The entry `name` of `kind` ("gpt" or "wavenet"). Raises UsageError listing those there are."""
     if name not in PRESETS[kind]:
-        raise UsageError(f"{kind} has no preset `{name}`", f"there are {', '.join(PRESETS[kind])}")
+        raise UsageError(f"{kind} has no preset `{name}`", closest(name, PRESETS[kind]))
     return PRESETS[kind][name]

@@ -13,7 +13,8 @@ from typing import Any
 
 from dfcli.errors import UsageError
 from dfcli.system import processes
-from dfcli.system.options import device_option, flag, option
+from dfcli.system.options import check_device, device_option, flag, option
+from dfcli.system.words import closest
 from dfcli.training.presets import PRESETS, preset
 
 SPEECH_COMMANDS = "https://storage.googleapis.com/download.tensorflow.org/data/speech_commands_v0.02.tar.gz"
@@ -95,7 +96,8 @@ class Request:
 
     def _check_values(self) -> None:
         if self.kind not in PRESETS:
-            raise UsageError(f"there is no kind of model `{self.kind}`", f"there are {', '.join(PRESETS)}")
+            raise UsageError(f"there is no kind of model `{self.kind}`", closest(self.kind, PRESETS))
+        check_device(self.device)
         for f in fields(self):
             value, bounds = getattr(self, f.name), f.metadata.get("bounds")
             if value is None or bounds is None:
@@ -126,7 +128,7 @@ class Request:
 
     def _check_conditions(self) -> None:
         if self.condition is not None and self.condition not in CONDITIONS:
-            raise UsageError(f"there is no condition `{self.condition}`", f"there are {', '.join(CONDITIONS)}")
+            raise UsageError(f"there is no condition `{self.condition}`", closest(self.condition, CONDITIONS))
         if self.kind != "wavenet" and (self.condition not in (None, "none") or self.label is not None):
             raise UsageError("--condition and --label are for WaveNets of sound", "leave them out")
         if self.label is not None and self.condition not in (None, "labels"):

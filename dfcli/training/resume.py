@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import fields
-from difflib import get_close_matches
 from typing import Any
 
 from dfcli import cores
@@ -17,6 +16,7 @@ from dfcli.system.device import resolve
 from dfcli.system.events import Choice, Note, OnEvent
 from dfcli.system.files import same_name
 from dfcli.system.options import flag
+from dfcli.system.words import close
 from dfcli.training.plan import Plan
 from dfcli.training.request import Request
 from dfcli.training.settings import Recipe, given_by
@@ -32,8 +32,8 @@ def _named(request: Request, on_event: OnEvent) -> Run | None:
     assert request.name is not None
     if found := same_name(runs.runs_home(), request.name):
         return Run.open(runs.runs_home() / found)
-    close = get_close_matches(request.name, [run.name for run in runs.list_runs()], 1)
-    other = f" (but a run `{close[0]}`)" if close else ""
+    meant = close(request.name, [run.name for run in runs.list_runs()])
+    other = f" (but a run `{meant}`)" if meant else ""
     on_event(Note(f"there is no run `{request.name}` to resume{other}: it is started"))
     return None
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from typing import Any, get_args, get_type_hints
 
 from dfcli import cores
 from dfcli.errors import UsageError
+from dfcli.system.words import close
 
 OPTIMIZERS = ("adamw", "muon", "sgd")
 SCHEDULES = ("constant", "cosine", "linear", "step", "plateau")
@@ -136,8 +136,8 @@ def override(core: str, overrides: Mapping[str, str]) -> tuple[dict[str, Any], d
                 break
         else:
             names = [sorted(table.keys() - {"vocab_size"}) for table in tables]
-            close = get_close_matches(key, names[0] + names[1], n=1)
-            hint = f"did you mean `{close[0]}`? " if close else ""
+            meant = close(key, names[0] + names[1])
+            hint = f"did you mean `{meant}`? " if meant else ""
             hint += f"of the {core} core: {', '.join(names[0])}; of the recipe: {', '.join(names[1])}"
             raise UsageError(f"`--set` knows no `{key}`", hint)
     return values

@@ -16,6 +16,7 @@ import pytest
 import soundfile
 
 import dfcli
+from dfcli.cli import output
 from dfcli.cli.sample import Texts
 
 
@@ -335,3 +336,50 @@ def test_the_most_likely_clips_in_another_format(here, tmp_path):
     assert len(nats) == 2
     assert here(*words, "-o", "clips/").code == 0
     assert {path.name for path in (tmp_path / "clips").iterdir()} == {"tune-4-01.wav", "tune-4-02.wav"}
+
+
+@pytest.mark.parametrize(
+    ("line", "message", "hint"),
+    [
+        ("gpt --prompt %", "the alphabet lacks '%'", "it has"),
+        ("gpt --checkpoint 7", "has no checkpoint `7`", "there are best, last"),
+        ("gpt --run tlak", "there is no run `tlak`", "did you mean `talk`?"),
+        ("gpt --device coda", "`coda` is no device", "did you mean `cuda`?"),
+        ("wavenet --run tune --seconds 1 -o x.wav --label a=b", "was trained without labels", "leave out `--label`"),
+        (
+            "wavenet --run tune --seconds 1 -o x.wav --prime tume.wav",
+            "no recording tume.wav",
+            "mean `tune.wav`?",
+        ),
+        ("wavenet --run tune --seconds 1 -o x.wav --prime notes.txt", "notes.txt cannot be used", "notes.flac`"),
+        ("wavenet --run tune --seconds 1 -o x.wav --mel tune.wav", "is no vocoder", "leave out `--mel`"),
+        ("wavenet --run tune --seconds 1 -o x.mp4", "x.mp4 ends in no format", ".flac"),
+        ("wavenet --run tune --seconds 1 -o x.wav --best 2", "--best must be from 1", "--num 8"),
+    ],
+)
+def test_everything_but_the_model_is_checked_before_torch_is_loaded(
+    here, tmp_path, monkeypatch, line: str, message: str, hint: str
+):
+    (tmp_path / "notes.txt").write_text("no sound at all")
+    (tmp_path / "tune.wav").write_bytes(b"")
+    monkeypatch.setattr(output, "loading", lambda: pytest.fail("PyTorch would be loaded"))
+    shown = here("sample", *line.split())
+    assert shown.code in (1, 2)
+    assert message in shown.err
+    assert hint in shown.err
+
+
+def test_eval_checks_before_torch_is_loaded(here, tmp_path, monkeypatch):
+    monkeypatch.setattr(output, "loading", lambda: pytest.fail("PyTorch would be loaded"))
+    (tmp_path / "book.txt").write_text("It was")
+    for line, message, hint in (
+        ("--split vall", "there is no split `vall`", "did you mean `val`?"),
+        ("--run talk --split test", "the data of the run `talk` has no split `test`", "one of train, val"),
+        ("--run talk --measures", "`talk` is no vocoder", "leave it out"),
+        ("--run talk --data bok.txt", "no file, folder or dataset bok.txt", "did you mean `book.txt`?"),
+        ("--run talk --checkpoint 7", "no checkpoint `7`", "there are best, last"),
+    ):
+        shown = here("eval", *line.split())
+        assert shown.code == 2
+        assert message in shown.err
+        assert hint in shown.err

@@ -70,7 +70,7 @@ def test_clips_end_by_themselves_and_labels_are_drawn(tmp_path: Path, monkeypatc
     lengths = [soundfile.info(path).frames for path in result.samples]
     assert lengths == [{"one": 150, "two": 260}[digit] for digit in digits]
     said = [note.text for note in notes if isinstance(note, Note)]
-    assert said == [f"digit: {', '.join(digits)}, drawn from 2 names; `--label digit=NAME` chooses one"]
+    assert said == [f"digit: {', '.join(digits)}, drawn from 2 names; `--label digit=one` chooses one"]
     monkeypatch.setattr(generator, "AT_ONCE", {"cpu": 2})  # a clip does not depend on how many others are made
     again = audio(tmp_path / "b.wav", **options)
     for one, other in zip(result.samples, again.samples, strict=True):
@@ -114,6 +114,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         (labelled, {"labels": {"digit": "nine"}}, "knows no digit 'nine'"),
         (labelled, {"labels": {"word": "one"}}, "no label 'word'"),
         (labelled, {"mel": clip}, "no vocoder"),
+        (labelled, {"prime": clip, "labels": {"digit": "one"}}, "--prime needs the label speaker"),
         (wavenet_run(), {"labels": {"digit": "one"}}, "without labels"),
         (vocoder, {}, "is a vocoder"),
         (vocoder, {"mel": clip, "prime": clip}, "exclude"),

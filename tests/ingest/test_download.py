@@ -216,7 +216,7 @@ def test_a_disk_that_cannot_be_written(server: Server, home: Path) -> None:
 def test_unknown_names_are_listed() -> None:
     with pytest.raises(UsageError, match="'moby-dick'") as caught:
         get("moby-dick")
-    assert caught.value.hint == "available: gpt2-bpe, names, shakespeare"
+    assert caught.value.hint == "there are gpt2-bpe, names, shakespeare"
     assert caught.value.exit_code == 2
     assert corpus_path("moby-dick") is None
     assert corpus_path("../x") is None

@@ -562,7 +562,7 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="nothing to prepare"):
         prepare([])
-    with pytest.raises(UsageError, match=r"no file or folder nowhere\.txt"):
+    with pytest.raises(UsageError, match=r"no file, folder or dataset nowhere\.txt"):
         prepare(["nowhere.txt"])
     (tmp_path / "shakespeare.txt").write_text("text")
     for slip in ("shakespear.txt", str(tmp_path / "shakespeare.text")):

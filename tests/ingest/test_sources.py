@@ -240,3 +240,29 @@ def test_names_are_shown_safely() -> None:
     assert shown("a\udc80") == "'a\\udc80'"
     assert list_some(["a", "b", "c", "d"]) == "a, b, c and 1 more"
     assert list_some(["a"], 5000) == "a and 4,999 more"
+
+
+def test_sound_and_video_that_cannot_be_decoded_are_refused_with_the_line_that_converts(tmp_path: Path) -> None:
+    (tmp_path / "my clip.webm").write_bytes(b"\x1a\x45\xdf\xa3" + bytes(range(90)))
+    (tmp_path / "call").write_bytes(b"\0\0\0\x18ftypM4A " + bytes(90))  # by its content
+    (tmp_path / "line.gsm").write_bytes(bytes(range(200)))
+    (tmp_path / "some.bin").write_bytes(bytes(range(200)))
+    for name, flac in (("my clip.webm", "my clip.flac"), ("call", "call.flac"), ("line.gsm", "line.flac")):
+        source = str(tmp_path / name)
+        for kind in ("audio", None):
+            with pytest.raises(DfError, match="a sound or video file of a kind that cannot be decoded") as caught:
+                prepare([source], kind=kind)
+            assert shlex.join(["ffmpeg", "-i", source, str(tmp_path / flac)]) in caught.value.hint
+    with pytest.raises(DfError, match="neither sound that can be decoded here nor text"):
+        prepare([str(tmp_path / "some.bin")], kind="audio")
+    with pytest.raises(DfError, match="not text"):
+        prepare([str(tmp_path / "some.bin")])
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "my clip.webm").rename(tmp_path / "folder" / "a.webm")
+    with pytest.raises(DfError, match="hold nothing") as caught:
+        prepare([str(tmp_path / "folder")], kind="audio")
+    assert f"ffmpeg -i {tmp_path}/folder/a.webm" in caught.value.hint
+    (tmp_path / "folder" / "notes.txt").write_text("some words\n" * 30)
+    with prepare([str(tmp_path / "folder")]) as dataset:  # a video beside a text does not make it sound
+        assert dataset.kind == "text"
+        assert dataset.info["skipped"]["count"] == 1
