@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import sys
 import tarfile
 from itertools import pairwise
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from dfcli.errors import DfError, UsageError
 from dfcli.ingest import reading as module
+from dfcli.ingest.prepare import prepare
 from dfcli.ingest.reading import BadText, read_text
 from dfcli.ingest.sources import Lines, Source, discover, list_some, shown
 
