@@ -14,7 +14,7 @@ labels   bits per sample of the held-out recordings: with their labels, with the
 heard    a small network learns speaker and digit from the real recordings. Its accuracy on held-out real ones and on
          generated clips of each digit and speaker
 vocoder  bits per sample with and without a mel spectrogram; spectral distances of resynthesised held-out clips beside
-         their floors. With a speaker left out of training, the same for that speaker's recordings
+         their floors. With a speaker left out of training, the bits and distances of that speaker's recordings
 levels   bits per 16-bit sample at 256 levels and more, each trained for the same time
 """
 
@@ -207,11 +207,13 @@ def listened(net: Listener, data: Dataset, run: str, clips: int, temperature: fl
 def vocoder(given: Any) -> dict[str, Any]:
     with dataset(given.data, "digits", given.left_out) as data:
         run, told = trained(data, given.minutes, "mel")
-        _, alone = trained(data, given.minutes, "none")
         clips = recordings(given.data, given.left_out)[1]
         found = resynthesised(run, clips[:: max(1, len(clips) // given.clips)][: given.clips])
-    below = alone["bits_per_sample"] - told["bits_per_sample"]
-    return {"left_out": given.left_out or None, "mel": told, "without": alone, "bits_below": below, "distances": found}
+        figures = {"left_out": given.left_out or None, "mel": told, "distances": found}
+        if not given.left_out:
+            _, alone = trained(data, given.minutes, "none")
+            figures |= {"without": alone, "bits_below": alone["bits_per_sample"] - told["bits_per_sample"]}
+    return figures
 
 
 def resynthesised(run: str, clips: Sequence[str]) -> dict[str, dict[str, float]]:
