@@ -106,7 +106,7 @@ def sweep(
     training = core.training
     core.eval()
     try:
-        with torch.inference_mode(), device.autocast():
+        with torch.no_grad(), device.autocast():  # FSDP cannot train a core that has run in inference mode
             for ids, targets, documents, places in plan.batches(chosen[processes.rank :: processes.count], rows):
                 told = (
                     {}

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dfcli.errors import CorruptError
 from dfcli.system.files import DAMAGED, reading, strict_json
+from dfcli.system.processes import whole
 
 MAX_HEADER_BYTES = 16 << 20  # about 100,000 tensors
 MAX_ELEMENTS = 1 << 48
@@ -43,15 +44,13 @@ Kind = tuple[torch.dtype, tuple[int, ...]]  # what a header says of a tensor
 
 
 def write(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write a new file and return its SHA-256. Tensors on an accelerator are fetched one at a time.
+    """Write a new file and return its SHA-256. Tensors are fetched one at a time, see `fetched`.
 
     OSErrors pass through; the caller flushes the file to the disk (it writes into a `building` folder).
     """
-    # The widest types come first, so that every tensor is aligned, and the order never varies.
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, tensor in ordered:
+    for name, tensor in _ordered(tensors):
         end = offset + tensor.nbytes
         header[name] = {
             "dtype": CODES[tensor.dtype],
@@ -67,11 +66,23 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> str:
         for part in (len(text).to_bytes(8, "little"), text):
             digest.update(part)
             file.write(part)
-        for _, tensor in ordered:
-            data = _bytes(tensor.detach().cpu().contiguous())
+        for tensor in fetched(tensors):
+            data = _bytes(tensor)
             digest.update(data)
             file.write(data)
     return digest.hexdigest()
+
+
+def fetched(tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:
+    """The tensors on the CPU, contiguous, in the order of a file. One that is sharded over processes is gathered, in
+    which each of them must take part: all call this with the same names."""
+    for _, tensor in _ordered(tensors):
+        yield whole(tensor).detach().cpu().contiguous()
+
+
+def _ordered(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+    """The widest types come first, so that every tensor is aligned, and the order never varies."""
+    return sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
 
 
 def read(path: Path, sha256: str, expected: Mapping[str, Kind] | None = None) -> dict[str, Tensor]:

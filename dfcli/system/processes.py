@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -85,6 +86,7 @@ class Processes:
     """A process alone: nothing is shared, and each method returns at once. `Group` overrides what several do."""
 
     rank, count = 0, 1
+    sharded = False  # whether each process holds a part of the weights: FSDP then adds up their gradients
 
     @property
     def first(self) -> bool:
@@ -120,7 +122,8 @@ class Processes:
         return DfError(message, hint) if self.first else Elsewhere(message, hint)
 
     def add_gradients(self, parameters: Iterable[nn.Parameter], total: Tensor) -> None:
-        """Replace all gradients, and the scalar `total` beside them, by their sums over the processes."""
+        """Replace all gradients, and the scalar `total` beside them, by their sums over the processes. The gradients of
+        sharded weights are sums already."""
 
     def sums(self, values: Sequence[float]) -> list[float]:
         """The sums of `values` over the processes, in float64."""
@@ -134,7 +137,12 @@ class Processes:
         """Give every process the first one's values of `tensors`, in place."""
 
     def check_equal(self, tensors: Sequence[Tensor]) -> None:
-        """Raise DfError unless `tensors` (float32) have the same bits in every process."""
+        """Raise DfError unless `tensors` (float32), where each process has them whole, have the same bits in each."""
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Raise Elsewhere where a collective of FSDP fails in the block, because another process has ended."""
+        yield
 
     def leave(self) -> None:
         """End the connection."""
@@ -215,7 +223,7 @@ class Group(Processes):
             )  # fmt: skip
 
     def add_gradients(self, parameters: Iterable[nn.Parameter], total: Tensor) -> None:
-        parameters = list(parameters)
+        parameters = [] if self.sharded else list(parameters)
         grads = [p.grad for p in parameters if p.grad is not None]
         with _connected():
             for bucket in _buckets([total, *(grad for grad in grads if not grad.is_sparse)]):
@@ -264,6 +272,8 @@ class Group(Processes):
                 tensor.detach().copy_(there)
 
     def check_equal(self, tensors: Sequence[Tensor]) -> None:
+        if self.sharded:
+            return
         bits = [tensor.detach().contiguous().view(self._torch.int32).sum(dtype=self._torch.int64) for tensor in tensors]
         with _connected():
             parts = self._gather(self._torch.stack(bits))
@@ -273,6 +283,15 @@ class Group(Processes):
                 f"the weights of process {wrong[0]} of {self.count} are no longer those of process 0",
                 "this should not happen: resume from the last checkpoint, and check that machine's memory",
             )
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if not self.sharded or not re.search("gloo|nccl|connection", str(error), re.IGNORECASE):
+                raise
+            raise _ended(error) from None
 
     def leave(self) -> None:
         if self._distributed.is_initialized():
@@ -335,6 +354,12 @@ class Pulse:
         return self._stop() if self.processes.count == 1 else self._reason
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of which each process holds a part, gathered by all of them together; any other as it is."""
+    gather: Any = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
+
+
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """The tensors in groups of up to BUCKET numbers (or of one larger tensor)."""
     bucket: list[Tensor] = []
@@ -355,7 +380,11 @@ def _connected() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # of which DistBackendError is one
-        raise Elsewhere(
-            f"another process of this training has ended or does not answer ({first_line(error)[:200]})",
-            "its own message says why; repeat the torchrun line with `--resume` to go on from the last checkpoint",
-        ) from None
+        raise _ended(error) from None
+
+
+def _ended(error: RuntimeError) -> Elsewhere:
+    return Elsewhere(
+        f"another process of this training has ended or does not answer ({first_line(error)[:200]})",
+        "its own message says why; repeat the torchrun line with `--resume` to go on from the last checkpoint",
+    )

@@ -14,7 +14,7 @@ from dfcli.data.batches import Batch
 from dfcli.system.device import Device
 from dfcli.system.events import Choice, Note, OnEvent
 from dfcli.system.words import first_line
-from dfcli.training import optim
+from dfcli.training import optim, sharding
 from dfcli.training.loss import cross_entropy
 from dfcli.training.settings import Recipe
 
@@ -22,7 +22,8 @@ from dfcli.training.settings import Recipe
 def choose(core: cores.Core, recipe: Recipe, device: Device, on_event: OnEvent) -> Backend:
     """The backend for a core on its device, its kernels compiled. The choice is told; where kernels fail, training goes
     on with PyTorch alone."""
-    reason = unsupported(core.config, recipe, device)
+    sharded = "the weights are in parts over several processes" if sharding.is_sharded(core) else None
+    reason = sharded or unsupported(core.config, recipe, device)
     if reason is None:
         try:
             compiled = CompiledBackend(core, recipe, device, on_event)
@@ -83,7 +84,8 @@ class TorchBackend:
         self._core, self._forward, self._device = core, core, device
         self._recipe, self._last = recipe, recipe.packing == "last"
         self.threads = device.threads
-        self.sparse = device.kind == "cpu"  # saves writing and reading tables of megabytes
+        self._sharded = sharding.is_sharded(core)
+        self.sparse = device.kind == "cpu" and not self._sharded  # saves writing and reading tables of megabytes
 
     def backward(self, ids: Tensor, targets: Tensor, positions: Tensor | None, condition: Any, count: int) -> Tensor:
         with self._device.autocast():
@@ -94,6 +96,8 @@ class TorchBackend:
         return loss.detach()
 
     def orthogonalise_all(self, matrices: list[Tensor]) -> list[Tensor]:
+        if self._sharded:
+            return sharding.one_by_one(optim.orthogonalise_all, matrices)
         return optim.orthogonalise_all(matrices)
 
     def update_rows(self, tables: list[tuple[Tensor, ...]], lr: float, eps: float) -> None:
@@ -102,10 +106,11 @@ class TorchBackend:
     def warm_up(self, batch: Callable[[], Batch], on_event: OnEvent) -> None:
         """torch.compile where the recipe asks for it or it pays: on CUDA for budgets of more than two minutes or 2,000
         steps, because it takes half a minute in each process. On a CPU it has not been shown to pay. A pass of a batch
-        tries it, and changes nothing; where that fails it is told, and the core stays as it is."""
+        tries it, and changes nothing; where that fails it is told, and the core stays as it is. Sharded weights are not
+        compiled: not tried on a GPU yet."""
         r, kind = self._recipe, self._device.kind
         wanted = r.compile == "auto" and kind == "cuda" and (r.minutes > 2 or r.steps > 2000)
-        if not (r.compile == "on" or wanted):
+        if self._sharded or not (r.compile == "on" or wanted):
             return
         buffers = {name: buffer.clone() for name, buffer in self._core.named_buffers()}  # BatchNorm's, which it moves
         try:

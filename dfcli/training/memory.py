@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -24,17 +25,21 @@ if TYPE_CHECKING:
     from dfcli.training.plan import Plan
 
 SHARE = 0.8  # of the memory that is free: what a training is planned to take
+MOST_SHARDS = 64  # devices that are advised
 
 
-def estimate(core: str, config: cores.CoreConfig, recipe: Recipe, device: Device) -> int:
+def estimate(core: str, config: cores.CoreConfig, recipe: Recipe, device: Device, shards: int = 1) -> int:
     """About how much memory training takes in each process, in bytes: weights, gradients and optimiser state in
-    float32, and what a micro-batch keeps for its backward pass, counted from the tensors that each layer saves."""
+    float32, in `shards` parts, and what a micro-batch keeps for its backward pass, counted from the tensors that each
+    layer saves."""
     optimizer = {"sgd": int(recipe.momentum > 0), "adamw": 2, "muon": 2}[recipe.optimizer]
     c: Any = config
     tables = c.channels * sum(c.ngram_rows) if core == "gpt" and recipe.optimizer == "muon" else 0  # see optim.Rows
     weights = 4 * ((config.parameters() - tables) * (2 + optimizer) + 2 * tables)
-    window, rows = recipe.window or config.context, -(-recipe.batch_size // processes.count())
-    if core == "gpt" and backend.unsupported(config, recipe, device) is None:
+    window, rows = recipe.window or config.context, -(-recipe.batch_size // max(shards, processes.count()))
+    if shards > 1:
+        weights = _sharded(c, weights, device, shards)
+    if core == "gpt" and shards == 1 and backend.unsupported(config, recipe, device) is None:
         # Each thread: its gradients, the weights packed for both ways, what it keeps of one row. The n-grams' gradients
         # and places are the whole batch's.
         weights += 3 * 4 * device.threads * (config.parameters() - tables)
@@ -60,12 +65,39 @@ def estimate(core: str, config: cores.CoreConfig, recipe: Recipe, device: Device
     return weights + rows * window * (kept * wide + 3 * 4 * c.vocab_size)
 
 
-def fitted(core: str, config: cores.CoreConfig, recipe: Recipe, device: Device) -> tuple[Recipe, list[Choice]]:
+def _sharded(config: Any, weights: int, device: Device, shards: int) -> int:
+    """What `weights` bytes of weights, gradients and optimiser state take in each process of training.sharding: its
+    part, and what is gathered of the tables and of two blocks, with gradients."""
+    of_all = config.parameters()
+    of_block = replace(config, layers=2).parameters() - replace(config, layers=1).parameters()
+    gathered = 8 * (of_all - max(0, config.layers - 2) * of_block)
+    copies = 2 * of_all if device.precision == "bfloat16" else 0  # autocast's, kept for the backward pass
+    # Before and after the training a model is whole: on a CPU with the optimiser's state, which is read with it.
+    return max(weights // shards + gathered + copies, (12 if device.kind == "cpu" else 4) * of_all)
+
+
+def shards(core: str, config: cores.CoreConfig, recipe: Recipe, device: Device) -> tuple[int, list[Choice]]:
+    """In how many parts the weights are to be: one for each process where they are too large for one device whatever
+    the batch, and parts of them are not; else 1. And the reason."""
+    count, total = processes.count(), device.memory_bytes()[1]
+    if count == 1 or core != "gpt":
+        return 1, []
+    row = change(recipe, {"batch_size": 1})
+    alone = estimate(core, config, row, device)
+    if alone <= total or estimate(core, config, row, device, count) > total:
+        return 1, []
+    reason = f"FSDP: a part of them and of the optimizer's state in each process; whole they would take {size(alone)}"
+    return count, [Choice("weights", f"in {count} parts", f"{reason}, and a process has {size(total)}")]
+
+
+def fitted(
+    core: str, config: cores.CoreConfig, recipe: Recipe, device: Device, shards: int = 1
+) -> tuple[Recipe, list[Choice]]:
     """The recipe with its batch in 2, 4, ... parts, if the memory that is free now asks for it, and the reason."""
     smaller, free = recipe, device.memory_bytes()[0]
-    while smaller.batch_size > 1 and estimate(core, config, smaller, device) > SHARE * free:
+    while smaller.batch_size > 1 and estimate(core, config, smaller, device, shards) > SHARE * free:
         smaller = _halved(smaller)
-    if smaller is recipe or estimate(core, config, smaller, device) > SHARE * free:  # no batch is small enough
+    if smaller is recipe or estimate(core, config, smaller, device, shards) > SHARE * free:  # no batch is small enough
         return recipe, []
     reason = f"parts of a step, {smaller.batch_size} sequences each, because {size(free)} of memory are free"
     return smaller, [Choice("accumulate", str(smaller.accumulate), reason)]
@@ -116,16 +148,31 @@ def advice(plan: Plan) -> str:
     recipe = plan.recipe
     while recipe.batch_size > 1:
         recipe = _halved(recipe)
-        memory = estimate(plan.core, plan.config, recipe, plan.device)
+        memory = estimate(plan.core, plan.config, recipe, plan.device, plan.shards)
         if memory < SHARE * plan.device.memory_bytes()[0]:
             rows, parts = recipe.batch_size, recipe.accumulate
             about = "" if rows * parts == plan.recipe.batch_size * plan.recipe.accumulate else "about "
             return f"`--batch-size {rows} --set accumulate={parts}` learns {about}the same in about {size(memory)}"
+    more = _more_devices(plan) if plan.core == "gpt" else ""
     return {
-        "gpt": "choose a smaller model: lower `--set layers=...` or `--set channels=...`, or `--set context=...`",
+        "gpt": f"choose a smaller model: lower `--set layers=...`, `--set channels=...` or `--set context=...`{more}",
         "wavenet": "lower `--set window=...`, or choose a smaller model: `--set residual=...`, `--set skip=...`",
         "charwavenet": "choose a smaller model: lower `--set hidden=...`",
     }[plan.core]
+
+
+def _more_devices(plan: Plan) -> str:
+    """The end of a sentence that says how many devices can hold the model, or nothing."""
+    if plan.device.kind == "mps":
+        return ""
+    row, total = change(plan.recipe, {"batch_size": 1}), plan.device.memory_bytes()[1]
+    count = max(1, processes.count())
+    while count <= MOST_SHARDS // 2:
+        count *= 2
+        if estimate(plan.core, plan.config, row, plan.device, count) <= total:
+            what = f"`torchrun --nproc-per-node {count}`" if plan.device.kind == "cuda" else "torchrun"
+            return f"; or train it on {count} such {'GPUs' if plan.device.kind == 'cuda' else 'machines'} with {what}"
+    return ""
 
 
 def _halved(recipe: Recipe) -> Recipe:

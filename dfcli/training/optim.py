@@ -19,6 +19,8 @@ from torch.optim.sgd import sgd
 
 from dfcli.cores.protocols import Backend
 from dfcli.errors import CorruptError
+from dfcli.system.processes import whole
+from dfcli.training import sharding
 from dfcli.training.settings import Recipe
 
 _torch: Any = torch  # its operations on lists of tensors have no types
@@ -146,7 +148,8 @@ def update_rows(tables: list[tuple[Tensor, ...]], lr: float, eps: float) -> None
 
 def update_table(table: Tensor, grad: Tensor, updates: Tensor, square: Tensor, lr: float, eps: float) -> None:
     """As `update_rows`, from a whole gradient [N, C] whose other rows are zero. It does not look for the rows that were
-    read: a GPU would have to wait until their number is known."""
+    read: a GPU would have to wait until their number is known. So a row that was read does not count where its gradient
+    is zero: in the first step from init=zero."""
     now = grad.square().mean(dim=1)
     read = now > 0
     updates += read
@@ -166,7 +169,8 @@ class Rows:
         self.tables, self.recipe = tables, recipe
         kept = ("row_updates", "row_square")
         self.state = {
-            what: {name: table.weight.new_zeros(len(table.weight)) for name, table in tables.items()} for what in kept
+            what: {name: torch.zeros_like(table.weight.detach()[:, 0]) for name, table in tables.items()}
+            for what in kept
         }
 
     @torch.no_grad()
@@ -224,7 +228,7 @@ class Optimizer:
                 grads.append(p.grad.values())
             elif p.grad is not None:
                 grads.append(p.grad)
-        return torch.nn.utils.get_total_norm(grads, foreach=True)
+        return whole(torch.nn.utils.get_total_norm(grads, foreach=True))
 
     def clip_gradients(self, norm: float, most: float) -> None:
         """Scale the gradients, which have `norm` together, down to the norm `most` if they exceed it."""
@@ -253,7 +257,8 @@ class Optimizer:
             shape = {"step": torch.Size(), "row_updates": shape[:1], "row_square": shape[:1]}.get(what, shape)
             if state is None or name not in self.named or tensor.shape != shape:
                 raise CorruptError(f"the optimizer's state has a `{key}` that the model has no place for")
-            state[name] = tensor.to(self.named[name].device, copy=True)
+            tensor = tensor.to(self.named[name].device, copy=True)
+            state[name] = tensor if what == "step" else sharding.part(tensor, self.named[name])
 
 
 def matrices(core: nn.Module) -> dict[str, nn.Parameter]:

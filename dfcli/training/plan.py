@@ -57,6 +57,7 @@ class Plan:
     choices: tuple[Choice, ...]
     told: Conditioning | None = None  # the conditions of a WaveNet
     stem: str | None = None  # of a name that nobody asked for
+    shards: int = 1  # parts of the weights, in as many processes; 1: each process has them whole
 
     @property
     def entry(self) -> dict[str, Any]:
@@ -84,8 +85,8 @@ class Plan:
 
     @property
     def memory(self) -> int:
-        """About how many bytes training takes."""
-        return memory.estimate(self.core, self.config, self.recipe, self.device)
+        """About how many bytes training takes in each process."""
+        return memory.estimate(self.core, self.config, self.recipe, self.device, self.shards)
 
     @property
     def export(self) -> tuple[str | None, str]:
@@ -165,11 +166,12 @@ def from_preset(request: Request, on_event: OnEvent) -> Plan:
         notes.append(f"with {', '.join(of_model + of_recipe)}: not the published {what}")
     choices += [Choice("note", str(request.preset), note) for note in notes]
     name, stem = _name(request, data)
+    shards, parts = memory.shards(core, config, recipe, device)
     return Plan(
         kind=request.kind, name=name, preset=request.preset, core=core, config=config, recipe=recipe,
         seed=request.seed if request.seed is not None else entry.get("seed", 0), device=device, data=data,
         protocol=protocol, codec_name=codec_name, dataset=dataset, init=_reference(parent) if parent else None,
-        choices=tuple(choices), told=told, stem=stem,
+        choices=(*choices, *parts), told=told, stem=stem, shards=shards,
     )  # fmt: skip
 
 
@@ -269,14 +271,17 @@ def _of_draft(
     choices: list[Choice], told: Conditioning | None, init: str | None,
 ) -> Plan:  # fmt: skip
     """The plan of a chosen recipe, with its batch in parts where the free memory asks for it."""
-    recipe, parts = _windowed(draft.core, draft.config, draft.recipe), []
+    recipe = _windowed(draft.core, draft.config, draft.recipe)
+    shards, parts = memory.shards(draft.core, draft.config, recipe, draft.device)
     if not {"batch_size", "accumulate"} & draft.given.recipe.keys():
-        recipe, parts = memory.fitted(draft.core, draft.config, recipe, draft.device)
+        recipe, smaller = memory.fitted(draft.core, draft.config, recipe, draft.device, shards)
+        parts += smaller
     name, stem = _name(request, data)
     return Plan(
         kind=request.kind, name=name, preset=None, core=draft.core, config=draft.config, recipe=recipe,
         seed=request.seed or 0, device=draft.device, data=data, protocol=protocol, codec_name=dataset.codec.name,
         dataset=dataset, init=init, choices=(*choices, *draft.choices, *parts), told=told, stem=stem,
+        shards=shards,
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from dfcli import cores
@@ -17,6 +17,7 @@ from dfcli.system.events import Choice, Note, OnEvent
 from dfcli.system.files import same_name
 from dfcli.system.options import flag
 from dfcli.system.words import close
+from dfcli.training import memory
 from dfcli.training.plan import Plan
 from dfcli.training.request import Request
 from dfcli.training.settings import Recipe, given_by
@@ -72,13 +73,15 @@ def _started(run: Run, device: str) -> Plan:
         sound = isinstance(info["seed"], int) and isinstance(data["protocol"], dict)
         if not sound or not all(isinstance(name, str) for name in (*filter(None, names), *sources)):
             raise ValueError("its seed, init, preset, sources or protocol are of another kind")
-        return Plan(
+        plan = Plan(
             kind=run.kind, name=run.name, preset=info["preset"], core=info["core"]["name"],
             config=cores.config(info["core"]["name"], info["core"]["config"]),
             recipe=Recipe.from_json(info["recipe"]), seed=info["seed"], device=resolve(device),
             data=tuple(data["sources"]), protocol=data["protocol"], codec_name=info["codec"]["name"],
             dataset=None, init=info["init"], choices=(), told=run.conditioning,
         )  # fmt: skip
+        shards, parts = memory.shards(plan.core, plan.config, plan.recipe, plan.device)
+        return replace(plan, shards=shards, choices=tuple(parts))
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptError(f"{run.path / runs.RUN} does not describe a training: {error}") from None
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from dfcli.runs.tensors import fetched
 from dfcli.system.events import OnEvent
 from dfcli.training.budget import Budget
 from dfcli.training.events import Saved
@@ -38,6 +39,9 @@ class Nowhere:
         pass
 
     def save(self, step: int, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any], /) -> Path:
+        for tensors in (model, optimizer):
+            for _ in fetched(tensors):  # takes part where they are sharded
+                pass
         return self.path
 
 
@@ -68,7 +72,9 @@ class Saver:
         if s.step == self.saved_step or not (s.step or s.val_losses):  # step 0 alone where it was evaluated
             return
         s.seconds = began
-        model = {name: tensor.detach() for name, tensor in self.core.state_dict().items()}
+        tensors = self.core.state_dict(keep_vars=True)
+        once = {id(tensor): name for name, tensor in reversed(tensors.items())}  # tied ones by the first of their names
+        model = {name: tensors[name].detach() for name in once.values()}
         with self.budget.paused():
             path = self.store.save(s.step, model, self.optimizer.state_tensors(), asdict(s))
             self.budget.beat()

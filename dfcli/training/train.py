@@ -28,7 +28,7 @@ from dfcli.runs.run import Run
 from dfcli.system.device import Device, resolve
 from dfcli.system.events import Note, OnEvent, ignore
 from dfcli.system.processes import ALONE, Processes, joined
-from dfcli.training import memory, resume
+from dfcli.training import memory, resume, sharding
 from dfcli.training import plan as plans
 from dfcli.training.events import Closing, Finished, Started
 from dfcli.training.plan import Plan
@@ -85,7 +85,7 @@ def train(
             return work
         run, made = work
         group.connect(made.device)
-        with memory.explained(made), made.device.repeatable(), _forked_random_state(made.device):
+        with memory.explained(made), group.explained(), made.device.repeatable(), _forked_random_state(made.device):
             trainer = trainer_of(run, made, group, calls)
             on_event(Started(made, run.path, trainer.state.step, trainer.state.best_val_loss))
             before = earlier_loss(made, trainer.core, group, on_event)
@@ -144,7 +144,7 @@ def _created(made: Plan, group: Processes, calls: Calls) -> Iterator[Work]:
         run, made = _create(made, dataset)
         try:
             with run.lock():
-                _invite(run, group)
+                _invite(run, made, group)
                 yield run, made
         finally:
             if not run.steps():
@@ -157,34 +157,36 @@ def _reopened(run: Run, made: Plan, group: Processes, calls: Calls) -> Iterator[
     if run.result is None:
         with run.lock(), run_dataset(run, calls.on_event) as dataset:
             if run.result is None:  # nor has it finished while this process waited
+                for choice in made.choices:
+                    calls.on_event(choice)
                 memory.warn(made, calls.on_event)
                 if not run.steps():
                     calls.on_event(Note(f"run `{run.name}` has no checkpoint yet: it starts over"))
-                _invite(run, group)
+                _invite(run, made, group)
                 yield run, replace(made, dataset=dataset)
                 return
-    group.from_first([run.name, True])
+    group.from_first([run.name, 0])
     yield _finished(run, made.device, calls)
 
 
-def _invite(run: Run, group: Processes) -> None:
+def _invite(run: Run, made: Plan, group: Processes) -> None:
     """Let the other processes take part, once they have found that they can."""
-    group.from_first([run.name, False])
+    group.from_first([run.name, made.shards])
     group.together(lambda: None)
 
 
 @contextmanager
 def _follow(request: Request, group: Processes, calls: Calls) -> Iterator[Work]:
     """The work of every other process: on the run that the first one has made or opened."""
-    name, is_finished = group.from_first(None)
+    name, shards = group.from_first(None)  # 0 shards: it was finished before
 
     def opened() -> tuple[Run, Plan]:
         run = Run.open(name)
-        made = resume.plan_of(run, request)
+        made = replace(resume.plan_of(run, request), shards=shards)
         memory.check_fits(made)
         return run, replace(made, dataset=run_dataset(run))
 
-    if is_finished:
+    if not shards:
         result = read_result(Run.open(name))
         assert result is not None
         yield result
@@ -225,15 +227,18 @@ def trainer_of(run: Run, plan: Plan, group: Processes, calls: Calls) -> Trainer:
     state = State.from_json(checkpoint.state) if checkpoint else State()
     if group.first:
         _rewind(run, plan, state, calls.on_event)
-    core.to(device.torch_device)
+    if plan.shards == 1:
+        core.to(device.torch_device)
     group.send(list(core.state_dict().values()))  # the same bits everywhere, whatever processor drew them
+    if plan.shards > 1:
+        sharding.shard(core, group, device)
     batches = Batches(
         dataset.splits["train"], batch_size=recipe.batch_size, window=recipe.window, seed=plan.seed,
         packing=recipe.packing, boundary=dataset.boundary, lines=dataset.lines, lead=dataset.lead,
         conditions=Conditions(plan.told, dataset, "train") if plan.told else None,
     )  # fmt: skip
     validation = validation_of(core, dataset, plan, group, calls.on_event)
-    if validation and calls.previews and group.first:
+    if validation and calls.previews and group.first and plan.shards == 1:
         validation = replace(validation, preview=preview_of(core, dataset, device, plan.seed))
     trainer = Trainer(
         core, recipe, batches, run if group.first else Nowhere(run.path), device, seed=plan.seed, state=state,

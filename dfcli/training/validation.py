@@ -20,6 +20,7 @@ from dfcli.system.device import Device
 from dfcli.system.events import OnEvent
 from dfcli.system.processes import Processes
 from dfcli.training.plan import Plan
+from dfcli.training.sharding import scoring
 
 PREVIEW_TOKENS = 120
 EARLIER_TOKENS = 32_768
@@ -46,8 +47,8 @@ def validation_of(
 
     def loss() -> float:
         return sweep(
-            core, dataset, "val", plan.device, limit=limit or None, processes=processes, conditioning=plan.told,
-            on_event=on_event,
+            core, dataset, "val", plan.device, limit=limit or None, conditioning=plan.told,
+            processes=scoring(core, processes), on_event=on_event,
         ).mean  # fmt: skip
 
     return Validation(loss, min(limit or val.tokens_count, val.tokens_count), of_start=plan.init is not None)
@@ -66,15 +67,9 @@ def earlier_loss(plan: Plan, core: cores.Core, processes: Processes, on_event: O
             return None
         limit = EARLIER_TOKENS
         return sweep(
-            core,
-            old,
-            "val",
-            plan.device,
-            limit=limit,
-            conditioning=parent.conditioning,
-            processes=processes,
-            on_event=on_event,
-        ).mean
+            core, old, "val", plan.device, limit=limit, conditioning=parent.conditioning,
+            processes=scoring(core, processes), on_event=on_event,
+        ).mean  # fmt: skip
 
 
 def preview_of(core: cores.Core, dataset: Dataset, device: Device, seed: int) -> Callable[[], str] | None:

@@ -104,6 +104,27 @@ def test_two_processes_train_as_one(folder: Path) -> None:
     assert second["odd"] == ["Elsewhere", *first["odd"][1:]]
 
 
+@pytest.mark.timeout(300)
+def test_weights_in_two_parts_train_as_whole_ones(folder: Path) -> None:
+    for recipe in work.RECIPES:
+        work.train(folder, f"one-{recipe}", recipe)
+    assert work.train(folder, "whole-half", stop=work.at(10, lambda: "interrupted")).steps == 10
+
+    assert pair("sharded", folder) == [0, 0]
+    first, second = (json.loads((folder / f"parts-{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    assert 4 <= first["parts-half"] < work.STEPS
+
+    # A checkpoint of parts is one of whole weights: one process goes on from it, and two in parts from that of one.
+    assert work.train(folder, "parts-half", resume=True).steps == work.STEPS
+    same = {"parts-adamw": "one-adamw", "parts-muon": "one-muon", "parts-half": "one-muon", "whole-half": "one-muon"}
+    for name, one in same.items():
+        found = weights(name)
+        for key, tensor in weights(one).items():
+            torch.testing.assert_close(found[key], tensor, rtol=1e-5, atol=1e-5)
+    assert equal(weights("parts-muon"), weights("parts-again"))
+
+
 @pytest.mark.timeout(200)
 def test_ctrl_c_stops_the_typed_line_with_one_checkpoint(folder: Path, home: Path) -> None:
     settings = [word for key, value in work.SHAPE.items() for word in ("--set", f"{key}={value}")]

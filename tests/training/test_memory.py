@@ -1,0 +1,61 @@
+"""How many processes share the weights of a model, and which sentence says that it does not fit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import dfcli
+from dfcli import cores
+from dfcli.errors import DfError
+from dfcli.system.device import Device
+from dfcli.training import memory
+from dfcli.training.settings import Recipe
+
+CONFIG = cores.GPTConfig(65, context=64, layers=8, heads=8, channels=512)
+RECIPE = Recipe(steps=1, batch_size=8, window=64, compile="off")
+
+
+def processes(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+    for name, value in zip(names, (0, 0, count, count, 1), strict=True):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+
+
+def test_weights_are_shared_where_one_device_is_too_small_and_a_part_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+
+    gpu = Device(torch.device("cuda", 0), "cuda", "Test GPU", "bfloat16", "", 1)
+    whole = memory.estimate("gpt", CONFIG, RECIPE, gpu)
+    parts = [memory.estimate("gpt", CONFIG, RECIPE, gpu, count) for count in (1, 2, 4, 8)]
+    assert parts[0] == whole
+    assert parts == sorted(parts, reverse=True)
+    weights = 16 * CONFIG.parameters()
+    assert whole - parts[1] < weights / 2  # some are gathered, and autocast copies them
+    assert parts[3] < 0.6 * weights
+
+    def told(count: int, share: float) -> tuple[int, str]:
+        processes(monkeypatch, count)
+        monkeypatch.setattr(Device, "memory_bytes", lambda self: (0, int(share * weights)))
+        shards, choices = memory.shards("gpt", CONFIG, RECIPE, gpu)
+        return shards, " ".join(choice.value for choice in choices)
+
+    assert told(1, 0.9) == (1, "")
+    assert told(2, 1.2) == (1, "")  # each process has them whole
+    assert told(2, 0.9) == (2, "in 2 parts")
+    assert told(2, 0.5) == (1, "")  # and is refused
+    assert told(8, 0.6) == (8, "in 8 parts")
+    assert memory.shards("wavenet", cores.WaveNetConfig(256), RECIPE, gpu) == (1, [])
+
+
+def test_a_model_that_fits_no_device_is_refused_with_what_would_hold_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = dfcli.plan("gpt", steps=1, device="cpu", overrides={"layers": "8", "heads": "8", "channels": "512"})
+    monkeypatch.setattr(Device, "memory_bytes", lambda self: (2**20, int(0.9 * 16 * made.parameters)))
+    assert "train it on 2 such machines with torchrun" in memory.advice(made)
+    monkeypatch.setattr(Device, "memory_bytes", lambda self: (2**20, 2**20))
+    with pytest.raises(DfError, match="of memory") as caught:
+        memory.check_fits(made)
+    assert "choose a smaller model" in caught.value.hint
+    assert "torchrun" not in caught.value.hint
