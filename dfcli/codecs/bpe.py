@@ -8,7 +8,6 @@ GPT-4's split pattern.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -17,14 +16,21 @@ from typing import Any
 
 import numpy as np
 
-from dfcli.codecs.base import StreamDecoder, TextCodec, checked_ids, field
-from dfcli.codecs.bytelevel import PIECE, byte_and_character_lengths, printable_to_byte, text_pieces
-from dfcli.codecs.text import Utf8Decoder, utf8
-from dfcli.errors import CorruptError, DfError, UsageError
-from dfcli.system.files import os_errors, strict_json
+from dfcli.codecs.base import field
+from dfcli.codecs.bytelevel import (
+    END_OF_TEXT,
+    PIECE,
+    ByteLevel,
+    check_files,
+    printable_to_byte,
+    read_vocabulary,
+    text_pieces,
+)
+from dfcli.codecs.text import utf8
+from dfcli.errors import DfError, UsageError
+from dfcli.system.files import strict_json
 
 FILE = "tokenizer.json"
-END_OF_TEXT = "<|endoftext|>"
 MAX_FILE = 256 << 20  # bytes; the largest published ones have 35 MB
 MIN_VOCAB, MAX_VOCAB = 257, 1 << 20  # the bytes and the end of text; more than any published vocabulary has
 PIECES_AT_ONCE = 64  # of text, given to the library's threads together
@@ -61,7 +67,7 @@ def check_vocab_size(size: int) -> None:
         raise UsageError(f"--vocab-size must be from {MIN_VOCAB} to {MAX_VOCAB:,}, not {size}")
 
 
-class BPE(TextCodec):
+class BPE(ByteLevel):
     """The vocabulary of a `tokenizer.json`. Any text can be encoded, and its ids decode to the same text.
 
     Special tokens in a user's text (`<|endoftext|>`) are text like any other. Ids without a token, as in a model whose
@@ -70,8 +76,7 @@ class BPE(TextCodec):
     """
 
     name = "bpe"
-    file: bytes
-    """The tokenizer.json, as it was read or made."""
+    breaks = " "  # GPT-4's expression joins line breaks to what is before them
 
     def __init__(self, data: bytes, vocab_size: int | None = None) -> None:
         """`data` is the content of a tokenizer.json; `vocab_size` (default: the highest id + 1) may be larger.
@@ -87,15 +92,12 @@ class BPE(TextCodec):
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # as text
-        self.file = data
         least = 1 + max(tokens)
-        self.vocab_size = vocab_size or least
-        if not least <= self.vocab_size <= MAX_VOCAB:
-            raise DfError(f"a vocabulary of {self.vocab_size:,} ids does not fit a tokenizer.json of {least:,}", _HINT)
-        self._pieces = [tokens.get(i, b"") for i in range(self.vocab_size)]
-        self.byte_lengths, self.character_lengths = byte_and_character_lengths(self._pieces)
+        size = vocab_size or least
+        if not least <= size <= MAX_VOCAB:
+            raise DfError(f"a vocabulary of {size:,} ids does not fit a tokenizer.json of {least:,}", _HINT)
+        super().__init__([tokens.get(i, b"") for i in range(size)], {FILE: data})
         self.end_of_text = self._tokenizer.token_to_id(END_OF_TEXT)
-        self._newline = self._pieces.index(b"\n")
 
     @classmethod
     def train(cls, chunks: Iterable[str], vocab_size: int, *, lines: bool = False) -> BPE:
@@ -132,13 +134,7 @@ class BPE(TextCodec):
     @classmethod
     def open(cls, file: Path, vocab_size: int | None = None) -> BPE:
         """The encoding of a tokenizer.json. Raises DfError where it cannot be read or used."""
-        return cls(_read(file), vocab_size)
-
-    def encode(self, text: str, start: int = 0) -> np.ndarray:
-        return np.concatenate([np.empty(0, self.dtype), *self._encode_pieces(text_pieces([text], start, " "))])
-
-    def encode_stream(self, chunks: Iterable[str]) -> Iterator[np.ndarray]:
-        return self._encode_pieces(text_pieces(chunks, 0, " "))
+        return cls(read_vocabulary(file, MAX_FILE, _HINT), vocab_size)
 
     def _encode_pieces(self, pieces: Iterator[tuple[str, int]]) -> Iterator[np.ndarray]:
         while batch := list(islice(pieces, PIECES_AT_ONCE)):
@@ -154,52 +150,23 @@ class BPE(TextCodec):
         found = self._tokenizer.encode_batch_fast(lines, add_special_tokens=False)
         return [np.array(encoding.ids, self.dtype) for encoding in found]
 
-    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
-        pieces = self._pieces
-        return b"".join([pieces[i] for i in checked_ids(ids, self.vocab_size).tolist()]).decode("utf-8", "replace")
-
-    def decoder(self) -> StreamDecoder:
-        return Utf8Decoder(self._pieces)
-
-    @property
-    def id_of_newline(self) -> int | None:
-        return self._newline
-
     def longest(self, count: int) -> list[str]:
         """The `count` longest tokens, the longest first; bytes that are not UTF-8 read as U+FFFD."""
         order = np.argsort(-self.byte_lengths, kind="stable")[:count]
-        return [self._pieces[i].decode("utf-8", "replace") for i in order.tolist()]
+        return [self._tokens[i].decode("utf-8", "replace") for i in order.tolist()]
 
     def to_json(self) -> dict[str, Any]:
-        sha256 = hashlib.sha256(self.file).hexdigest()
-        return {"name": self.name, "vocab_size": self.vocab_size, "sha256": {FILE: sha256}}
+        return super().to_json() | {"vocab_size": self.vocab_size}
 
     @classmethod
     def from_json(cls, description: dict[str, Any], folder: Path) -> BPE:
         hashes, vocab_size = field(description, "sha256", dict), field(description, "vocab_size", int)
-        data = _read(folder / FILE)
-        if hashlib.sha256(data).hexdigest() != hashes.get(FILE):
-            raise CorruptError(
-                f"{folder / FILE} is not the tokenizer that was used", "put the original file back there"
-            )
+        data = read_vocabulary(folder / FILE, MAX_FILE, _HINT)
+        check_files({FILE: data}, hashes, folder)
         return cls(data, vocab_size)
-
-    def save_files(self, folder: Path) -> None:
-        (folder / FILE).write_bytes(self.file)
 
 
 _HINT = "use the tokenizer.json of a GPT-2-like model, or train one with `--codec bpe`"
-
-
-def _read(file: Path) -> bytes:
-    with os_errors("read", file):
-        if file.exists() and not file.is_file():  # a FIFO would be waited for without end
-            raise DfError(f"{file} is not a file", _HINT)
-        with file.open("rb") as handle:
-            data = handle.read(MAX_FILE + 1)
-    if len(data) > MAX_FILE:
-        raise DfError(f"{file} is too large for a tokenizer.json", _HINT)
-    return data
 
 
 def _checked(data: bytes) -> dict[str, Any]:

@@ -6,25 +6,24 @@ from a folder.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dfcli.codecs.base import StreamDecoder, TextCodec, checked_ids, field
-from dfcli.codecs.bytelevel import byte_and_character_lengths, printable_to_byte, text_pieces
-from dfcli.codecs.text import Utf8Decoder, utf8
-from dfcli.errors import CorruptError, DfError
+from dfcli.codecs.base import field
+from dfcli.codecs.bytelevel import END_OF_TEXT, ByteLevel, check_files, printable_to_byte, read_vocabulary
+from dfcli.codecs.text import utf8
+from dfcli.errors import CorruptError
 
 FILES = ("encoder.json", "vocab.bpe")
 MAX_FILE = 64 << 20  # bytes; the published ones have 1.0 and 0.5 MB
-END_OF_TEXT = "<|endoftext|>"
+_HINT = "fetch it with `df data get gpt2-bpe`, or name its folder with `--bpe`"
 
 # How text is cut before merging: GPT-2's expression, written so that most runs do not backtrack. A run of
 # white space leaves its last character to the word behind it.
@@ -33,7 +32,7 @@ PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$
 PIECES_AT_ONCE = 64
 
 
-class GPT2(TextCodec):
+class GPT2(ByteLevel):
     """GPT-2's vocabulary: 50,257 ids in the published files, of which the last ends a text.
 
     `<|endoftext|>` in a user's text is text like any other. A stretch of more than 65,536 characters in which
@@ -49,31 +48,22 @@ class GPT2(TextCodec):
         import tiktoken
 
         folder = Path(folder)
-        self._files = {name: _read(folder / name) for name in FILES}
+        files = {name: read_vocabulary(folder / name, MAX_FILE, _HINT) for name in FILES}
         try:
-            pieces = _vocabulary(self._files["encoder.json"], self._files["vocab.bpe"])
+            pieces = _vocabulary(files["encoder.json"], files["vocab.bpe"])
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CorruptError(
                 f"{folder} does not hold GPT-2's `encoder.json` and `vocab.bpe`: {error}",
                 "fetch them with `df data get gpt2-bpe`",
             ) from None
         self.end_of_text = len(pieces)
-        self.vocab_size = len(pieces) + 1
-        self._pieces = [*pieces, b""]
-        self.byte_lengths, self.character_lengths = byte_and_character_lengths(self._pieces)
-        self._newline = pieces.index(b"\n")
+        super().__init__([*pieces, b""], files)
         self._merger = tiktoken.Encoding(
             "gpt2",
             pat_str=PATTERN,
             mergeable_ranks={piece: rank for rank, piece in enumerate(pieces)},
             special_tokens={END_OF_TEXT: self.end_of_text},
         )
-
-    def encode(self, text: str, start: int = 0) -> np.ndarray:
-        return np.concatenate([np.empty(0, self.dtype), *self._encode_pieces(text_pieces([text], start))])
-
-    def encode_stream(self, chunks: Iterable[str]) -> Iterator[np.ndarray]:
-        return self._encode_pieces(text_pieces(chunks, 0))
 
     def _encode_pieces(self, pieces: Iterator[tuple[str, int]]) -> Iterator[np.ndarray]:
         with ThreadPoolExecutor(_cores()) as pool:  # tiktoken releases the interpreter's lock
@@ -91,64 +81,25 @@ class GPT2(TextCodec):
         ids = self._merger.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
         return ids.astype(self.dtype)
 
-    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
-        pieces = self._pieces
-        return b"".join([pieces[i] for i in checked_ids(ids, self.vocab_size).tolist()]).decode("utf-8", "replace")
-
-    def decoder(self) -> StreamDecoder:
-        return Utf8Decoder(self._pieces)
-
-    @property
-    def id_of_newline(self) -> int | None:
-        return self._newline
-
     def vocabulary(self) -> dict[str, int]:
         """The id of each token, its bytes written as printable characters: the content of encoder.json."""
-        return json.loads(self._files["encoder.json"])
+        return json.loads(self.files["encoder.json"])
 
     def merges(self) -> list[list[str]]:
         """The pairs that merge, first to last, in printable characters: the content of vocab.bpe."""
-        return _merges(self._files["vocab.bpe"])
-
-    def to_json(self) -> dict[str, Any]:
-        hashes = {name: hashlib.sha256(data).hexdigest() for name, data in self._files.items()}
-        return {"name": self.name, "sha256": hashes}
+        return _merges(self.files["vocab.bpe"])
 
     @classmethod
     def from_json(cls, description: dict[str, Any], folder: Path) -> GPT2:
         hashes = field(description, "sha256", dict)
         codec = cls(folder)
-        for name, data in codec._files.items():
-            if hashlib.sha256(data).hexdigest() != hashes.get(name):
-                raise CorruptError(
-                    f"{folder / name} is not the vocabulary that was used", "put the original file back there"
-                )
+        check_files(codec.files, hashes, folder)
         return codec
-
-    def save_files(self, folder: Path) -> None:
-        for name, data in self._files.items():
-            (folder / name).write_bytes(data)
 
 
 def _cores() -> int:
     """Processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _read(path: Path) -> bytes:
-    try:
-        if path.exists() and not path.is_file():  # a FIFO would be waited for without end
-            raise OSError(0, "not a regular file")
-        with path.open("rb") as file:
-            data = file.read(MAX_FILE + 1)
-    except OSError as error:
-        raise DfError(
-            f"could not read GPT-2's vocabulary {path}: {error.strerror}",
-            "fetch it with `df data get gpt2-bpe`, or name its folder with `--bpe`",
-        ) from None
-    if len(data) > MAX_FILE:
-        raise DfError(f"{path} is too large for a vocabulary", "fetch it with `df data get gpt2-bpe`")
-    return data
 
 
 def _vocabulary(encoder_json: bytes, vocab_bpe: bytes) -> list[bytes]:

@@ -7,8 +7,8 @@ import json
 from typing import Any
 
 from dfcli.codecs.base import TextCodec
-from dfcli.codecs.bpe import BPE, END_OF_TEXT
-from dfcli.codecs.bytelevel import printable_to_byte
+from dfcli.codecs.bpe import BPE, FILE
+from dfcli.codecs.bytelevel import END_OF_TEXT, printable_to_byte
 from dfcli.codecs.gpt2 import GPT2
 from dfcli.codecs.text import Bytes, Chars
 
@@ -17,7 +17,7 @@ def tokenizer_json(codec: TextCodec) -> bytes:
     """The content of tokenizer.json for a codec; of a BPE its own file, byte for byte. A character that the alphabet
     lacks is an error there too."""
     if isinstance(codec, BPE):
-        return codec.file
+        return codec.files[FILE]
     parts: dict[str, Any]
     if isinstance(codec, Chars):
         parts = {

@@ -112,7 +112,8 @@ def _evaluation(
     seconds = time.perf_counter() - began
     if not math.isfinite(loss.nats):
         raise DfError(f"the loss of run {run.name} is not finite", "try an earlier `--checkpoint`")
-    if not request.data and (split, stride, limit, request.checkpoint) == ("val", None, None, "best"):
+    closing = (split, stride, limit, request.checkpoint) == ("val", None, None, "best")
+    if closing and not request.data and not run.info.get("init"):  # which would have to be compared with its start
         with suppress(DfError):  # a run that cannot be written is evaluated all the same
             run.set_closing_loss(loss.mean)
     with _counted(run, dataset, on_event) as train:

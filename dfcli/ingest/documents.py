@@ -14,7 +14,6 @@ from dfcli.errors import DfError, UsageError
 from dfcli.ingest.reading import CHUNK, read_text
 from dfcli.ingest.sources import Source
 
-END_OF_TEXT = "<|endoftext|>"
 RECORDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 MAX_RECORD = 64 << 20  # characters of one record; a quote that never ends would take all memory
 SHORTEST = 2  # characters of a document: one has nothing to predict

@@ -17,9 +17,10 @@ import numpy as np
 
 from dfcli.codecs import BPE, GPT2, Bytes, Chars, TextCodec
 from dfcli.codecs.bpe import default_vocab_size
+from dfcli.codecs.bytelevel import END_OF_TEXT
 from dfcli.errors import DfError
 from dfcli.ingest.build import Build, Made, Writers
-from dfcli.ingest.documents import END_OF_TEXT, Pieces, documents
+from dfcli.ingest.documents import Pieces, documents
 from dfcli.ingest.reading import BadText, read_text
 from dfcli.ingest.sources import CHUNK, Lines, Source, list_some, nothing_usable
 from dfcli.ingest.splits import TEST, TRAIN, VAL, Labels, constant
@@ -38,6 +39,16 @@ class Text(NamedTuple):
     blank: int
     about: frozenset[str]  # what `read_text` tells, and END_OF_TEXT where that stands in it
     contents: bytes  # the hash of its characters; empty where it is the only text
+
+
+class Job(NamedTuple):
+    """What is written: the scanned texts of train, val and test, and where to."""
+
+    codec: TextCodec
+    texts: list[list[Text]]
+    writers: list[Writers]
+    boundary: int | None  # the id that begins a document
+    total: int  # bytes of all texts
 
 
 class Texts(Build):
@@ -69,7 +80,7 @@ class Texts(Build):
         write = self._write_lines if options.lines else self._write_texts
         if self._inside:
             write = self._write_documents
-        rule = write(codec, texts, writers, boundary, total)
+        rule = write(Job(codec, texts, writers, boundary, total))
         found = [text for group in texts for text in group]
         lines, characters = sum(text.lines for text in found), sum(text.characters for text in found)
         # A line counts without its line break, which the last line of a file may lack.
@@ -214,15 +225,9 @@ class Texts(Build):
                     if label == TRAIN:
                         yield chunk
 
-    def _write_texts(
-        self,
-        codec: TextCodec,
-        texts: list[list[Text]],
-        writers: list[Writers],
-        boundary: int | None,
-        total: int,
-    ) -> str:
+    def _write_texts(self, job: Job) -> str:
         """Each text is a document; the only one is cut by position."""
+        codec, texts, writers, boundary, total = job
         plan, rule = self._plan(texts, lambda text: text.characters, writers, "text")
         self._tell_held_out(plan, writers)
         for text, portions in plan:
@@ -239,47 +244,32 @@ class Texts(Build):
                     self._skip(text.source, "too short")
         return rule
 
-    def _write_lines(
-        self,
-        codec: TextCodec,
-        texts: list[list[Text]],
-        writers: list[Writers],
-        boundary: int | None,
-        total: int,
-    ) -> str:
+    def _write_lines(self, job: Job) -> str:
         """Each line is a document; lines of all main texts are dealt out together."""
 
         def lines(source: Source) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-            for ids in self._ids(codec, source, Lines().of(self._read(source, total)), lines=True):
-                yield ids, np.flatnonzero(ids == boundary)
+            for ids in self._ids(job.codec, source, Lines().of(self._read(source, job.total)), lines=True):
+                yield ids, np.flatnonzero(ids == job.boundary)
 
-        return self._deal_out("line", texts, writers, lines)
+        return self._deal_out("line", job, lines)
 
-    def _write_documents(
-        self,
-        codec: TextCodec,
-        texts: list[list[Text]],
-        writers: list[Writers],
-        boundary: int | None,
-        total: int,
-    ) -> str:
+    def _write_documents(self, job: Job) -> str:
         """Documents inside files: those of all main files are dealt out together."""
         return self._deal_out(
-            "document", texts, writers, lambda source: self._document_ids(codec, source, boundary, total)
+            "document", job, lambda source: self._document_ids(job.codec, source, job.boundary, job.total)
         )
 
     def _deal_out(
         self,
         kind: str,
-        texts: list[list[Text]],
-        writers: list[Writers],
+        job: Job,
         encoded: Callable[[Source], Iterator[tuple[np.ndarray, np.ndarray]]],
     ) -> str:
         """Deal out the documents that `encoded` gives of a source: ids [n], and the places [k] among them where
         documents begin. Returns the rule of the split, in words."""
-        labels, rule = self._deal(sum(text.lines for text in texts[TRAIN]), kind)
-        for label, group in enumerate(texts):
-            dealer = _Dealer(writers, labels if label == TRAIN else constant(label))
+        labels, rule = self._deal(sum(text.lines for text in job.texts[TRAIN]), kind)
+        for label, group in enumerate(job.texts):
+            dealer = _Dealer(job.writers, labels if label == TRAIN else constant(label))
             for text in group:
                 for ids, starts in encoded(text.source):
                     dealer.add(ids, starts)

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from dfcli.codecs import TextCodec
-from dfcli.codecs.bpe import END_OF_TEXT
+from dfcli.codecs.bpe import FILE as TOKENIZER
+from dfcli.codecs.bytelevel import END_OF_TEXT
 from dfcli.codecs.tokenizer_json import tokenizer_json
 from dfcli.errors import UsageError
 from dfcli.runs import layouts
-from dfcli.runs.huggingface import CONFIG, TOKENIZER, WEIGHTS
+from dfcli.runs.huggingface import CONFIG, WEIGHTS
 from dfcli.runs.layouts import APERTUS, GPT2
 from dfcli.runs.run import Run
 from dfcli.system.files import building

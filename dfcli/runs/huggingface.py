@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dfcli.codecs import BPE, Chars, Codec
-from dfcli.codecs.bpe import END_OF_TEXT
+from dfcli.codecs.bpe import FILE as TOKENIZER
+from dfcli.codecs.bytelevel import END_OF_TEXT
 from dfcli.errors import CorruptError, DfError, UsageError
 from dfcli.runs import layouts
 from dfcli.runs import run as runs
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
     from dfcli.cores import GPTConfig
 
-CONFIG, WEIGHTS, INDEX, TOKENIZER = "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 MAX_CONFIG = 16 << 20  # bytes of config.json and of an index; published ones have some KB
 _HINT = "`df runs import` takes a GPT2LMHeadModel, or what `df runs export` writes"
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "pytorch_model.pt", "tf_model.h5")

@@ -193,7 +193,8 @@ class Run:
         return checkpoint.read_state(self.path, step)["state"]
 
     def resolve(self, which: str | int, *, passed_over: Container[int] = ()) -> int:
-        """The step of the checkpoint that "best" (lowest val_loss, else last), "last" or a number means.
+        """The step of the checkpoint that "best" (as the result says, else the lowest val_loss, else the last), "last"
+        or a number means.
 
         UsageError if `which` is none of these or that step is not there; DfError if there is no checkpoint.
         """
@@ -208,6 +209,8 @@ class Run:
             raise CorruptError(f"no checkpoint of run `{self.name}` can be read", files.DAMAGED)
         if not steps:
             raise DfError(f"run `{self.name}` has no checkpoint yet", "train it further with `--resume`")
+        if which == "best" and (chosen := self._chosen()) in steps:
+            return chosen
         return steps[-1] if which == "last" else min(steps, key=lambda step: (self._val_loss(step), -step))
 
     def load(
@@ -277,12 +280,13 @@ class Run:
         path = self.path / RESULT
         return files.read_json(path) if path.exists() else None
 
-    def set_closing_loss(self, val_loss: float) -> None:
+    def set_closing_loss(self, val_loss: float, **others: Any) -> None:
         """Complete the result of a finished run, whose best checkpoint has this loss over the whole validation split in
-        nats a token. Does nothing where the result is complete, or the run not finished."""
+        nats a token; `others` are more values of the result. Does nothing where the result is complete, or the run not
+        finished."""
         result = self.result
         if result is not None and not result.get("closed", True):
-            files.write_json(self.path / RESULT, result | {"val_loss": val_loss, "closed": True})
+            files.write_json(self.path / RESULT, result | {"val_loss": val_loss, "closed": True} | others)
 
     def size_bytes(self) -> int:
         """Bytes of the run on disk."""
@@ -306,6 +310,13 @@ class Run:
         except DfError:
             return -math.inf
 
+    def _chosen(self) -> int | None:
+        """The best checkpoint as the result says: of weights that training made no better that is the start, whatever a
+        part of the validation split said."""
+        with suppress(DfError):  # a damaged result chooses nothing
+            return (self.result or {}).get("best_step")
+        return None
+
     def prune(self, newest: int) -> None:
         """Remove the checkpoints that `save` no longer needs once the one of step `newest` is there: by itself it does,
         unless the process dies between the two."""
@@ -317,7 +328,10 @@ class Run:
         kept = {
             *sorted(losses)[-KEPT_LAST:],
             min(losses, key=lambda step: (losses[step], -step), default=newest),
+            self._chosen(),
         }
+        if self.info.get("init") and not (self.path / RESULT).exists():
+            kept.add(0)  # the weights it started from are compared with the best at the end
         for step in self.steps():
             if step not in kept:
                 with suppress(DfError):  # Windows keeps what a reader has open; the next time will do

@@ -10,7 +10,12 @@ from dfcli.runs.run import RESULT, Run
 from dfcli.system.files import DAMAGED, read_json, write_json
 
 PLACE = ("run", "path")  # not in result.json, because a run may be renamed or copied
-ADDED = {"closed": True, "last_val_loss": None, "overfitting": False}  # what results of version 0.1 lack
+ADDED = {
+    "closed": True,
+    "start_val_loss": None,
+    "last_val_loss": None,
+    "overfitting": False,
+}  # what results of version 0.1 lack
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class TrainResult:
     val_loss: float | None  # nats a token, of the checkpoint that sample and eval use by default
     closed: bool  # whether val_loss is over the whole validation split, not over the recipe's part of it
     best_step: int | None  # that checkpoint's step
+    start_val_loss: float | None  # of the weights that `--init` gave, over what val_loss is over
     last_val_loss: float | None  # of the last step, over the recipe's part of the validation split
     overfitting: bool  # whether the validation loss rose after best_step while the training loss fell
     parameters: int

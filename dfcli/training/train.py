@@ -96,7 +96,7 @@ def train(
             if stopped is None:
                 result = _close(run, made, result, group, calls)
                 if result.closed:
-                    _tell_start(run, made, state, before, group, on_event)
+                    _tell_start(run, made, result, before, group, on_event)
         on_event(Finished(result))
         return result
 
@@ -277,6 +277,7 @@ def _result(run: Run, plan: Plan, state: State, stopped: str | None) -> TrainRes
         val_loss=state.best_val_loss,
         closed=not state.val_losses or not limit or val is None or limit >= val.tokens_count,
         best_step=state.step if state.best_step is None else state.best_step,
+        start_val_loss=state.val_losses[0] if plan.init and state.val_losses else None,
         last_val_loss=state.val_loss, overfitting=state.overfits(),
         parameters=plan.parameters, device=plan.device.name, seed=plan.seed, skipped=state.skipped, stopped=stopped,
     )  # fmt: skip
@@ -318,6 +319,8 @@ def _close(run: Run, plan: Plan, result: TrainResult, group: Processes, calls: C
         write_result(run, result)
     if not result.closed:
         result = _measured(run, result, plan.dataset, plan.device, group, calls)
+    if group.first and result.closed:
+        run.prune(result.steps)  # the start, if it is not the best
     _tell(result, plan.config.vocab_size, calls.on_event)
     return result
 
@@ -326,7 +329,8 @@ def _measured(
     run: Run, result: TrainResult, dataset: Dataset, device: Device, group: Processes, calls: Calls
 ) -> TrainResult:
     """The result with the loss of the best checkpoint over the whole validation split; as it was, where the caller asks
-    to stop before that is known."""
+    to stop before that is known. Of a run that started from weights, these are the best where nothing is better than
+    they are on the whole split."""
     calls.on_event(Closing())
 
     def watch(event: object) -> None:
@@ -334,27 +338,36 @@ def _measured(
         if calls.stop():
             raise Stopped
 
-    core, _ = run.build("best", device.torch_device)
+    def loss(step: int) -> float:
+        core, _ = run.build(step, device.torch_device)
+        return sweep(
+            core, dataset, "val", device, processes=group, conditioning=run.conditioning, on_event=watch
+        ).mean  # fmt: skip
+
+    best, started = run.resolve("best"), run.info.get("init") is not None and 0 in run.steps()
     try:
-        told = run.conditioning
-        loss = sweep(core, dataset, "val", device, processes=group, conditioning=told, on_event=watch).mean
+        losses = {step: loss(step) for step in ((0, best) if started else (best,))}
     except Stopped:
         group.sums([math.nan, 0.0])  # a process that was not stopped then has no figure either
         return result
-    if not math.isfinite(loss):
+    if not all(map(math.isfinite, losses.values())):
         return result
+    best = min(losses, key=losses.__getitem__)  # of equals the start
+    found = {"best_step": best, "start_val_loss": losses.get(0) if started else None}
     if group.first:
-        run.set_closing_loss(loss)
-    return replace(result, val_loss=loss, closed=True)
+        run.set_closing_loss(losses[best], **found)
+    return replace(result, val_loss=losses[best], closed=True, **found)
 
 
-def _tell_start(run: Run, plan: Plan, state: State, before: float | None, group: Processes, on_event: OnEvent) -> None:
+def _tell_start(
+    run: Run, plan: Plan, result: TrainResult, before: float | None, group: Processes, on_event: OnEvent
+) -> None:
     """Say what training changed in the weights that it started from, on the new data and on the earlier data."""
     if not plan.init:
         return
-    if state.val_losses and state.best_val_loss is not None:
-        text = f"the validation loss went from {state.val_losses[0]:.4f} to {state.best_val_loss:.4f}"
-        on_event(Note(f"{text}: nothing was better than the start" if state.best_step == 0 else text))
+    if result.start_val_loss is not None:
+        text = f"the validation loss went from {result.start_val_loss:.4f} to {result.val_loss:.4f}"
+        on_event(Note(f"{text}: nothing was better than the start" if result.best_step == 0 else text))
     if before is not None:
         core, _ = run.build("best", plan.device.torch_device)
         after = earlier_loss(plan, core, group, on_event)

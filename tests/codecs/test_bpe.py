@@ -63,16 +63,16 @@ def test_long_texts_are_cut_where_words_begin(codec: BPE, monkeypatch: pytest.Mo
 
 
 def test_json_and_file_rebuild_the_codec(codec: BPE, tmp_path: Path) -> None:
-    padded = BPE(codec.file, 384)  # a model with more rows than tokens
+    padded = BPE(codec.files["tokenizer.json"], 384)  # a model with more rows than tokens
     padded.save_files(tmp_path)
     again = codec_from_json(padded.to_json(), tmp_path)
     assert (again.vocab_size, again.to_json()) == (384, padded.to_json())
     assert padded.decode([383, *codec.encode("a b"), 350]) == "a b"
-    (tmp_path / "tokenizer.json").write_bytes(codec.file + b" ")
-    with pytest.raises(CorruptError, match="not the tokenizer that was used"):
+    (tmp_path / "tokenizer.json").write_bytes(codec.files["tokenizer.json"] + b" ")
+    with pytest.raises(CorruptError, match="not the vocabulary that was used"):
         codec_from_json(padded.to_json(), tmp_path)
     with pytest.raises(DfError, match="does not fit"):
-        BPE(codec.file, 299)
+        BPE(codec.files["tokenizer.json"], 299)
 
 
 def test_sizes(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
 def test_what_would_change_a_text_is_refused_by_name(codec: BPE, change: tuple[dict[str, Any], str]) -> None:
     values, message = change
     with pytest.raises(DfError, match=message):
-        BPE(json.dumps(json.loads(codec.file) | values).encode())
+        BPE(json.dumps(json.loads(codec.files["tokenizer.json"]) | values).encode())
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:

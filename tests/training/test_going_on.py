@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from dfcli.errors import UsageError
+from dfcli.evaluation.evaluate import evaluate
+from dfcli.ingest.prepare import prepare
 from dfcli.runs import Run
 from dfcli.runs.export import export
 from dfcli.system.events import Note
@@ -40,6 +42,31 @@ def test_going_on_is_never_worse_than_the_start(start: Run, tmp_path: Path) -> N
         assert run.state(run.resolve("best"))["val_loss"] == made.val_loss
         told = [event.text for event in events if isinstance(event, Note)]
         assert any(f"went from {before:.4f} to {made.val_loss:.4f}" in each for each in told)
+
+
+def test_the_start_is_kept_where_only_a_part_of_the_validation_split_became_better(tmp_path: Path) -> None:
+    """The part that is measured on the way, the first window, is like the new data; the rest is like the old."""
+    files = {name: str(tmp_path / f"{name}.txt") for name in ("old", "new", "val")}
+    Path(files["old"]).write_text("cdefghab" * 500)
+    Path(files["new"]).write_text("hgfedcba" * 500)
+    Path(files["val"]).write_text("hgfedcba" * 3 + "cdefghab" * 100)
+    for name in ("old", "new"):
+        prepare([files[name]], val=[files["val"]], name=name).close()
+    train("gpt", ["old"], name="a", steps=40, device="cpu", overrides=SMALL)
+    events: list[object] = []
+    made = train(
+        "gpt", ["new"], init="a", name="b", steps=60, lr=0.02, device="cpu", on_event=events.append,
+        overrides={"eval_tokens": "16", "eval_every": "10"},
+    )  # fmt: skip
+    first, run = evaluate("a", device="cpu").loss, Run.open("b")
+    on_the_part = run.state(60)["val_losses"]
+    assert min(on_the_part) < on_the_part[0] - 0.5  # there, what was trained is far better
+    assert (made.start_val_loss, made.val_loss) == (pytest.approx(first), pytest.approx(first))
+    assert (made.best_step, run.resolve("best"), run.resolve("last")) == (0, 0, 60)
+    assert evaluate("b", device="cpu").loss == pytest.approx(first)
+    assert any("nothing was better than the start" in event.text for event in events if isinstance(event, Note))
+    assert train("gpt", name="b", resume=True, device="cpu") == made
+    assert run.resolve("best") == 0
 
 
 def test_the_recipe_goes_on_gently(start: Run, tmp_path: Path) -> None:
