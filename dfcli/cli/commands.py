@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 import dfcli
-from dfcli.cli import data, eval, runs, sample, train
+from dfcli.cli import data, eval, report, runs, sample, train
 from dfcli.cli.layout import Command, Group
 
 SETTINGS = {"help_option_names": ["-h", "--help"]}
@@ -19,7 +19,7 @@ class Ordered(Group):
     """The root. It lists its commands in the order in which a newcomer needs them."""
 
     def list_commands(self, ctx: typer.Context) -> list[str]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return ["train", "sample", "eval", "data", "runs"]
+        return ["train", "sample", "eval", "report", "data", "runs"]
 
 
 def build(completion: bool) -> TyperGroup:
@@ -38,6 +38,7 @@ def build(completion: bool) -> TyperGroup:
     app.command("train", cls=Command)(train.train)
     app.add_typer(sample.app, name="sample")
     app.command("eval", cls=Command)(eval.evaluate)
+    app.command("report", cls=Command)(report.report)
     app.add_typer(data.app, name="data")
     app.add_typer(runs.app, name="runs")
     return cast(TyperGroup, get_command(app))
@@ -66,6 +67,7 @@ def root(
       df train wavenet --data recordings/        learn from your own audio
       df sample wavenet --seconds 4 -o out.wav   hear the newest WaveNet
       df eval                                    measure the newest run, beside baselines
+      df report                                  one page about the newest run
       df runs list                               see what was trained
 
     The disk tool of the same name is `command -p df`.

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dfcli.cli import output
 from dfcli.cli.figures import count, size
 from dfcli.cli.layout import Command, Group
-from dfcli.cli.options import Json, Yes, confirmed, mention_stdin
+from dfcli.cli.options import Json, Yes, confirmed, mention_stdin, with_options
 from dfcli.errors import UsageError
+from dfcli.ingest.request import Request
 from dfcli.system.files import check_name
 from dfcli.system.words import counted
 
@@ -24,73 +25,10 @@ MEASURED = 500_000  # tokens that `df data show` measures an encoding on
 
 
 @app.command(cls=Command)
+@with_options(Request)
 def prepare(
     sources: Annotated[list[str], typer.Argument(metavar="SOURCE", help="Files and folders; `-` is standard input.")],
-    name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="Name of the dataset.")] = None,
-    codec: Annotated[
-        Literal["chars", "bytes", "gpt2", "bpe", "mulaw"] | None,
-        typer.Option(
-            "--codec",
-            case_sensitive=False,
-            help="How the data becomes token ids. Default: chars for text, mulaw for audio.",
-        ),
-    ] = None,
-    bpe: Annotated[
-        str | None,
-        typer.Option("--bpe", metavar="DIR", help="Folder of GPT-2's encoder.json and vocab.bpe."),
-    ] = None,
-    vocab_size: Annotated[
-        int | None,
-        typer.Option("--vocab-size", metavar="N", help="Ids of the bpe codec; by default they follow the corpus."),
-    ] = None,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option("--tokenizer", metavar="FILE", help="A tokenizer.json to use as the bpe codec."),
-    ] = None,
-    lines: Annotated[bool, typer.Option("--lines", metavar="", help="Each line is one document.")] = False,
-    separator: Annotated[
-        str | None, typer.Option("--separator", metavar="TEXT", help="Documents are the parts of files between it.")
-    ] = None,
-    field: Annotated[
-        str | None,
-        typer.Option("--field", metavar="NAME", help="Documents are this field of JSONL, CSV or Parquet records."),
-    ] = None,
-    sample_rate: Annotated[
-        int | None,
-        typer.Option(
-            "--sample-rate",
-            metavar="HZ",
-            help="Sample rate of the audio. Default: that of the sources, at most 16,000.",
-        ),
-    ] = None,
-    levels: Annotated[
-        int | None,
-        typer.Option("--levels", metavar="N", help="Of mu-law: 256 (the default), 512, 1024, 2048 or 4096."),
-    ] = None,
-    label: Annotated[
-        str | None,
-        typer.Option(
-            "--label", metavar="folder|PATTERN", help="Labels of recordings: their folder, or a pattern's named groups."
-        ),
-    ] = None,
-    normalize: Annotated[
-        Literal["none", "peak", "minmax"],
-        typer.Option(
-            "--normalize", case_sensitive=False, help="Scale each recording: its peak to 1, or its range to -1 to 1."
-        ),
-    ] = "none",
-    val_fraction: Annotated[
-        float, typer.Option("--val-fraction", metavar="F", help="Share of the data held out for validation.")
-    ] = 0.1,
-    test_fraction: Annotated[
-        float, typer.Option("--test-fraction", metavar="F", help="Share of the data held out for testing.")
-    ] = 0.0,
-    val: Annotated[
-        list[str] | None, typer.Option("--val", metavar="SOURCE", help="Validate on this source instead of a share.")
-    ] = None,
-    test: Annotated[
-        list[str] | None, typer.Option("--test", metavar="SOURCE", help="Test on this source instead of a share.")
-    ] = None,
+    **options: Any,
 ) -> None:
     """Turn text or audio into a dataset of token ids, ready to train on.
 
@@ -107,27 +45,13 @@ def prepare(
     """
     from dfcli.ingest.prepare import prepare
 
+    request = Request(**options)
     mention_stdin(sources)
     with (
         output.Listener() as listener,
         prepare(
             sources,
-            name=name,
-            codec=codec,
-            bpe=bpe,
-            vocab_size=vocab_size,
-            tokenizer=tokenizer,
-            lines=lines,
-            separator=separator,
-            field=field,
-            sample_rate=sample_rate,
-            levels=levels,
-            label=label,
-            normalize=normalize,
-            val_fraction=val_fraction,
-            test_fraction=test_fraction,
-            val=val or [],
-            test=test or [],
+            **request.arguments,
             on_event=listener,
         ) as dataset,
     ):

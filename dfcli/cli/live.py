@@ -186,21 +186,12 @@ class TrainView:
         figures: dict[str, object] = {"step": f"{step.step}{of}", "loss": f"{step.train_loss:.4f}"}
         if step.val_loss is not None:
             figures["val_loss"] = f"{step.val_loss:.4f}"
-        figures |= {
-            "lr": f"{step.lr:.2e}",
-            "tokens_per_second": f"{step.tokens_per_second:.0f}",
-            "flops_per_second": f"{step.flops_per_second:.3g}",
-        }
-        if self.peak:
-            figures["share_of_peak"] = f"{step.flops_per_second / self.peak:.3f}"
-        figures["done"] = f"{step.fraction:.3f}"
+        figures |= {"lr": f"{step.lr:.2e}", "tokens_per_second": f"{step.tokens_per_second:.0f}"}
         figures["seconds"] = f"{step.seconds:.1f}"
-        if step.eta_seconds is not None:
+        if step.eta_seconds is not None and step.fraction < 1:
             figures["eta_seconds"] = f"{step.eta_seconds:.0f}"
         if step.skipped:
             figures["skipped"] = step.skipped
-        if self.saved is not None:
-            figures["saved_step"] = self.saved.step
         return " ".join(f"{key}={value}" for key, value in figures.items())
 
     # ----------------------------------------------------------------------------------------- the picture

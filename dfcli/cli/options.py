@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -39,9 +39,10 @@ def _parameter(f: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
     default = None if f.default is dataclasses.MISSING else f.default
     if get_origin(kind) in (tuple, Mapping):  # may be repeated
         kind, default = list[str] | None, None
+    choices = Literal in (get_origin(kind), *map(get_origin, get_args(kind)))
     declared = typer.Option(
         *(f.metadata["flags"] or (flag(f),)),
-        metavar=None if get_origin(kind) is Literal else f.metadata["metavar"],  # None: the choices
+        metavar=f.metadata["metavar"] or (None if choices else ""),
         help=f.metadata["help"],
         case_sensitive=False,
     )

@@ -195,14 +195,15 @@ def error(message: str, hint: str = "") -> None:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[str] = ()) -> None:
-    """Print a table on stdout, in plain aligned columns. The columns in `right` are right-aligned."""
+    """Print a table on stdout, in plain aligned columns. Those in `right` are right-aligned; the others are wrapped
+    where a terminal is too narrow."""
     from rich.table import Table
     from rich.text import Text
 
     grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in columns:
         side = "right" if column in right else "left"
-        grid.add_column(column, justify=side, no_wrap=True, overflow="ellipsis")
+        grid.add_column(column, justify=side, no_wrap=side == "right", overflow="fold")
     for row in rows:
         grid.add_row(*(Text(one_line(cell)) for cell in row))
     _write_rich(grid)

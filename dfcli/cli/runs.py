@@ -90,8 +90,6 @@ def show(name: Name, json: Json = False) -> None:
         ("preset", run.info.get("preset") or "none (default recipe)"),
         ("data", f"{data.get('name', '')}  {data.get('path', '')}"),
         ("codec", run.info["codec"].get("name", "")),
-        ("core", named(run.info["core"]["config"])),
-        ("recipe", named(run.info.get("recipe", {}))),
         ("seed", run.info.get("seed", "")),
         ("created", f"{str(run.info.get('created'))[:19].replace('T', ' ')} UTC  ({age(seconds_since(run))} ago)"),
         ("state", state(run)),
@@ -115,6 +113,8 @@ def show(name: Name, json: Json = False) -> None:
             line = sparkline(course, 48, output.unicode())
             over = f", each over at most {count(most)} tokens" if key == "val_loss" and most else ""
             items.append((title, f"{line}  {course[0]:.4f} -> {course[-1]:.4f}, lowest {min(course):.4f}{over}"))
+    items.append(("core", named(run.info["core"]["config"])))
+    items.append(("recipe", named(run.info.get("recipe", {}))))
     output.pairs(items)
 
 
@@ -161,6 +161,7 @@ def pack(
       df runs pack shakespeare -o model.df.zip
       df sample gpt --run model.df.zip
     """
+    from dfcli.generation.checks import sound_options
     from dfcli.runs import Run
     from dfcli.runs.pack import pack
 
@@ -171,6 +172,7 @@ def pack(
 
         if Path(out).exists():
             raise UsageError(f"{out} exists already", "choose another name, or remove it first")
+        listener(Note("measuring the run, because its figures are packed too"))
         try:
             figures = dataclasses.asdict(evaluate(run, checkpoint=checkpoint, on_event=listener))
         except DfError as error:
@@ -178,7 +180,9 @@ def pack(
         written = pack(run, Path(out), which=checkpoint, figures=figures)
     total = sum(file.stat().st_size for file in written.rglob("*")) if written.is_dir() else written.stat().st_size
     output.say(f"packed `{run.name}` into {output.one_line(out)} ({size(total)})")
-    output.say(f"next: df eval --run {shlex.quote(out)}", style="cyan", fold=False)
+    options = f" {sound_options(run)}" if run.makes == "audio" else ""
+    line = f"df sample {run.kind if options else 'gpt'} --run {shlex.quote(out)}{options}"
+    output.say(f"next: {line}", style="cyan", fold=False)
 
 
 @app.command(cls=Command)

@@ -163,7 +163,8 @@ def _write_sound(run: Run, out: str | None, json: bool, listener: output.Listene
 
     def show(event: object) -> None:
         if isinstance(event, AudioProgress):
-            figures = f"{event.seconds:.1f} / {event.total:.1f} s  {event.times_real_time:.2f} × real time"
+            of = " in all" if request.num > 1 else ""
+            figures = f"{event.seconds:.1f} / {event.total:.1f} s{of}  {event.times_real_time:.2f} × real time"
             listener.bar("sound", event.seconds, event.total, figures)
         else:
             listener(event)
@@ -200,8 +201,9 @@ def _word(run: Run) -> str:
 def _tell(result: SampleResult) -> None:
     figures = [f"{short(result.tokens_per_second)} tokens/s"]
     if result.audio_seconds is not None and result.times_real_time is not None:
+        of = " in all" if len(result.samples) > 1 else ""
         figures = [
-            f"{result.audio_seconds:.1f} s of sound at {result.sample_rate:,} Hz",
+            f"{result.audio_seconds:.1f} s of sound{of} at {result.sample_rate:,} Hz",
             f"{result.times_real_time:.2f} × real time",
         ]
     figures += [f"{result.engine} engine", f"seed {result.seed}"]

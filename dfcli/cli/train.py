@@ -80,10 +80,8 @@ def _show(request: Request, json: bool, quiet: bool) -> None:
     entry = made.entry
     output.pairs(
         [
-            ("core", f"{made.core}  {_values(made.config)}"),
-            ("recipe", _values(made.recipe)),
+            ("model", f"{made.core}, {count(made.parameters)} parameters"),
             ("codec", made.codec_name),
-            ("parameters", count(made.parameters)),
             ("context", span(made.config.context, made.sample_rate)),
             ("FLOPs per token", f"{count(made.flops_per_token)} forward"),
             ("memory", f"about {size(made.memory)}{of}"),
@@ -95,6 +93,8 @@ def _show(request: Request, json: bool, quiet: bool) -> None:
     )
     output.write("\n")
     output.table(("CHOICE", "VALUE", "REASON"), [(c.what, c.value, c.reason) for c in made.choices])
+    output.write("\nEvery value that `--set` changes:\n\n")
+    output.pairs([("core", _values(made.config)), ("recipe", _values(made.recipe))])
 
 
 def _train(request: Request, json: bool, quiet: bool, line: list[str]) -> None:

@@ -13,13 +13,18 @@ from typing import Any
 from dfcli.errors import DfError, UsageError
 from dfcli.ingest.reading import CHUNK, read_text
 from dfcli.ingest.sources import Source
+from dfcli.system.words import close, counted
 
 RECORDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 MAX_RECORD = 64 << 20  # characters of one record; a quote that never ends would take all memory
+LACKING = "lacking: "  # begins the sentence about records without the field
 SHORTEST = 2  # characters of a document: one has nothing to predict
 
 Pieces = Iterator[tuple[bool, str]]
 """Pieces of text in order, and whether a piece begins a document."""
+
+Records = Iterator[tuple[str, dict[str, Any]]]
+"""Where each record is, as the beginning of a sentence, and its fields."""
 
 
 def holds_records(path: str) -> bool:
@@ -32,14 +37,35 @@ def documents(
 ) -> Pieces:
     """The documents of a source that have two characters or more. `about` collects what `read_text` tells.
 
-    Raises DfError, naming file, line or record, and field, where a record is not as it should be.
+    A record without the field is left out, and `about` gets a sentence about all of them. Raises DfError, naming file,
+    line or record, and field, where no record has the field or a record is not as it should be.
     """
     if field is None:
         assert separator is not None
         yield from _long_enough(_parts(read_text(source, on_bytes, about), separator))
     else:
-        texts = _records(source, field, on_bytes, about)
-        yield from _long_enough((True, text) for text in texts)
+        yield from _long_enough((True, text) for text in _with_field(source, field, on_bytes, about))
+
+
+def _with_field(source: Source, field: str, on_bytes: Callable[[bytes], object], about: set[str]) -> Iterator[str]:
+    """The texts of a field. Tells or refuses records that lack it."""
+    lacking, records, first = 0, 0, ("", "")
+    for where, record in _records(source, field, on_bytes, about):
+        records += 1
+        if field in record:
+            yield _text(where, field, record[field])
+            continue
+        if not lacking:
+            there = ", ".join(f"`{name}`" for name in list(record)[:10])
+            first = where, f"it has the fields {there}" if record else "it has no fields"
+        lacking += 1
+    if lacking and lacking == records:
+        meant = close(field, first[1].split("`")[1::2])
+        hint = f"did you mean `--field {shlex.quote(meant)}`?" if meant else "`--field` takes a field of the records"
+        raise DfError(f"{first[0]} the record has no field `{field}`: {first[1]}", hint)
+    if lacking:
+        of = f"{lacking:,} of {counted(records, 'record')} of {source.name}"
+        about.add(f"{LACKING}{of} have no field `{field}` and were left out; the first is {first[0][:-1]}: {first[1]}")
 
 
 def _long_enough(pieces: Iterable[tuple[bool, str]]) -> Pieces:
@@ -71,7 +97,7 @@ def _parts(chunks: Iterable[str], separator: str) -> Pieces:
     yield begins, held
 
 
-def _records(source: Source, field: str, on_bytes: Callable[[bytes], object], about: set[str]) -> Iterator[str]:
+def _records(source: Source, field: str, on_bytes: Callable[[bytes], object], about: set[str]) -> Records:
     with source.open() as file:
         magic = file.read(4)
     if magic == b"PAR1":
@@ -80,9 +106,9 @@ def _records(source: Source, field: str, on_bytes: Callable[[bytes], object], ab
     name = source.name.lower()
     lines = _lines(source, read_text(source, on_bytes, about))
     if any(part in (".csv", ".tsv") for part in map(lambda p: "." + p, name.split(".")[-2:])):
-        yield from _csv(source, field, lines, "\t" if ".tsv" in name else None)
+        yield from _csv(source, lines, "\t" if ".tsv" in name else None)
     else:
-        yield from _jsonl(source, field, lines)
+        yield from _jsonl(source, lines)
 
 
 def _lines(source: Source, chunks: Iterable[str]) -> Iterator[str]:
@@ -105,7 +131,7 @@ def _lines(source: Source, chunks: Iterable[str]) -> Iterator[str]:
         yield "".join(held)
 
 
-def _jsonl(source: Source, field: str, lines: Iterable[str]) -> Iterator[str]:
+def _jsonl(source: Source, lines: Iterable[str]) -> Records:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -118,10 +144,10 @@ def _jsonl(source: Source, field: str, lines: Iterable[str]) -> Iterator[str]:
             raise DfError(f"{where} this is not JSON", hint) from None
         if not isinstance(record, dict):
             raise DfError(f"{where} the record is no object with fields")
-        yield _text(where, field, record)
+        yield where, record
 
 
-def _csv(source: Source, field: str, lines: Iterator[str], delimiter: str | None) -> Iterator[str]:
+def _csv(source: Source, lines: Iterator[str], delimiter: str | None) -> Records:
     first = next(lines, "")
     if delimiter is None:
         delimiter = max(",;\t|", key=first.count)
@@ -131,12 +157,12 @@ def _csv(source: Source, field: str, lines: Iterator[str], delimiter: str | None
         header = next(rows, [])
         for row in rows:
             if row:
-                yield _text(f"{source.name}, line {rows.line_num:,}:", field, dict(zip(header, row, strict=False)))
+                yield f"{source.name}, line {rows.line_num:,}:", dict(zip(header, row, strict=False))
     except csv.Error as error:
         raise DfError(f"{source.name}, line {rows.line_num:,}: {error}") from None
 
 
-def _parquet(source: Source, field: str, on_bytes: Callable[[bytes], object]) -> Iterator[str]:
+def _parquet(source: Source, field: str, on_bytes: Callable[[bytes], object]) -> Records:
     try:
         import pyarrow as arrow
         import pyarrow.parquet as parquet
@@ -148,22 +174,19 @@ def _parquet(source: Source, field: str, on_bytes: Callable[[bytes], object]) ->
         try:
             table = parquet.ParquetFile(file)
             if field not in table.schema_arrow.names:
-                _text(f"{source.name}:", field, dict.fromkeys(table.schema_arrow.names))
+                yield f"{source.name}:", dict.fromkeys(table.schema_arrow.names)
+                return
             number = 0
             for batch in table.iter_batches(batch_size=1000, columns=[field], use_threads=False):
                 for value in batch.column(0).to_pylist():
                     number += 1
-                    yield _text(f"{source.name}, record {number:,}:", field, {field: value})
+                    yield f"{source.name}, record {number:,}:", {field: value}
         except (arrow.ArrowException, OSError) as error:
             raise DfError(f"{source.name} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
 
 
-def _text(where: str, field: str, record: dict[str, Any]) -> str:
+def _text(where: str, field: str, value: object) -> str:
     """The text of a record's field; an empty one where it is null. Raises DfError."""
-    if field not in record:
-        there = ", ".join(f"`{name}`" for name in list(record)[:10])
-        raise DfError(f"{where} there is no field `{field}`", f"`--field` takes one of {there}")
-    value = record[field]
     if value is None:
         return ""
     if not isinstance(value, str):

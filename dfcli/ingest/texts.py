@@ -20,7 +20,7 @@ from dfcli.codecs.bpe import default_vocab_size
 from dfcli.codecs.bytelevel import END_OF_TEXT
 from dfcli.errors import DfError
 from dfcli.ingest.build import Build, Made, Writers
-from dfcli.ingest.documents import Pieces, documents
+from dfcli.ingest.documents import LACKING, Pieces, documents
 from dfcli.ingest.reading import BadText, read_text
 from dfcli.ingest.sources import CHUNK, Lines, Source, list_some, nothing_usable
 from dfcli.ingest.splits import TEST, TRAIN, VAL, Labels, constant
@@ -113,6 +113,8 @@ class Texts(Build):
             "UTF-16": "read as UTF-16, as its mark says:",
             "UTF-32": "read as UTF-32, as its mark says:",
         }
+        for sentence in sorted(what for text in texts for what in text.about if what.startswith(LACKING)):
+            self._on_event(Note(sentence.removeprefix(LACKING)))
         for what, told in words.items():
             if names := [text.source.name for text in texts if what in text.about]:
                 self._on_event(Note(f"{told} {list_some(names)}"))

@@ -280,10 +280,10 @@ class Run:
         path = self.path / RESULT
         return files.read_json(path) if path.exists() else None
 
-    def set_closing_loss(self, val_loss: float, **others: Any) -> None:
+    def set_closing_loss(self, val_loss: float | None, **others: Any) -> None:
         """Complete the result of a finished run, whose best checkpoint has this loss over the whole validation split in
-        nats a token; `others` are more values of the result. Does nothing where the result is complete, or the run not
-        finished."""
+        nats a token, None where it is not finite; `others` are more values of the result. Does nothing where the result
+        is complete, or the run not finished."""
         result = self.result
         if result is not None and not result.get("closed", True):
             files.write_json(self.path / RESULT, result | {"val_loss": val_loss, "closed": True} | others)

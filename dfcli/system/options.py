@@ -36,6 +36,12 @@ def option(
     return field(default=default, metadata=metadata)
 
 
+def same_option(cls: type, name: str, *, data: bool = False) -> Any:
+    """The option of that name of another dataclass. `data` as for `option`."""
+    (found,) = (f for f in fields(cls) if f.name == name)
+    return field(default=found.default, metadata={**found.metadata, "data": data})
+
+
 def check_device(name: str) -> None:
     """Raise UsageError where `name` is the word of no device. Whether this machine has it is seen when it is used."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,4})?", name):

@@ -293,7 +293,7 @@ def _size(draft: Draft, sizes: list[dict[str, Any]], usual: int) -> None:
             reason = f"the smallest size, because {time} is short"
     draft.config = configs[chosen]
     if any(config != configs[0] for config in configs):  # else nothing was left to choose
-        tables = " beside the tables" if core == "gpt" and draft.config.ngrams > 1 else ""
+        tables = ", and the n-gram tables" if core == "gpt" and draft.config.ngrams > 1 else ""
         draft.tell("size", f"{counts[chosen] / 1e6:.2g}M parameters{tables}", reason)
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from dfcli.errors import UsageError
+from dfcli.ingest.request import Request as Preparation
 from dfcli.system import processes
-from dfcli.system.options import check_device, device_option, flag, option
+from dfcli.system.options import check_device, device_option, flag, option, same_option
 from dfcli.system.words import closest
 from dfcli.training.presets import PRESETS, preset
 
@@ -40,19 +41,12 @@ class Request:
 
     kind: str
     data: tuple[str, ...] = option((), "What to learn from; may be repeated. Built-in data by default.", "NAME|PATH")
-    codec: str | None = option(
-        None,
-        "How data becomes token ids: chars, bytes, gpt2, bpe or mulaw; chars or mulaw by default.",
-        "NAME",
-        data=True,
-    )
-    lines: bool = option(False, "Each line of the text is one document.", data=True)
-    separator: str | None = option(None, "Text that stands between documents within a file.", "TEXT", data=True)
-    field: str | None = option(None, "The field of JSONL, CSV or Parquet records that holds text.", "NAME", data=True)
-    levels: int | None = option(None, "Mu-law levels of sound: 256, 512, 1024, 2048 or 4096.", "N", data=True)
-    label: str | None = option(
-        None, "Labels of recordings: their folder, or named groups of a pattern.", "folder|PATTERN", data=True
-    )
+    codec: str | None = same_option(Preparation, "codec", data=True)
+    lines: bool = same_option(Preparation, "lines", data=True)
+    separator: str | None = same_option(Preparation, "separator", data=True)
+    field: str | None = same_option(Preparation, "field", data=True)
+    levels: int | None = same_option(Preparation, "levels", data=True)
+    label: str | None = same_option(Preparation, "label", data=True)
     preset: str | None = option(None, "A published model and its protocol.", "NAME")
     name: str | None = option(None, "What to call the run.", "NAME")
     steps: int | None = option(None, "Train for this many steps.", "N", bounds=(1, 10**9), recipe=True)
@@ -72,6 +66,7 @@ class Request:
     overrides: Mapping[str, str] = option(
         dict, "Change a field of the model or the recipe.", "KEY=VALUE", flags=("--set",)
     )
+    log: str | None = option(None, "Also write the figures to another program's log.", "tensorboard|wandb")
     show: bool = option(False, "Show what would be trained, with reasons, and train nothing.")
 
     def __post_init__(self) -> None:
@@ -98,6 +93,10 @@ class Request:
         if self.kind not in PRESETS:
             raise UsageError(f"there is no kind of model `{self.kind}`", closest(self.kind, PRESETS))
         check_device(self.device)
+        if self.log is not None:
+            from dfcli.training.logs import check_log
+
+            check_log(self.log)
         for f in fields(self):
             value, bounds = getattr(self, f.name), f.metadata.get("bounds")
             if value is None or bounds is None:

@@ -31,6 +31,7 @@ from dfcli.system.processes import ALONE, Processes, joined
 from dfcli.training import memory, resume, sharding
 from dfcli.training import plan as plans
 from dfcli.training.events import Closing, Finished, Started
+from dfcli.training.logs import logged
 from dfcli.training.plan import Plan
 from dfcli.training.request import Request
 from dfcli.training.result import TrainResult, read_result, write_result
@@ -84,10 +85,12 @@ def train(
         if isinstance(work, TrainResult):  # it was finished before
             return work
         run, made = work
+        if group.first:
+            calls = calls._replace(on_event=logged(request.log, run, calls.on_event))
         group.connect(made.device)
         with memory.explained(made), group.explained(), made.device.repeatable(), _forked_random_state(made.device):
             trainer = trainer_of(run, made, group, calls)
-            on_event(Started(made, run.path, trainer.state.step, trainer.state.best_val_loss))
+            calls.on_event(Started(made, run.path, trainer.state.step, trainer.state.best_val_loss))
             before = earlier_loss(made, trainer.core, group, on_event)
             stopped = trainer.run()
             state = trainer.state
@@ -97,7 +100,7 @@ def train(
                 result = _close(run, made, result, group, calls)
                 if result.closed:
                     _tell_start(run, made, result, before, group, on_event)
-        on_event(Finished(result))
+        calls.on_event(Finished(result))
         return result
 
 
@@ -350,13 +353,15 @@ def _measured(
     except Stopped:
         group.sums([math.nan, 0.0])  # a process that was not stopped then has no figure either
         return result
-    if not all(map(math.isfinite, losses.values())):
-        return result
-    best = min(losses, key=losses.__getitem__)  # of equals the start
-    found = {"best_step": best, "start_val_loss": losses.get(0) if started else None}
+    figures = {step: loss for step, loss in losses.items() if math.isfinite(loss)}
+    if len(figures) < len(losses):
+        calls.on_event(Note("the loss over the whole validation split is not finite"))
+    best = min(figures, key=figures.__getitem__, default=result.best_step)  # of equals the start
+    figure = None if best is None else figures.get(best)
+    found = {"best_step": best, "start_val_loss": figures.get(0) if started else None}
     if group.first:
-        run.set_closing_loss(losses[best], **found)
-    return replace(result, val_loss=losses[best], closed=True, **found)
+        run.set_closing_loss(figure, **found)
+    return replace(result, val_loss=figure, closed=True, **found)
 
 
 def _tell_start(

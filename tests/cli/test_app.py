@@ -52,12 +52,13 @@ def test_options_are_those_of_the_design(here, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "200")
     expected = {
         "train": "data codec lines separator field levels label preset name steps minutes device batch-size lr "
-        "seed resume init condition set show quiet json",
+        "seed resume init condition set log show quiet json",
         "sample gpt": "run prompt prompt-file tokens stop num temperature top-k top-p min-p seed device engine "
         "checkpoint json",
         "sample wavenet": "run seconds output num best normalize label mel prime keep-prime temperature top-k top-p "
         "min-p seed device engine checkpoint json",
         "eval": "run data split stride limit measures choices checkpoint device json",
+        "report": "output device",
         "data prepare": "name codec bpe vocab-size tokenizer lines separator field sample-rate levels label normalize "
         "val-fraction test-fraction val test",
         "data get": "output",

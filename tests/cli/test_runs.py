@@ -179,3 +179,15 @@ def test_a_person_is_asked(trained, answer: str, code: int):
         assert child.exitstatus == code
         place = trained / "home" / (folder if what == "runs" else f"datasets/{name}")
         assert place.exists() == (code != 0)
+
+
+def test_a_report_of_the_newest_run(here, trained, tmp_path):
+    shown = here("report", "-o", "r.html", "--device", "cpu")
+    assert shown.code == 0
+    assert "wrote r.html" in shown.err
+    page = (tmp_path / "r.html").read_text()
+    assert "<h2>" in page
+    assert "bigram" in page
+    assert "<svg" in page
+    assert here("report", "tlak").code == 2
+    assert "`mkdir -p no`" in here("report", "-o", "no/r.html").err

@@ -107,9 +107,9 @@ def test_documents_between_separators(codec: str, tmp_path: Path) -> None:
     [
         ("a.jsonl", b'{"text": "ab"}\n{"text"\n', "a.jsonl, line 2: this is not JSON"),
         ("a.jsonl", b'{"text": "ab"}\n\n[1]\n', "a.jsonl, line 3: the record is no object"),
-        ("a.jsonl", b'{"body": "ab"}\n', "a.jsonl, line 1: there is no field `text`"),
+        ("a.jsonl", b'{"body": "ab"}\n', "a.jsonl, line 1: the record has no field `text`: it has the fields `body`"),
         ("a.jsonl", b'{"text": 5}\n', "a.jsonl, line 1: the field `text` holds int, not text"),
-        ("a.csv", b"id,body\n1,ab\n", "a.csv, line 2: there is no field `text`"),
+        ("a.csv", b"id,body\n1,ab\n", "a.csv, line 2: the record has no field `text`: it has the fields `id`, `body`"),
         ("a.jsonl.gz", gzip.compress(LINES)[:-20], "a.jsonl.gz cannot be unpacked"),
         ("a.parquet", b"PAR1 and no more", "a.parquet cannot be read as Parquet"),
     ],
@@ -139,3 +139,29 @@ def test_line_ends_and_encodings_do_not_change_the_ids(end: str, told: bool, enc
     ):
         assert dataset.fingerprint == plain.fingerprint
     assert told == any("line ends" in event.text for event in events if isinstance(event, Note))
+
+
+def test_records_without_the_field_are_left_out_and_said(tmp_path: Path) -> None:
+    file, events = tmp_path / "a.jsonl", list[object]()
+    rows = [{"id": k, "text": text} for k, text in enumerate(TEXTS)]
+    rows[2:2] = [{"id": 7, "body": "another"}, {}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with prepare([str(file)], field="text", on_event=events.append) as dataset:
+        assert all_documents(dataset) == sorted(TEXTS)
+    said = [event.text for event in events if isinstance(event, Note)]
+    assert (
+        said.count(
+            f"2 of 22 records of {file} have no field `text` and were left out; "
+            f"the first is {file}, line 3: it has the fields `id`, `body`"
+        )
+        == 1
+    )
+    with pytest.raises(
+        DfError, match=r"a\.jsonl, line 1: the record has no field `txt`: it has .*`id`, `text`"
+    ) as caught:
+        prepare([str(file)], field="txt")
+    assert caught.value.hint == "did you mean `--field text`?"
+    (tmp_path / "b.csv").write_text("id,text\n1,one two\n2\n3,three four\n")  # a short row
+    with prepare([str(tmp_path / "b.csv")], field="text", val_fraction=0, on_event=events.append) as dataset:
+        assert all_documents(dataset) == ["one two", "three four"]
+    assert any("1 of 3 records" in event.text for event in events if isinstance(event, Note))

@@ -1,0 +1,54 @@
+"""The options of preparing data. Each is written once, as a field: its type, default and help.
+
+Nothing here imports NumPy, which takes time at the start of every command.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from dfcli.system.options import option
+
+Codec = Literal["chars", "bytes", "gpt2", "bpe", "mulaw"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """How sources become a dataset, as `ingest.prepare.prepare` takes it. Values are checked there."""
+
+    name: str | None = option(None, "Name of the dataset.", "NAME")
+    codec: str | None = option(
+        None,
+        "How data becomes token ids: chars, bytes, gpt2, bpe or mulaw. Default: chars for text, mulaw for audio.",
+        "CODEC",
+        kind=Codec | None,
+    )
+    bpe: str | None = option(None, "Folder of GPT-2's encoder.json and vocab.bpe.", "DIR")
+    vocab_size: int | None = option(None, "Ids of the bpe codec; by default they follow the corpus.", "N")
+    tokenizer: str | None = option(None, "A tokenizer.json to use as the bpe codec.", "FILE")
+    lines: bool = option(False, "Each line of the text is one document.")
+    separator: str | None = option(None, "Text that stands between documents within a file.", "TEXT")
+    field: str | None = option(None, "The field of JSONL, CSV or Parquet records that holds the text.", "NAME")
+    sample_rate: int | None = option(None, "Sample rate of the audio. Default: the sources' own, at most 16,000.", "HZ")
+    levels: int | None = option(None, "Mu-law levels of audio: 256 (the default), 512, 1024, 2048 or 4096.", "N")
+    label: str | None = option(
+        None, "Labels of recordings: the folder they lie in, or a pattern's named groups.", "folder|PATTERN"
+    )
+    normalize: str = option(
+        "none", "Scale each recording: its peak to 1, or its range to -1 to 1.",
+        kind=Literal["none", "peak", "minmax"],
+    )  # fmt: skip
+    val_fraction: float = option(0.1, "Share of the data held out for validation.", "F")
+    test_fraction: float = option(0.0, "Share of the data held out for testing.", "F")
+    val: tuple[str, ...] = option((), "Validate on this source instead of a share.", "SOURCE")
+    test: tuple[str, ...] = option((), "Test on this source instead of a share.", "SOURCE")
+
+    def __post_init__(self) -> None:
+        for name in ("val", "test"):
+            object.__setattr__(self, name, tuple(getattr(self, name) or ()))
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments of `prepare`."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
