@@ -13,25 +13,30 @@ from dfcli.cores.protocols import Backend, Pass
 from dfcli.data.batches import Batch
 from dfcli.system.device import Device
 from dfcli.system.events import Choice, Note, OnEvent
+from dfcli.system.processes import ALONE, Processes
 from dfcli.system.words import first_line
 from dfcli.training import optim, sharding
 from dfcli.training.loss import cross_entropy
 from dfcli.training.settings import Recipe
 
 
-def choose(core: cores.Core, recipe: Recipe, device: Device, on_event: OnEvent) -> Backend:
-    """The backend for a core on its device, its kernels compiled. The choice is told; where kernels fail, training goes
-    on with PyTorch alone."""
+def choose(
+    core: cores.Core, recipe: Recipe, device: Device, on_event: OnEvent, processes: Processes = ALONE
+) -> Backend:
+    """The backend for a core on its device, its kernels compiled: the same in each process, whose weights would drift
+    apart otherwise. The choice is told; where kernels fail, training goes on with PyTorch alone."""
     sharded = "the weights are in parts over several processes" if sharding.is_sharded(core) else None
-    reason = sharded or unsupported(core.config, recipe, device)
+    reason, compiled = sharded or unsupported(core.config, recipe, device), None
     if reason is None:
         try:
             compiled = CompiledBackend(core, recipe, device, on_event)
-            on_event(Choice("backend", "compiled", "kernels for this model on this CPU"))
-            return compiled
         except Exception as error:  # numba's errors have no base class
             reason = f"the compiled kernels do not work here ({first_line(error)[:200]})"
-    on_event(Choice("backend", "PyTorch", reason))
+    missing, _ = processes.agree(int(compiled is None), 0.0)
+    if compiled is not None and not missing:
+        on_event(Choice("backend", "compiled", "kernels for this model on this CPU"))
+        return compiled
+    on_event(Choice("backend", "PyTorch", reason or "the compiled kernels do not work in every process"))
     return TorchBackend(core, recipe, device)
 
 

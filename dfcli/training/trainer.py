@@ -91,10 +91,12 @@ class Trainer:
             self.evaluate(self.validation)
             self.saver.save()
             self.state.seconds = 0.0
-        self.backend = choose(self.core, self.recipe, self.device, self.on_event)
+        self.backend = choose(self.core, self.recipe, self.device, self.on_event, self.processes)
         self.budget.beat()
         self.budget.start()
         self.backend.warm_up(lambda: self.batches.at(self.state.step), self.on_event)
+        dense, _ = self.processes.agree(int(not self.backend.sparse), 0.0)  # torch.compile may fail in one process
+        self.backend.sparse = not dense
         self.optimizer.use(self.backend)
         with kept_memory(), settled_objects(), pytorch_threads(self.backend.threads):
             while not self.state.done:

@@ -97,6 +97,16 @@ def test_two_processes_train_as_one(folder: Path) -> None:
     assert [line["step"] for line in lines] == list(range(1, work.STEPS + 1))
     assert first["finished"] == second["finished"] == work.STEPS
 
+    # One process goes on from the checkpoint of two.
+    assert 4 <= Run.open("less").load("last").step < work.STEPS
+    work.train(folder, "less", resume=True)
+    for name, tensor in weights("one-muon").items():
+        torch.testing.assert_close(weights("less")[name], tensor, rtol=1e-5, atol=1e-5)
+
+    assert first["backends"] == ["PyTorch", "the compiled kernels do not work in every process"]
+    assert second["backends"] == ["PyTorch", "the compiled kernels do not work here (ImportError: no numba here)"]
+    assert equal(weights("mixed"), whole)
+
     message = "process 1 of 2: there is too little memory"
     assert first["failure"] == second["failure"] == ["Elsewhere", message, "take less"]
     assert first["odd"][:2] == ["UsageError", "2 processes cannot share 9 sequences equally"]

@@ -17,7 +17,7 @@ import dfcli
 from dfcli.data.batches import Batches
 from dfcli.errors import DfError
 from dfcli.system import processes
-from dfcli.training import memory
+from dfcli.training import backend, memory
 from dfcli.training.train import TrainResult
 
 STEPS = 20
@@ -61,6 +61,25 @@ def all_die(folder: Path) -> None:
     train(folder, "all-die", stop=at(9, die))
 
 
+def differing_backends(folder: Path) -> list[str]:
+    """Train where the compiled kernels work in the first process alone: the choice of a backend, and its reason."""
+    told: list[Any] = []
+
+    class Compiled(backend.TorchBackend):
+        name = "compiled"
+
+        def __init__(self, *arguments: Any) -> None:
+            if processes.rank():
+                raise ImportError("no numba here")
+            super().__init__(*arguments[:3])
+
+    compiled, unsupported = backend.CompiledBackend, backend.unsupported
+    backend.CompiledBackend, backend.unsupported = Compiled, lambda *_: None  # type: ignore[assignment,misc]
+    train(folder, "mixed", on_event=told.append)
+    backend.CompiledBackend, backend.unsupported = compiled, unsupported  # type: ignore[misc]
+    return next([event.value, event.reason] for event in told if getattr(event, "what", "") == "backend")
+
+
 def sharded(folder: Path) -> None:
     """Train with the weights in two parts, and go on from checkpoints of such trainings and of others."""
     rank, notes = processes.rank(), {}
@@ -96,6 +115,8 @@ def life(folder: Path) -> None:
     for name in ("half", "one-dies", "all-die", "alone"):
         notes[name] = train(folder, name, resume=True).steps
     notes["finished"] = train(folder, "half", resume=True).steps
+    train(folder, "less", stop=at(7, lambda: "terminated") if rank else lambda: None)
+    notes["backends"] = differing_backends(folder)
 
     def refuse(plan: Any) -> None:
         raise DfError("there is too little memory", "take less")

@@ -6,6 +6,7 @@ python -m tests.gpu.main OUT [--device cuda|cpu|mps] [--quick] [--seconds 570]
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 import shutil
@@ -40,9 +41,15 @@ PARTS: dict[str, tuple[Part, int, str]] = {
 }
 
 
+ENDS = (signal.SIGTERM, signal.SIGHUP)
+
+
 def work(part: str, where: Where) -> None:
     """One part, in its own process."""
-    os.setsid()
+    os.setsid()  # Ctrl-C is for the parent
+    for number in ENDS:
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     log = open(where.out / "log.txt", "a")  # noqa: SIM115 - until the process ends
     for stream in (1, 2):
         os.dup2(log.fileno(), stream)
@@ -60,19 +67,44 @@ def work(part: str, where: Where) -> None:
 
 
 def run(part: str, where: Where, seconds: float) -> None:
-    """A part with its time limit."""
+    """A part with its time limit. Whatever ends this process's wait, no process of the part is left."""
     # A forked process has PyTorch already; its parent has used no device. macOS cannot fork so.
     process = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn").Process(
         target=work, args=(part, where)
     )
     process.start()
-    process.join(seconds)
-    if process.is_alive() and process.pid:
-        os.killpg(process.pid, signal.SIGKILL)
+    outcome = "interrupted"
+    try:
+        process.join(seconds)
+        if process.is_alive():
+            outcome = f"cut off after {seconds:.0f} s"
+        else:
+            outcome = f"failed: its process ended with {process.exitcode}" if process.exitcode else ""
+    finally:
+        kill(process.pid)
         process.join()
-        Note(where.out, part)(status=f"cut off after {seconds:.0f} s")
-    elif process.exitcode:
-        Note(where.out, part)(status=f"failed: its process ended with {process.exitcode}")
+        if outcome:
+            Note(where.out, part)(status=outcome)
+
+
+def kill(number: int | None) -> None:
+    """Kill a process and all below it, also those that torchrun put into sessions of their own. While they are listed a
+    stopped process starts no more of them."""
+    import psutil
+
+    found: list[psutil.Process] = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        top = psutil.Process(number)
+        top.suspend()
+        found = [top, *top.children(recursive=True)]
+    for process in found:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def end(number: int, frame: object) -> None:
+    """The handler of signals that end this script. The parts have the default meaning again, see `work`."""
+    raise SystemExit(128 + number)
 
 
 def table(where: Where) -> str:
@@ -105,6 +137,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=570, help="for all parts together")
     parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS), help="these parts")
     given = parser.parse_args()
+    for number in ENDS:
+        signal.signal(number, end)
     began = time.perf_counter()
     folder = Path(tempfile.mkdtemp(prefix="dfcli-gpu-"))
     where = Where(given.out.absolute(), folder, given.device, given.quick)
@@ -115,16 +149,22 @@ def main() -> None:
     try:
         for part in given.only:
             left = given.seconds - (time.perf_counter() - began)
-            if left < 15:
-                Note(where.out, part)(status="not run: the time was used up")
-            else:
-                limit = PARTS[part][1] * (4 if given.quick else 1)  # a rehearsal may share its machine
-                run(part, where, min(limit, left))
-            (where.out / "summary.md").write_text(table(where))
+            try:
+                if left < 15:
+                    Note(where.out, part)(status="not run: the time was used up")
+                else:
+                    limit = PARTS[part][1] * (4 if given.quick else 1)  # a rehearsal may share its machine
+                    run(part, where, min(limit, left))
+            finally:
+                (where.out / "summary.md").write_text(table(where))
             figures = read(where.out / "results.json")[part]
             print(f"{time.perf_counter() - began:5.0f} s  {part}: {figures['status']}", flush=True)
+    except KeyboardInterrupt:
+        sys.exit(130)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        for temporary in (str(folder), os.environ.get("GPU_SITE", "")):
+            if temporary:
+                shutil.rmtree(temporary, ignore_errors=True)
     print(table(where))
     results = read(where.out / "results.json")
     sys.exit(0 if all(results[part]["status"] == "passed" for part in given.only) else 1)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.gpu.main import PARTS
@@ -25,3 +28,24 @@ def test_every_part_runs(tmp_path: Path) -> None:
     results = json.loads((out / "results.json").read_text())
     assert list(results) == list(PARTS)
     assert done.stdout.endswith((out / "summary.md").read_text() + "\n")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs bash")
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_an_interrupted_script_leaves_no_process_and_its_figures(number: int, code: int, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    line = ["bash", str(RUN), str(out), "--device", "cpu", "--quick", "--only", "processes"]
+    environment = os.environ | {"PYTHON": sys.executable, "TMPDIR": str(tmp_path)}
+    script = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    below: list[psutil.Process] = []
+    while len(below) < 4:  # the part, torchrun, and its two processes, which have sessions of their own
+        time.sleep(0.1)
+        below = psutil.Process(script.pid).children(recursive=True)
+    script.send_signal(number)
+    script.communicate()
+    assert script.returncode == code
+    assert psutil.wait_procs(below, timeout=5)[1] == []
+    assert json.loads((out / "results.json").read_text())["processes"]["status"] == "interrupted"
+    assert "interrupted" in (out / "summary.md").read_text()
+    assert not list(tmp_path.glob("dfcli-gpu-*"))
