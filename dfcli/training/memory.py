@@ -136,8 +136,9 @@ def explained(plan: Plan) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        cpu = ("can't allocate memory", "not enough memory")
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(part in str(error) for part in cpu):
+        # Of the CPU's allocator; of cuBLAS, cuDNN and the driver; of MPS.
+        said = ("can't allocate memory", "not enough memory", "ALLOC_FAILED", "out of memory")
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(part in str(error) for part in said):
             raise
         message = f"there is not enough memory on {plan.device.name} for this training"
         raise DfError(message, advice(plan)) from None

@@ -365,6 +365,8 @@ def _name(request: Request, data: tuple[str, ...]) -> tuple[str | None, str | No
 def check_shared(plan: Plan) -> None:
     """Raise UsageError where several processes cannot share the batches."""
     count, rows = processes.count(), plan.recipe.batch_size
+    if count > 1 and plan.device.kind == "mps":
+        raise UsageError("PyTorch cannot connect processes on an Apple GPU", "train without torchrun, or on the CPU")
     if count > 1 and plan.core == "charwavenet":
         raise UsageError(
             "the lecture's WaveNet normalises over all rows of a batch, so one process must have them",

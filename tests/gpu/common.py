@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -70,6 +71,19 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def nvidia_smi(query: str, *more: str) -> list[str]:
+    """The values of a query, of the first GPU it tells of; "" for each where nvidia-smi is missing or fails."""
+    line = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits", *more]
+    try:
+        said = (
+            subprocess.run(line, capture_output=True, text=True, timeout=20).stdout.strip().split("\n")[0].split(", ")
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        said = []
+    wanted = query.count(",") + 1
+    return said if len(said) == wanted else [""] * wanted
+
+
 def machine(device: str) -> dict[str, Any]:
     """The device and the versions that figures are from."""
     import platform
@@ -82,11 +96,7 @@ def machine(device: str) -> dict[str, Any]:
     found = resolve(device)
     driver = ""
     if found.kind == "cuda":
-        import subprocess
-
-        line = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        said = subprocess.run(line, capture_output=True, text=True)
-        driver = said.stdout.split("\n")[0]
+        driver = nvidia_smi("driver_version")[0]
     return {
         "device": found.name if found.kind == "cuda" else machine("cpu"), "precision": found.precision,
         "gpus": torch.cuda.device_count(), "driver": driver, "torch": torch.__version__, "cuda": torch.version.cuda,

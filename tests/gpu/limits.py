@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 import threading
 import time
 from typing import Any
 
-from tests.gpu.common import Note, Where
+from tests.gpu.common import Note, Where, nvidia_smi
 
 QUERY = "memory.used,memory.total,utilization.gpu,temperature.gpu,power.draw"
 
@@ -36,8 +35,7 @@ def statistics(where: Where, note: Note) -> None:
         said = []
         if where.on_gpu:
             uuid = torch.cuda.get_device_properties(device.torch_device).uuid
-            line = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader,nounits", "-i", f"GPU-{uuid}"]
-            said = subprocess.run(line, capture_output=True, text=True).stdout.strip().split(", ")
+            said = nvidia_smi(QUERY, "-i", f"GPU-{uuid}")
     done.set()
     worker.join()
     note(live_view=vars(seen), nvidia_smi=said)
@@ -47,12 +45,13 @@ def statistics(where: Where, note: Note) -> None:
         ours = [*megabytes, seen.gpu_percent, seen.gpu_temperature, seen.gpu_power_watts]
         shares = (0.05, 0.01, 0.2, 0.1, 0.3)
         for name, mine, theirs, share in zip(QUERY.split(","), ours, said, shares, strict=True):
-            if mine is None or not theirs.replace(".", "").isdigit():
-                note.check(mine is None, f"{name}: nvidia-smi says {theirs}, the live view {mine}")
+            if mine is None or not theirs.replace(".", "").isdigit():  # "[N/A]" for some figures of some GPUs
+                note.check(mine is None or not theirs, f"{name}: nvidia-smi says {theirs}, the live view {mine}")
                 continue
             near = abs(mine - float(theirs)) <= share * max(10.0, float(theirs))
             note.check(near, f"{name}: the live view says {mine:.0f}, nvidia-smi {theirs}")
-        note(says={"": f"{seen.gpu_name}: {seen.gpu_percent:.0f} % (nvidia-smi {said[2]} %), "
+        note.check(seen.gpu_name is not None, "NVML does not know this GPU")
+        note(says={"": f"{seen.gpu_name}: {seen.gpu_percent} % (nvidia-smi {said[2]} %), "
                        f"{(seen.gpu_memory_used or 0) / 2**20:,.0f} MiB ({said[0]} MiB)"})  # fmt: skip
 
 

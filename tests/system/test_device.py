@@ -86,6 +86,13 @@ def test_bfloat16_only_where_the_gpu_has_units(capability: Any, precision: str, 
     assert precision in found.reason
 
 
+def test_float32_products_are_not_rounded_to_tf32(gpus: Any):
+    gpus(1, (8, 0))
+    devices.resolve("cuda")
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
 @pytest.mark.parametrize("capability", [(7, 0), (6, 1), (10, 0)])
 def test_a_gpu_that_this_pytorch_has_no_code_for(capability: Any, gpus: Any):
     gpus(1, capability)

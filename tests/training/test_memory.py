@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import dfcli
 from dfcli import cores
-from dfcli.errors import DfError
+from dfcli.errors import DfError, UsageError
 from dfcli.system.device import Device
 from dfcli.training import memory
+from dfcli.training.plan import check_shared
 from dfcli.training.settings import Recipe
 
 CONFIG = cores.GPTConfig(65, context=64, layers=8, heads=8, channels=512)
@@ -59,3 +62,32 @@ def test_a_model_that_fits_no_device_is_refused_with_what_would_hold_it(
         memory.check_fits(made)
     assert "choose a smaller model" in caught.value.hint
     assert "torchrun" not in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: not enough memory: you tried to allocate",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: out of memory",
+        "MPS backend out of memory (MPS allocated: 9.05 GB)",
+    ],
+)
+def test_every_allocator_s_failure_is_told_with_what_to_lower(said: str) -> None:
+    made = dfcli.plan("gpt", steps=1, device="cpu", overrides={"layers": "1", "channels": "32", "heads": "2"})
+    with pytest.raises(DfError, match="there is not enough memory") as caught, memory.explained(made):
+        raise RuntimeError(said)
+    assert "--batch-size" in caught.value.hint
+
+
+def test_processes_that_cannot_share_a_training_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = dfcli.plan("gpt", steps=1, device="cpu", overrides={"layers": "1", "channels": "32", "heads": "2"})
+    processes(monkeypatch, 2)
+    apple = replace(made, device=replace(made.device, kind="mps"))
+    with pytest.raises(UsageError, match="cannot connect processes on an Apple GPU"):
+        check_shared(apple)
+    with pytest.raises(UsageError, match="normalises over all rows"):
+        check_shared(replace(made, core="charwavenet"))
+    rows = replace(made, recipe=replace(made.recipe, batch_size=3))
+    with pytest.raises(UsageError, match="2 processes cannot share 3 sequences equally"):
+        check_shared(rows)

@@ -12,12 +12,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dfcli import cores
 from dfcli.data.batches import Batch
 from dfcli.errors import DfError
 from dfcli.system.device import resolve
 from dfcli.system.events import Note
+from dfcli.training.backend import TorchBackend
 from dfcli.training.events import Sample, Saved, Step
 from dfcli.training.meter import metrics_line
 from dfcli.training.settings import Recipe
@@ -398,3 +400,33 @@ def test_batches_drawn_while_a_gpu_computes_are_those_of_their_steps(monkeypatch
         asked.append(drawn)
     assert asked == [[0, 1, 2], [0, 1, 2, 3]]
     assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations whose result a program can only go on with once the device has computed it."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "_coalesce", "is_nonzero", "equal")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.__name__.split(".")[0].startswith(self.NAMES)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_on_a_gpu_waits_once(optimizer: str) -> None:
+    """A CPU that is said to be a GPU: beside the one `tolist` of loss and norm nothing asks for a number, but for the
+    targets of each micro-batch, which are counted before they go to the device."""
+    values = CORES["gpt"] | {"ngrams": 3, "ngram_dropout": 0.2}
+    torch.manual_seed(0)
+    core = cores.build("gpt", values)
+    recipe = Recipe(batch_size=2, accumulate=2, steps=9, compile="off", optimizer=optimizer, clip=1e-3, momentum=0.9)
+    one = Trainer(core, recipe, Rows(2), Memory(), dataclasses.replace(DEVICE, kind="cuda"), seed=5)
+    one.optimizer.use(TorchBackend(core, recipe, one.device))
+    one.step()
+    with Waits() as waits:
+        one.step()
+    assert waits.count == recipe.accumulate
