@@ -270,9 +270,10 @@ def _drop_rows(s, out, o, x, i, n, number, stream, p):
 
 
 @inner
-def _branch(s, work, layer, kind, b, t0, n, weights, bias, x, i, inputs, panels):
+def _branch(s, work, layer, kind, b, t0, n, weights, bias, x, i, panels):
     """stream += dropout(x[i:] times a layer's weights + bias), for n positions from t0 on: the end of a branch."""
     C, Cs, stream, branch = s.C, _row_stride(s.C), work.stream, work.branch
+    inputs = panels.size // (s.L * C)
     if s.dropout == 0:
         for t in range(n if s.biased else 0):
             add(stream, (t0 + t) * Cs, weights, bias + layer * C, C)
@@ -481,7 +482,7 @@ def _attention(s, at, b, layer, batch, panels, kept, work):
             transposed(work.keys, h * D * Ts + t0, Ts, kept.qkv, row * Qs + C + h * D, Qs, n, D)
             for q0 in range(t0, t0 + n, QUERIES):
                 _attend(s, b, layer, h, q0, batch, kept, work)
-        _branch(s, work, layer, 2, b, t0, n, weights, at.projection_bias, kept.y, row * Cs, C, panels.projection)
+        _branch(s, work, layer, 2, b, t0, n, weights, at.projection_bias, kept.y, row * Cs, panels.projection)
 
 
 @inner
@@ -526,7 +527,7 @@ def _mlp(s, at, b, layer, batch, panels, kept, work):
         panel_product(kept.inside, row * Fs, Fs, kept.h2, row * Cs, Cs, panels.expansion, layer * C * F, n, F, C)
         for t in range(n):
             activate(work.active, t * Fs, kept.inside, (row + t) * Fs, F, s.activation)
-        _branch(s, work, layer, 3, b, t0, n, weights, at.contraction_bias, work.active, 0, F, panels.contraction)
+        _branch(s, work, layer, 3, b, t0, n, weights, at.contraction_bias, work.active, 0, panels.contraction)
 
 
 @inner

@@ -1,11 +1,12 @@
-"""The pictures of the README, made from a real session: `python tests/pictures/make.py [MINUTES [TEXT]]`.
+"""The pictures of the README, made from real sessions. Needs matplotlib, pexpect and pyte.
 
+python tests/pictures/make.py session [MINUTES [TEXT]]    in a data home of its own, which is removed
     .pictures/train.svg     the live view of `df train gpt`, as a terminal of 100 columns shows it
     .pictures/eval.svg      the table of `df eval`
     .pictures/loss.svg      the losses of that training, beside its best baseline
-    .pictures/clip.png      waveform and spectrogram of a clip of the built-in WaveNet
 
-Needs matplotlib, pexpect and pyte. Runs in a data home of its own, which is removed.
+python tests/pictures/make.py voices RUN                  a WaveNet with the labels digit and speaker
+    .pictures/voices.png    spectrograms of clips that it generates: two digits, each of two speakers
 """
 
 from __future__ import annotations
@@ -25,28 +26,25 @@ import pyte
 from rich.console import Console
 from rich.text import Text
 
+import dfcli
+
 ROOT = Path(__file__).parents[2]
 PICTURES = ROOT / ".pictures"
 COLUMNS = 100
 PROGRAM = [sys.executable, "-m", "dfcli"]
 
 
-def main(minutes: float) -> None:
-    PICTURES.mkdir(exist_ok=True)
+def main(minutes: float = 1.0, text: str = "") -> None:
     with tempfile.TemporaryDirectory() as home:
         os.environ |= {"DFCLI_HOME": home, "PYTHONPATH": str(ROOT), "COLORTERM": "truecolor"}
-        data = ["--data", "shakespeare.txt"] if len(sys.argv) > 2 else []
-        os.chdir(home)
+        data = ["--data", "shakespeare.txt"] if text else []
         if data:
-            Path("shakespeare.txt").write_bytes((ROOT / sys.argv[2]).read_bytes())
+            (Path(home) / "shakespeare.txt").write_bytes(Path(text).read_bytes())
+        os.chdir(home)
         line = ["train", "gpt", *data, "--minutes", f"{minutes:g}", "--name", "shakespeare" if data else "built-in"]
         save(session(line, until=60.0), "train.svg", "df " + " ".join(line))
         save(session(["eval"]), "eval.svg", "df eval")
         loss_curve(Path(home))
-        subprocess.run([*PROGRAM, "train", "wavenet", "--minutes", f"{minutes:g}", "--name", "melody"], check=True)
-        clip = str(Path(home) / "clip.wav")
-        subprocess.run([*PROGRAM, "sample", "wavenet", "--seconds", "4", "-o", clip, "--seed", "1"], check=True)
-        spectrogram(clip)
 
 
 def session(words: list[str], until: float | None = None) -> pyte.Screen:
@@ -128,19 +126,31 @@ def loss_curve(home: Path) -> None:
     figure.savefig(PICTURES / "loss.svg", metadata={"Date": None})
 
 
-def spectrogram(clip: str) -> None:
+def voices(run: str) -> None:
     import matplotlib.pyplot as plt
-    import numpy as np
     import soundfile
 
-    samples, rate = soundfile.read(clip)
-    figure, (wave, bands) = plt.subplots(2, figsize=(7, 3.6), sharex=True, layout="constrained")
-    wave.plot(np.arange(len(samples)) / rate, samples, linewidth=0.3)
-    wave.set(ylim=(-1, 1), ylabel="amplitude")
-    bands.specgram(samples + 1e-6, NFFT=512, noverlap=384, Fs=rate, vmin=-140)
-    bands.set(xlabel="seconds", ylabel="Hz", xlim=(0, len(samples) / rate))
-    figure.savefig(PICTURES / "clip.png", dpi=110)
+    speakers = dfcli.Run.open(run).conditioning.names["speaker"]  # type: ignore[union-attr]
+    figure, rows = plt.subplots(2, 2, figsize=(7, 3.6), sharex=True, sharey=True, layout="constrained")
+    for axes, speaker in zip(rows, (speakers[0], speakers[2]), strict=True):
+        for cell, digit in zip(axes, ("3", "7"), strict=True):
+            with tempfile.TemporaryDirectory() as folder:
+                dfcli.sample_audio(
+                    run, None, Path(folder) / "clip.wav", seed=1, labels={"digit": digit, "speaker": speaker}
+                )
+                samples, rate = soundfile.read(Path(folder) / "clip.wav")
+            cell.specgram(samples + 1e-6, NFFT=256, noverlap=224, Fs=rate, vmin=-120, vmax=-20)
+            cell.set_title(f"{speaker} says {digit}", fontsize=9)
+    figure.supxlabel("seconds", fontsize=9)
+    figure.supylabel("Hz", fontsize=9)
+    figure.savefig(PICTURES / "voices.png", dpi=110)
 
 
 if __name__ == "__main__":
-    main(float(sys.argv[1]) if len(sys.argv) > 1 else 1.0)
+    match sys.argv[1:]:
+        case ["session", *rest]:
+            main(*(float(word) if i == 0 else word for i, word in enumerate(rest)))  # type: ignore[arg-type]
+        case ["voices", run]:
+            voices(run)
+        case _:
+            raise SystemExit(__doc__)
