@@ -226,13 +226,15 @@ def test_windows_are_short_and_many():
     ("core", "values"),
     [
         ("gpt", {"vocab_size": 65, "context": 64, "layers": 4, "heads": 4, "channels": 128, "activation": "relu2"}),
+        ("gpt", {"vocab_size": 65, "context": 64, "layers": 4, "heads": 4, "channels": 64, "dropout": 0.1}),
+        ("gpt", {"vocab_size": 65, "context": 256, "layers": 4, "heads": 4, "channels": 64, "dropout": 0.1}),
         ("wavenet", {"vocab_size": 256, "cycles": 1, "residual": 32, "skip": 64, "head": 64}),
     ],
 )
 def test_the_memory_estimate_is_what_autograd_keeps(core: str, values: dict[str, object]) -> None:
     """Against the bytes of the tensors saved for the backward pass: right within a third."""
     config = cores.config(core, values)
-    recipe = Recipe(batch_size=8, window=64 if core == "gpt" else 1024, compile="off")
+    recipe = Recipe(batch_size=8, window=int(str(values.get("context", 1024))), compile="off")
     module = cores.build(core, values)
     kept: dict[int, int] = {}
 
