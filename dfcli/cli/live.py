@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 MOST_COUNTED = 20_000_000  # training tokens beyond which no baseline is counted beside the training
 DAY = 86_400.0  # seconds
+DOT = " · "  # between the parts of the title
 LABEL = 7  # columns of the names of rows
 WIDE = 80  # columns of a row from which on units are written out
 
@@ -216,8 +217,11 @@ class TrainView:
         height = console.height - len(rows.rows) - 6
         if self.sample is not None and height >= 3:
             parts += [Text(), *self._sample_lines(width, min(7, height))]
-        title = Text(self.title, style="bold")
-        title.truncate(outside - 6, overflow="ellipsis")  # Rich alone would make the panel wider
+        named = self.title.split(DOT)
+        while len(named) > 1 and len(DOT.join(named)) > outside - 6:
+            named.pop()
+        title = Text(DOT.join(named), style="bold")
+        title.truncate(outside - 6, overflow="ellipsis")  # a long name; Rich alone would make the panel wider
         return Panel(
             Group(*parts),
             title=title,
@@ -248,7 +252,8 @@ class TrainView:
             clock = f"{duration(step.seconds)} so far"
             if step.eta_seconds is not None and fraction < 1:
                 clock = f"{duration(step.eta_seconds)} left"
-            where = Text.assemble((f"{fraction:4.0%}", "bold"), f"  step {count(step.step)}{of}  ", (clock, "cyan"))
+            parts = [(f"{fraction:.0%}", "bold"), (f"step {count(step.step)}{of}", ""), (clock, "cyan")]
+            where = fit(parts, width - 10)
         grid = Table.grid(padding=(0, 2))
         grid.add_row(ProgressBar(total=1.0, completed=fraction, width=max(8, width - len(where) - 2)), where)
         return grid
@@ -350,7 +355,7 @@ def _bits(nats: float) -> str:
 
 def title(plan: Any) -> str:
     """Run, data, size and device in a line."""
-    return " · ".join(
+    return DOT.join(
         output.one_line(part)
         for part in (plan.name, plan.dataset_name, f"{short(plan.parameters)} parameters", plan.device.name)
         if part

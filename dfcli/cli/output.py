@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
+NARROW = 60  # columns below which a choice and its reason are one paragraph
 LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
 
 # C0 and C1 controls, what changes the direction of text, line separators, and halves of surrogate pairs.
@@ -278,6 +279,9 @@ class Listener:
         from rich.table import Table
         from rich.text import Text
 
+        if stderr().width < NARROW:
+            say(f"{event.what}: {event.value} ({event.reason})")
+            return
         grid = Table.grid(padding=(0, 2))
         grid.add_column(width=13, no_wrap=True)
         grid.add_column(min_width=16)
