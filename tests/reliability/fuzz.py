@@ -1,4 +1,4 @@
-"""Generated hostile input: text, audio, checkpoints, datasets and options.
+"""Generated hostile input: text, documents, audio, labels, checkpoints, packed runs, datasets and options.
 
     python -m tests.reliability.fuzz 10000
     python -m tests.reliability.fuzz --only audio:1234     (one case again, in this process, with its traceback)
@@ -12,6 +12,7 @@ what was written.
 from __future__ import annotations
 
 import contextlib
+import gzip
 import io
 import json
 import os
@@ -23,6 +24,7 @@ import struct
 import sys
 import tempfile
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +41,7 @@ from dfcli.data.dataset import Dataset, datasets_folder, list_datasets
 from dfcli.errors import DfError
 from dfcli.generation.sample import sample_audio, sample_text
 from dfcli.ingest.prepare import prepare
+from dfcli.runs.pack import pack
 from dfcli.runs.run import Run, list_runs
 from dfcli.system import files
 from tests.reliability import material
@@ -212,6 +215,99 @@ def _decodes(data: bytes) -> bool:
         return bool(data.decode())
     except UnicodeDecodeError:
         return False
+
+
+def document_case(folder: Path, dice: Dice) -> None:
+    """Prepare hostile records and separators; what is prepared of one sound file is what stands in it."""
+    texts: list[Any] = ["one two", "é\u202e漢", 'a "quoted", one', "line\nline", "<|endoftext|>", " " * 300, "", None]
+    odd = [5, ["x"], "\0", {"a": 1}]
+    rows: list[Any] = [{"id": str(k), "text": dice.choice(texts)} for k in range(dice.randint(2, 60))]
+    if dice.random() < 0.2:
+        rows[-1]["text"] = dice.choice(odd)
+    if dice.random() < 0.2:
+        rows[0][dice.choice(WORDS[:-10])] = rows[0].pop("text")
+    if dice.random() < 0.1:
+        rows.insert(0, dice.choice(VALUES))
+    name = dice.choice(["a.jsonl", "a.csv", "a.tsv", "a.json", "a.jsonl.gz", "a.parquet", "a.txt"])
+    if name in ("a.csv", "a.tsv"):
+        comma = "\t" if name == "a.tsv" else dice.choice([",", ";"])
+        lines = (comma.join(map(str, row.values())) if isinstance(row, dict) else "" for row in rows)
+        data = "\n".join([f"id{comma}text", *lines]).encode("utf-8", "replace")
+    else:
+        data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    data = gzip.compress(data) if name.endswith(".gz") else data
+    if damaged := dice.random() < 0.3:
+        data = changed(data, dice)
+    (folder / name).write_bytes(data)
+    separator = dice.choice(["\n", "e", " ", "te"] if dice.random() < 0.7 else ["<|endoftext|>", "ee", "\n\n", *WORDS])
+    by_field = dice.random() < 0.6
+    options = {"field": dice.choice(["text"] * 6 + ["id", *WORDS[:4]])} if by_field else {"separator": separator}
+    if dice.random() < 0.1:
+        options = {"field": "text", "separator": separator}
+    with prepare([str(folder / name)], codec=dice.choice(["chars", "bytes"]), **options) as dataset:
+        codec = dataset.codec
+        assert isinstance(codec, TextCodec)
+        skip = dataset.boundary is not None
+        made = [codec.decode(split.document(k)[skip:]) for split in dataset.splits.values() for k in range(split.documents)]  # fmt: skip # noqa: E501
+        if not (damaged or by_field) and len(options) == 1 and name != "a.jsonl.gz":
+            parts = data.decode().split(separator)
+            assert sorted(made) == sorted(part for part in parts if len(part) > 1), "documents were changed"
+
+
+def label_case(folder: Path, dice: Dice) -> None:
+    """Prepare recordings with hostile names and patterns; each gets a label of its own path."""
+    patterns = ["folder", r"(?P<d>\d)\.", r"(?P<who>[a-z]*)_(?P<d>\d)", r"(?P<a>.*)", r"(?P<a>[^_]*)_"]
+    if dice.random() < 0.3:
+        patterns = ["(", "(?P<a>", "(?P<a>)", "(a+)+$", "(?P<a>x)|(?P<b>y)", *WORDS]
+    tone = 0.5 * np.sin(np.arange(300) * 0.1)
+    for k in range(dice.randint(1, 12)):
+        place = folder / dice.choice(["low", "high", "é", "a\nb", "[bold]", "\x1b[2J", "a" * 100])
+        place = folder if dice.random() < 0.02 else place
+        place.mkdir(exist_ok=True)
+        name = dice.choice(["ann", "bob", "", "é", "\u202e"])
+        soundfile.write(place / f"{name}_{k % 10}.wav", tone * (1 - k / 20), 8000)
+    with prepare([str(folder)], label=dice.choice(patterns), val_fraction=dice.choice([0.0, 0.1, 0.5])) as dataset:
+        assert dataset.labels
+        for split in dataset.splits.values():
+            assert split.labels.shape == (split.documents, len(dataset.labels))
+            for row in split.labels:
+                assert all(0 <= row[i] < len(names) for i, names in enumerate(dataset.labels.values()))
+
+
+def packed_case(folder: Path, dice: Dice) -> None:
+    """Open packed runs that were changed; nothing is written outside, and a sound one samples as before."""
+    name = dice.choice(["talk", "tune", "call"])
+    packed = pack(Run.open(name), folder / "model.df.zip")
+    if dice.random() < 0.5:
+        packed.write_bytes(changed(packed.read_bytes(), dice))
+    else:  # a sound zip with other members
+        with zipfile.ZipFile(packed) as archive:
+            members = {member: archive.read(member) for member in archive.namelist()}
+        chosen = dice.choice(list(members))
+        match dice.randrange(4):
+            case 0:
+                members[dice.choice(["../x", "/tmp/x", "a/b/c", *WORDS[:-10]]) or "x"] = b"x"
+            case 1:
+                members[chosen] = changed(members[chosen], dice)
+            case 2:
+                del members[chosen]
+            case _:
+                members[chosen] = b"\0" * 10_000_000
+        with zipfile.ZipFile(packed, "w", dice.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])) as archive:
+            for member, data in members.items():
+                archive.writestr(member, data)
+    before = {path.name for path in folder.iterdir()} | {path.name for path in folder.parent.iterdir()}
+    try:
+        run = Run.open(packed)
+        if run.makes == "text":
+            sample_text(run, tokens=3, seed=1, engine="plain", device="cpu")
+        else:
+            sample_audio(run, 0.001, folder / "o.wav", seed=1, engine="plain", device="cpu")
+    finally:
+        after = {path.name for path in folder.iterdir()} | {path.name for path in folder.parent.iterdir()}
+        assert after - before <= {"o.wav"}, "something was written outside"
+        for path in (files.data_home() / "runs").glob(".tmp-.packed*"):
+            shutil.rmtree(path)
 
 
 RECORDINGS: list[bytes] = []
@@ -500,11 +596,14 @@ def snapshot() -> dict[str, set[str]]:
 
 
 CASES: dict[str, tuple[Callable[[Path, Dice], None], float]] = {
-    "text": (text_case, 0.25),
-    "audio": (audio_case, 0.3),
-    "checkpoint": (checkpoint_case, 0.25),
+    "text": (text_case, 0.2),
+    "document": (document_case, 0.1),
+    "audio": (audio_case, 0.25),
+    "label": (label_case, 0.05),
+    "checkpoint": (checkpoint_case, 0.2),
+    "packed": (packed_case, 0.05),
     "dataset": (dataset_case, 0.1),
-    "option": (option_case, 0.1),
+    "option": (option_case, 0.05),
 }
 
 
