@@ -140,7 +140,10 @@ def _hint(error: Exception, message: str, program: str, arguments: list[str], co
     rest = arguments[len(path) :]
     if "Did you mean" not in message:
         line = ""
-        if rest and message.startswith("No such command"):
+        one_dash = next((word for word in rest if re.match(r"-[a-z]{2}", word)), "")
+        if message.startswith("No such option: -") and not message.startswith("No such option: --") and one_dash:
+            line = shlex.join([program, *path, *(f"-{word}" if word == one_dash else word for word in rest)])
+        elif rest and message.startswith("No such command"):
             line = guess.command_line(program, " ".join(path), rest)
         elif path == ["train"] and (bad := re.search(r": '(.+)' is not one of 'gpt', 'wavenet'", message)):
             at = rest.index(bad[1]) if bad[1] in rest else 0

@@ -44,6 +44,7 @@ UNITS = {
     "hour": 3600.0,
 }
 PREFIXES = {"k": 1e3, "khz": 1e3, "hz": 1.0, "m": 1e6, "": 1.0}
+SYNONYMS = {"delete": "remove", "del": "remove", "rm": "remove", "ls": "list", "info": "show", "cat": "show"}
 SHOWN = 4  # files that are named one by one; more are named by their folder
 
 
@@ -71,6 +72,9 @@ def line(program: str, command: str, words: Sequence[str], extra: Sequence[str],
     if options is None:
         return ""
     kept = list(words)
+    at = kept.index("--label") + 1 if "--label" in kept else len(kept)
+    if len(extra) == 1 and kept[at + 1 : at + 2] == list(extra) and "=" not in kept[at]:  # a space instead of a "="
+        return shlex.join([program, *command.split(), *kept[:at], f"{kept[at]}={extra[0]}", *kept[at + 2 :]])
     for word in reversed(extra):
         kept.pop(len(kept) - 1 - kept[::-1].index(word))
     kinds = [kind_of(word) for word in extra]
@@ -95,6 +99,8 @@ def line(program: str, command: str, words: Sequence[str], extra: Sequence[str],
 def command_line(program: str, group: str, words: Sequence[str]) -> str:
     """The line that was probably meant by `program group words`, whose first word is no command of the group."""
     word, rest = words[0], list(words[1:])
+    if group in ("runs", "data") and (same := SYNONYMS.get(word.lower())):
+        return shlex.join([program, group, same, *rest])
     kind = kind_of(word)
     if group == "sample":
         command = "wavenet" if kind == "sound" or (kind == "run" and _makes_sound(word)) else "gpt"
@@ -120,6 +126,8 @@ def command_line(program: str, group: str, words: Sequence[str]) -> str:
 def number(option: str, text: str, whole: bool) -> str:
     """The number that was probably meant by `text` as the value of `option`; "" where there is no guess."""
     text = text.strip().lower()
+    if option == "--seconds" and (clock := re.fullmatch(r"(?:([0-9]+):)?([0-9]+):([0-5][0-9])", text)):
+        return str(int(clock[1] or 0) * 3600 + int(clock[2]) * 60 + int(clock[3]))
     if re.match(r"[0-9]+,(?![0-9]{3}(?![0-9]))", text):
         text = text.replace(",", ".", 1)  # a decimal comma
     match = re.fullmatch(r"([0-9][0-9,_]*(?:\.[0-9]+)?(?:e[0-9]+)?) *([a-z]*)", text)

@@ -54,6 +54,7 @@ W64_WAVE = bytes.fromhex("77617665f3acd3118cd100c04f8edb8a")
 SWAPPED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 OGG_CODECS = (b"\x01vorbis", b"OpusHead", b"\x7fFLAC")
 FLAC_START = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22")  # a stream begins with a STREAMINFO of 34 bytes
+TEXT = frozenset(b"\t\r\n" + bytes(range(32, 127)))  # what an error page or a Git LFS pointer has instead of sound
 TAGS = (b"TAG", b"APETAGEX", b"ID3", b"LYRICS")  # behind MPEG frames: no sound, and none missing
 
 
@@ -102,6 +103,9 @@ def foreign(head: bytes, name: str) -> bool:
 def conversion(path: str) -> str:
     """The hint with the command that converts the file at `path`; "" stands for standard input."""
     stem, extension = os.path.splitext(path)
+    if extension.lower() in (".pcm", ".raw"):  # bare samples: nothing in the file says what they are
+        raw = ["ffmpeg", "-f", "s16le", "-ar", "16000", "-ac", "1", "-i", path, f"{stem}.flac"]
+        return f"say what its samples are, for example 16 bits at 16,000 Hz: `{shlex.join(raw)}`"
     out = stem + ("-converted.flac" if extension == ".flac" else ".flac")
     return f"{CONVERT}: `{shlex.join(['ffmpeg', '-i', path, out]) if path else 'ffmpeg -i - -f wav -'}`"
 
@@ -133,6 +137,10 @@ def identify(file: IO[bytes], size: int) -> Found:
         return _ogg(file, start, size)
     if (found := _mpeg(file, start, size)) is not None:
         return found
+    begin = _at(file, start, 400)
+    if begin and not set(begin) - TEXT:
+        line = begin.decode("ascii").strip().split("\n")[0][:60]
+        raise DfError(f"it is text, not sound: it begins with {line!r}", "fetch the recording again")
     raise DfError("it is not wav, FLAC, Ogg or MP3, and no other format that is read here", CONVERT)
 
 

@@ -61,7 +61,10 @@ def _with_field(source: Source, field: str, on_bytes: Callable[[bytes], object],
         lacking += 1
     if lacking and lacking == records:
         meant = close(field, first[1].split("`")[1::2])
-        hint = f"did you mean `--field {shlex.quote(meant)}`?" if meant else "`--field` takes a field of the records"
+        hint = "`--field` takes a field of the records"
+        if any(suffix in (".csv", ".tsv") for suffix in Path(source.name.lower()).suffixes):
+            hint += "; the first line of the file names them"
+        hint = f"did you mean `--field {shlex.quote(meant)}`?" if meant else hint
         raise DfError(f"{first[0]} the record has no field `{field}`: {first[1]}", hint)
     if lacking:
         of = f"{lacking:,} of {counted(records, 'record')} of {source.name}"
@@ -139,12 +142,15 @@ def _jsonl(source: Source, lines: Iterable[str]) -> Records:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
-            names = shlex.quote(source.name), shlex.quote(f"{Path(source.name).stem}-lines.jsonl")
-            hint = "give JSONL, one object a line: `jq -c '.[]' {} > {}` makes it of an array".format(*names)
-            raise DfError(f"{where} this is not JSON", hint) from None
+            raise DfError(f"{where} this is not JSON", _as_lines(source)) from None
         if not isinstance(record, dict):
-            raise DfError(f"{where} the record is no object with fields")
+            raise DfError(f"{where} the record is no object with fields", _as_lines(source))
         yield where, record
+
+
+def _as_lines(source: Source) -> str:
+    names = shlex.quote(source.name), shlex.quote(f"{Path(source.name).stem}-lines.jsonl")
+    return "give JSONL, one object a line: `jq -c '.[]' {} > {}` makes it of an array".format(*names)
 
 
 def _csv(source: Source, lines: Iterator[str], delimiter: str | None) -> Records:
@@ -190,5 +196,7 @@ def _text(where: str, field: str, value: object) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise DfError(f"{where} the field `{field}` holds {type(value).__name__}, not text")
+        kind = {"list": "a list", "dict": "an object", "int": "a number", "float": "a number"}.get(type(value).__name__)
+        hint = "`--field` takes a field whose values are texts"
+        raise DfError(f"{where} the field `{field}` holds {kind or type(value).__name__}, not text", hint)
     return io.IncrementalNewlineDecoder(None, translate=True).decode(value, final=True)

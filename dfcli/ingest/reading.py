@@ -150,6 +150,12 @@ def _undecodable(source: Source, encoding: str, data: bytes, place: int) -> BadT
 def _binary(source: Source, data: bytes, offset: int, nul: int) -> BadText:
     reason = f"is not text: it has a NUL at byte {offset + nul:,}"
     name = shlex.quote(source.name)
+    office = Path(source.name).suffix.lower() in (".docx", ".odt", ".epub", ".pptx")
+    if data.startswith(b"PK\3\4") and office:
+        hint = f"take the text out of it: `pandoc {name} -t plain -o {name}.txt`"
+        return BadText(source.name, "is a document of an office program or an e-book, not plain text", hint)
+    if data.startswith(b"%PDF"):
+        return BadText(source.name, "is a PDF", f"take the text out of it: `pdftotext {name} {name}.txt`")
     if data[257:262] == b"ustar":
         return BadText(source.name, "is a tar archive", f"unpack it, for example with `tar -xOf {name} > {name}.txt`")
     fours = data[: len(data) // 4 * 4]

@@ -11,6 +11,7 @@ import hashlib
 import io
 import os
 import re
+import shlex
 import stat
 import sys
 import tempfile
@@ -180,6 +181,9 @@ def _meant(item: str, what: str) -> str:
     from dfcli.data.dataset import dataset_names
     from dfcli.ingest.download import known_corpora
 
+    several = [part.strip() for part in item.split(",")]
+    if len(several) > 1 and all(map(os.path.lexists, several)):
+        return f"give each by its own option: `{' '.join(f'--data {shlex.quote(shown(part))}' for part in several)}`"
     if name := close(os.path.basename(item), _beside(item)):
         return f"did you mean `{shown(Path(item).parent / name)}`?"
     if "dataset" not in what:
@@ -240,6 +244,17 @@ def refuse_undecoded(source: Source, wanted: Kind | None) -> None:
     if source.kind == "media":
         raise DfError(f"{source.name} is {UNDECODED}", hint)
     if wanted == "audio" and source.kind == "text" and source.size and not source.looks_like_text():
+        with source.open() as file:
+            head = file.read(4)
+        name = shlex.quote(source.name)
+        if head == b"MThd":
+            raise DfError(
+                f"{source.name} is MIDI: it holds notes, no sound", "let a synthesiser make a recording of it"
+            )
+        if head == b"PK\3\4":
+            folder = shlex.quote(os.path.splitext(source.name)[0])
+            hint = f"unpack it and give the folder: `unzip {name} -d {folder}`"
+            raise DfError(f"{source.name} is a zip archive", hint)
         raise DfError(f"{source.name} is neither sound that can be decoded here nor text", hint)
 
 

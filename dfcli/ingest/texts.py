@@ -18,7 +18,7 @@ import numpy as np
 from dfcli.codecs import BPE, GPT2, Bytes, Chars, TextCodec
 from dfcli.codecs.bpe import default_vocab_size
 from dfcli.codecs.bytelevel import END_OF_TEXT
-from dfcli.errors import DfError
+from dfcli.errors import DfError, UsageError
 from dfcli.ingest.build import Build, Made, Writers
 from dfcli.ingest.documents import LACKING, Pieces, documents
 from dfcli.ingest.reading import BadText, read_text
@@ -68,6 +68,12 @@ class Texts(Build):
         self._without_copies(texts, lambda text: text.contents, lambda text: text.source)
         if not texts[TRAIN]:
             raise nothing_usable(self._skipped)
+        if (
+            options.separator is not None
+            and not options.whole
+            and sum(text.lines for group in texts for text in group) == 1
+        ):
+            raise _no_separator(options.separator, texts[TRAIN][0].source.name)
         codec = self._trained(texts, total) if options.codec == "bpe" else self._text_codec(alphabet)
         boundary = codec.id_of_newline if options.lines else None
         if options.lines and boundary is None:
@@ -462,3 +468,11 @@ def _unknown_character(source: Source, codec: Chars, error: DfError) -> DfError:
                 error.hint,
             )
     return DfError(f"{source.name}: {error.message}", error.hint)
+
+
+def _no_separator(separator: str, name: str) -> UsageError:
+    """The error for a separator that does not occur in the only text."""
+    hint = "the separator must stand in the text exactly as it is given"
+    if "\\n" in separator or "\\t" in separator:  # as it is typed in a program, where it means a line break
+        hint = f"in bash and zsh type a line break as `--separator $'{separator}'`"
+    return UsageError(f"the separator {separator!r} does not occur in {name}", hint)

@@ -132,7 +132,10 @@ def override(core: str, overrides: Mapping[str, str]) -> tuple[dict[str, Any], d
                 try:
                     found[key] = parse(text, table[key])
                 except ValueError as error:
-                    raise UsageError(f"`--set {key}={text}`: {error}") from None
+                    parts = [part if "=" in part else "" for part in f"{key}={text}".split(",")]
+                    several = len(parts) > 1 and all(parts)
+                    hint = f"give each by its own option: `{' '.join(f'--set {part}' for part in parts)}`"
+                    raise UsageError(f"`--set {key}={text}`: {error}", hint if several else "") from None
                 break
         else:
             names = [sorted(table.keys() - {"vocab_size"}) for table in tables]

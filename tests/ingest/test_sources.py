@@ -9,6 +9,7 @@ import sys
 import tarfile
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -268,3 +269,28 @@ def test_sound_and_video_that_cannot_be_decoded_are_refused_with_the_line_that_c
     with prepare([str(tmp_path / "folder")]) as dataset:  # a video beside a text does not make it sound
         assert dataset.kind == "text"
         assert dataset.info["skipped"]["count"] == 1
+
+
+def test_files_of_other_tools_are_named_with_the_next_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    files: dict[str, tuple[bytes, dict[str, Any], str, str]] = {
+        "a.mid": (b"MThd\0\0\0\6", {"kind": "audio"}, "MIDI: it holds notes", "synthesiser"),
+        "b.zip": (b"PK\3\4\xff\0", {"kind": "audio"}, "is a zip archive", "`unzip b.zip -d b`"),
+        "c.wav": (b"<html>404 Not Found</html>\n", {}, "it begins with '<html>404 Not", "fetch the recording again"),
+        "d.pcm": (bytes(range(256)), {"codec": "mulaw"}, "cannot be used", "-f s16le -ar 16000 -ac 1 -i d.pcm d.flac"),
+        "e.docx": (b"PK\3\4\xff\0", {}, "an office program", "`pandoc e.docx -t plain -o e.docx.txt`"),
+        "f.pdf": (b"%PDF-1.4\n\xff\0", {}, "is a PDF", "`pdftotext f.pdf f.pdf.txt`"),
+        "g.json": (b'["a", "b"]', {"field": "text"}, "no object with fields", "jq -c '.[]' g.json > g-lines.jsonl"),
+        "h.csv": (b"1,a b\n2,c d\n", {"field": "text"}, "has no field `text`", "the first line of the file names them"),
+        "i.jsonl": (b'{"text": ["a"]}\n', {"field": "text"}, "holds a list, not text", "whose values are texts"),
+        "j.txt": (b"a b\n" * 20, {"separator": "\\n\\n"}, "does not occur in j.txt", "--separator $'\\n\\n'"),
+    }
+    for name, (data, options, message, hint) in files.items():
+        Path(name).write_bytes(data)
+        with pytest.raises(DfError) as caught:
+            prepare([name], **options)
+        assert message in caught.value.message, name
+        assert hint in caught.value.hint, name
+    with pytest.raises(UsageError) as caught:
+        prepare(["h.csv,j.txt"])
+    assert caught.value.hint == "give each by its own option: `--data h.csv --data j.txt`"
