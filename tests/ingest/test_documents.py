@@ -108,7 +108,7 @@ def test_documents_between_separators(codec: str, tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "ab"}\n{"text"\n', "a.jsonl, line 2: this is not JSON"),
         ("a.jsonl", b'{"text": "ab"}\n\n[1]\n', "a.jsonl, line 3: the record is no object"),
         ("a.jsonl", b'{"body": "ab"}\n', "a.jsonl, line 1: the record has no field `text`: it has the fields `body`"),
-        ("a.jsonl", b'{"text": 5}\n', "a.jsonl, line 1: the field `text` holds int, not text"),
+        ("a.jsonl", b'{"text": 5}\n', "a.jsonl, line 1: the field `text` holds a number, not text"),
         ("a.csv", b"id,body\n1,ab\n", "a.csv, line 2: the record has no field `text`: it has the fields `id`, `body`"),
         ("a.jsonl.gz", gzip.compress(LINES)[:-20], "a.jsonl.gz cannot be unpacked"),
         ("a.parquet", b"PAR1 and no more", "a.parquet cannot be read as Parquet"),
