@@ -81,7 +81,8 @@ def score_choices(
             by_mean += int(np.argmax(sums / lengths)) == item.label
             chance += 1 / len(item.endings)
             items += 1
-            on_event(Progress("choices", items, None, "items"))
+            if items % 100 == 0:
+                on_event(Progress("choices", items, None, "items"))
     if not items:
         raise DfError(f"{file} holds no items", "give a JSONL file with ctx, endings and label on each line")
     on_event(Progress("choices", items, items, "items"))
@@ -120,7 +121,7 @@ def _items(file: Path) -> Iterator[tuple[int, Item]]:
     with os_errors("read", file):
         if not file.is_file():
             raise UsageError(f"there is no file {file}", "give a JSONL file with ctx, endings and label on each line")
-        with file.open(encoding="utf-8", errors="replace") as lines:
+        with file.open(encoding="utf-8-sig", errors="replace") as lines:
             for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE + 1), ""), 1):
                 if line.strip():
                     yield number, _item(line, f"line {number} of {file}")

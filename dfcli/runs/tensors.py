@@ -1,9 +1,10 @@
 """Tensors as a safetensors file: an 8-byte little-endian header length, a JSON header, then the raw numbers.
 
 The format (github.com/huggingface/safetensors) holds data only, no code. It is written and read here rather
-than by its library, because a checkpoint needs what that does not give (as of 0.8): files that follow the umask
-(its are 0600), a checksum taken in the same pass, a header compared with what is expected before anything is
-allocated, and tensors that do not alias a file. The library reads these files, and the other way round.
+than by its library, because a checkpoint needs what that does not give (as of 0.8): tensors that are not the
+mapped file, which kills the process when it is cut off later; a checksum of the numbers in memory, taken while
+they are written; files that follow the umask (its are 0600); one tensor of an accelerator at a time. The bytes
+are the same, and the library reads these files.
 """
 
 from __future__ import annotations

@@ -8,7 +8,10 @@ import math
 import os
 import pickle
 import random
+import signal
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -340,6 +343,31 @@ def test_the_bytes_are_those_of_the_format(tmp_path: Path):
     header += b" " * (-len(header) % 8)
     data = struct.pack("<qqf", 2, 3, 1.0)
     assert (tmp_path / "x").read_bytes() == struct.pack("<Q", len(header)) + header + data
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux kills a process that reads behind the end of a mapped file")
+def test_why_the_files_are_not_read_by_the_library(tmp_path: Path):
+    """Its tensors are the file: one that is cut off later, by a failing disk or a copy over it, kills the process. Here
+    they are memory of their own. Its files are for their owner alone, whatever the umask says."""
+    pytest.importorskip("safetensors")
+    read = {
+        "library": "from safetensors.torch import load_file; x = load_file(path)",
+        "ours": "from dfcli.runs import tensors; x = tensors.read(path, sha256_file(path))",
+    }
+    ends = {}
+    for name, line in read.items():
+        path = tmp_path / name
+        tensors.write(path, {"a": torch.ones(1_000_000)})
+        code = (
+            "import os; from pathlib import Path; from dfcli.system.files import sha256_file; "
+            f"path = Path({str(path)!r}); {line}; os.truncate(path, 5000); assert x['a'].sum() == 1_000_000"
+        )
+        ends[name] = subprocess.run([sys.executable, "-c", code], check=False).returncode
+    assert ends == {"library": -signal.SIGBUS, "ours": 0}
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.ones(3)}, tmp_path / "theirs")
+    assert (tmp_path / "theirs").stat().st_mode & 0o777 == 0o600
 
 
 def test_nothing_that_was_read_aliases_the_file(tmp_path: Path):
