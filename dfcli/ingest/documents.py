@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from dfcli.codecs.text import utf8
 from dfcli.errors import DfError, UsageError
 from dfcli.ingest.reading import CHUNK, read_text
 from dfcli.ingest.sources import Source
@@ -18,6 +19,7 @@ from dfcli.system.words import close, counted
 RECORDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 MAX_RECORD = 64 << 20  # characters of one record; a quote that never ends would take all memory
 LACKING = "lacking: "  # begins the sentence about records without the field
+MISSING = object()  # what a record without the field has
 SHORTEST = 2  # characters of a document: one has nothing to predict
 
 Pieces = Iterator[tuple[bool, str]]
@@ -52,8 +54,8 @@ def _with_field(source: Source, field: str, on_bytes: Callable[[bytes], object],
     lacking, records, first = 0, 0, ("", "")
     for where, record in _records(source, field, on_bytes, about):
         records += 1
-        if field in record:
-            yield _text(where, field, record[field])
+        if (value := _value(record, field)) is not MISSING:
+            yield _text(where, field, value)
             continue
         if not lacking:
             there = ", ".join(f"`{name}`" for name in list(record)[:10])
@@ -179,24 +181,46 @@ def _parquet(source: Source, field: str, on_bytes: Callable[[bytes], object]) ->
             on_bytes(data)
         try:
             table = parquet.ParquetFile(file)
-            if field not in table.schema_arrow.names:
-                yield f"{source.name}:", dict.fromkeys(table.schema_arrow.names)
+            names = table.schema_arrow.names
+            column = field if field in names else field.partition(".")[0]
+            paths = [table.schema.column(i).path for i in range(len(table.schema))]  # a.b: part b of the objects in a
+            if not any(f"{path}.".startswith(f"{field}.") for path in paths):
+                yield f"{source.name}:", dict.fromkeys(names) | ({column: {}} if column in names else {})
                 return
             number = 0
             for batch in table.iter_batches(batch_size=1000, columns=[field], use_threads=False):
                 for value in batch.column(0).to_pylist():
                     number += 1
-                    yield f"{source.name}, record {number:,}:", {field: value}
+                    yield f"{source.name}, record {number:,}:", {column: value}
         except (arrow.ArrowException, OSError) as error:
             raise DfError(f"{source.name} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
 
 
-def _text(where: str, field: str, value: object) -> str:
-    """The text of a record's field; an empty one where it is null. Raises DfError."""
-    if value is None:
+def _value(record: dict[str, Any], field: str) -> Any:
+    """The field of a record, or of `object.field` inside it; MISSING where there is none."""
+    if field in record:
+        return record[field]
+    value: Any = record
+    for name in field.split("."):
+        if not isinstance(value, dict) or name not in value:
+            return MISSING
+        value = value[name]
+    return value
+
+
+def _text(where: str, field: str, value: Any) -> str:
+    """The text of a record's field; an empty one where it is null or NaN, as tables write what is missing. Raises
+    DfError."""
+    if value is None or value != value:
         return ""
     if not isinstance(value, str):
         kind = {"list": "a list", "dict": "an object", "int": "a number", "float": "a number"}.get(type(value).__name__)
         hint = "`--field` takes a field whose values are texts"
+        if isinstance(value, dict) and value:
+            hint = f"`--field {field}.{next(iter(value))}` takes a part of it"
         raise DfError(f"{where} the field `{field}` holds {kind or type(value).__name__}, not text", hint)
+    try:
+        utf8(value)
+    except DfError as error:  # JSON can write one half alone
+        raise DfError(f"{where} in the field `{field}`, {error.message}", "leave that record out") from None
     return io.IncrementalNewlineDecoder(None, translate=True).decode(value, final=True)

@@ -8,8 +8,10 @@ import gzip
 import io
 import lzma
 import shlex
+import sys
 import zlib
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -108,11 +110,11 @@ def _unpacked(source: Source, file: IO[bytes], on_bytes: Callable[[bytes], objec
     about.add(kind)
     if kind == "zstd":
         try:
-            import zstandard
+            zstd = import_module("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")
         except ImportError:
-            hint = f"`pip install zstandard`, or unpack it: `zstd -d {shlex.quote(source.name)}`"
+            hint = f"`pip install backports.zstd`, or unpack it: `zstd -d {shlex.quote(source.name)}`"
             raise UsageError(f"{source.name} is packed by zstd, which takes another package", hint) from None
-        return cast(Any, zstandard.ZstdDecompressor().stream_reader(told, read_across_frames=True))
+        return zstd.ZstdFile(told)
     if kind == "gzip":
         return cast(Any, gzip.GzipFile(fileobj=told))
     return cast(Any, bz2.BZ2File(told) if kind == "bzip2" else lzma.LZMAFile(told))

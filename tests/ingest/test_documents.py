@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import sys
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -41,7 +42,8 @@ def parquet(path: Path) -> None:
 
 
 def zstd(data: bytes) -> bytes:
-    return pytest.importorskip("zstandard").compress(data)
+    name = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
+    return pytest.importorskip(name).compress(data)
 
 
 LINES = "".join(json.dumps({"id": k, "text": text}) + "\n" for k, text in enumerate(TEXTS)).encode()
@@ -52,7 +54,7 @@ WRITE: dict[str, Callable[[Path], object]] = {
     "a.jsonl.gz": lambda path: path.write_bytes(gzip.compress(LINES[:300]) + gzip.compress(LINES[300:])),
     "a.csv.bz2": lambda path: path.write_bytes(bz2.compress(QUOTED.encode())),
     "a.xz": lambda path: path.write_bytes(lzma.compress(LINES)),
-    "a.zst": lambda path: path.write_bytes(zstd(LINES)),
+    "a.jsonl.zst": lambda path: path.write_bytes(zstd(LINES[:300]) + zstd(LINES[300:])),
     "a.parquet": parquet,
 }
 
@@ -105,10 +107,11 @@ def test_documents_between_separators(codec: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"text": "ab"}\n{"text"\n', "a.jsonl, line 2: this is not JSON"),
-        ("a.jsonl", b'{"text": "ab"}\n\n[1]\n', "a.jsonl, line 3: the record is no object"),
         ("a.jsonl", b'{"body": "ab"}\n', "a.jsonl, line 1: the record has no field `text`: it has the fields `body`"),
         ("a.jsonl", b'{"text": 5}\n', "a.jsonl, line 1: the field `text` holds a number, not text"),
+        ("a.jsonl", b'{"text": "ab"}\n{"text"\n', "a.jsonl, line 2: this is not JSON"),
+        ("a.jsonl", b'{"text": "ab"}\n\n[1]\n', "a.jsonl, line 3: the record is no object"),
+        ("a.jsonl", b'{"text": "ab"}\n{"text": "a\\ud800"}\n', "line 2: in the field `text`, U+D800"),
         ("a.csv", b"id,body\n1,ab\n", "a.csv, line 2: the record has no field `text`: it has the fields `id`, `body`"),
         ("a.jsonl.gz", gzip.compress(LINES)[:-20], "a.jsonl.gz cannot be unpacked"),
         ("a.parquet", b"PAR1 and no more", "a.parquet cannot be read as Parquet"),
@@ -119,6 +122,33 @@ def test_wrong_records_are_named(name: str, content: bytes, message: str, tmp_pa
     with pytest.raises(DfError) as error:
         prepare([str(tmp_path / name)], field="text")
     assert message in error.value.message
+
+
+def test_a_packed_file_that_is_cut_off_is_an_error_not_a_shorter_text(tmp_path: Path) -> None:
+    for name, pack in {"zst": zstd, "gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}.items():
+        (tmp_path / f"a.jsonl.{name}").write_bytes(pack(LINES * 50)[:-20])
+        with pytest.raises(DfError, match="cannot be unpacked"):
+            prepare([str(tmp_path / f"a.jsonl.{name}")], field="text")
+
+
+def test_parts_of_records_and_what_is_missing(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    inner = [{"text": "in one"}, None, {"text": None}, {"text": "in two"}, {"text": "in three"}]
+    parquet.write_table(arrow.table({"meta": inner, "a.b": ["flat text"] * 5}), tmp_path / "a.parquet")
+    lines = [*(json.dumps({"meta": meta}) for meta in inner), '{"meta": {"text": NaN}}', "", '{"meta": null}\r']
+    (tmp_path / "a.jsonl").write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
+    for name in ("a.parquet", "a.jsonl"):
+        with prepare([str(tmp_path / name)], field="meta.text") as dataset:
+            assert all_documents(dataset) == ["in one", "in three", "in two"]
+        with pytest.raises(DfError, match=r"no field `meta\.nothing`"):
+            prepare([str(tmp_path / name)], field="meta.nothing")
+        with pytest.raises(DfError, match="holds an object") as caught:
+            prepare([str(tmp_path / name)], field="meta")
+        assert "--field meta.text" in caught.value.hint
+    with prepare([str(tmp_path / "a.parquet")], field="a.b") as dataset:
+        assert all_documents(dataset) == ["flat text"] * 5
 
 
 def test_ways_to_make_documents_exclude_each_other(tmp_path: Path) -> None:
