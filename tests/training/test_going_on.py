@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 
 from dfcli.errors import UsageError
 from dfcli.evaluation.evaluate import evaluate
@@ -74,6 +75,17 @@ def test_the_recipe_goes_on_gently(start: Run, tmp_path: Path) -> None:
     made = plan("gpt", init="a", steps=100, device="cpu").recipe
     assert (made.optimizer, made.lr) == (earlier["optimizer"], pytest.approx(0.3 * earlier["lr"]))
     assert (made.warmup, made.final_lr, made.eval_tokens) == (10, 0.0, 0)
+
+
+def test_the_optimizers_state_goes_on_where_the_optimizer_stays(start: Run) -> None:
+    before = start.load("best", optimizer=True).optimizer
+    assert before
+    for name, overrides in {"same": {}, "other": {"optimizer": "adamw"}}.items():
+        train("gpt", init="a", name=name, steps=1, device="cpu", overrides=overrides)
+        after = Run.open(name).load(0, optimizer=True).optimizer
+        assert after is not None
+        kept = before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+        assert kept == (name == "same")
 
 
 def test_what_was_known_before_is_measured_again(start: Run, tmp_path: Path) -> None:
