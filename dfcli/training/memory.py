@@ -50,6 +50,7 @@ def estimate(core: str, config: cores.CoreConfig, recipe: Recipe, device: Device
         kept = c.layers * c.channels * (18 + 2 * c.qk_norm + 3 * (c.dropout > 0))
         if c.dropout and device.kind == "cpu":  # without fused attention PyTorch keeps the weights, before and after
             kept += c.layers * 3 * c.heads * window
+        kept += 12 * c.channels  # the gradients of one layer's widest tensors, on the way back
     elif core == "wavenet" and backend.unsupported(config, recipe, device) is None:
         from dfcli.kernels.wavenet_train import slot_bounds  # numba is there, or the kernels would be unsupported
 

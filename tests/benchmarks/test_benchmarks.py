@@ -15,6 +15,7 @@ import soundfile
 from tests.benchmarks import (
     byte_pairs,
     common,
+    estimate,
     experiments,
     memory,
     nano_cpu_ratio,
@@ -128,6 +129,13 @@ def test_memory(printed: Callable[..., dict[str, Any]], text: Path, monkeypatch:
     assert figures["small"]["tokens"] == pytest.approx(200_000, abs=100)
     assert figures["large"]["tokens"] == pytest.approx(1_000_000, abs=100)
     assert 20 < figures["small"]["preparation_megabytes"] < figures["small"]["training_megabytes"]
+
+
+def test_estimate(printed: Callable[..., dict[str, Any]]) -> None:
+    """The only benchmark whose figure is held: an estimate must be about right on every machine."""
+    figures = printed(estimate.main, "dropout")["dropout"]
+    assert figures["ratio"] == pytest.approx(figures["planned"] / figures["measured"])
+    assert 0.7 < figures["ratio"] < 1.3
 
 
 def test_prepare(printed: Callable[..., dict[str, Any]], text: Path, recordings: Path) -> None:
