@@ -79,13 +79,16 @@ def wavenet(
 ) -> None:
     """Make sound with a trained WaveNet, into a file that grows while it is generated.
 
-    `--num 3 -o out.wav` writes out-01.wav, out-02.wav and out-03.wav. Only a wav
-    grows while it is made; other formats appear when they are complete. A WaveNet
-    of text writes text on stdout instead, and needs neither --seconds nor -o;
-    `df sample gpt --run NAME` takes a prompt for it. A label that is left out is
-    drawn. A model of short, labelled recordings ends a clip by itself, and a
-    vocoder makes a clip as long as its --mel; --seconds is then a limit. --prime
+    `--num 3 -o out.wav` writes out-01.wav, out-02.wav and out-03.wav. A wav grows
+    while it is made. A file of another format appears when it is complete.
+
+    Two kinds of models know how long a clip is: one of short, labelled recordings
+    ends a clip by itself, and a vocoder makes a clip as long as its --mel. For
+    them --seconds is a limit. A label that is left out is drawn at random. --prime
     needs --seconds, and every label of its recording.
+
+    A WaveNet of text writes text on stdout, and needs neither --seconds nor -o.
+    `df sample gpt --run NAME` takes a prompt for it.
 
     Examples:
       df sample wavenet --seconds 4 -o out.wav

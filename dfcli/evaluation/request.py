@@ -26,7 +26,7 @@ class Request:
         None, "Distance between evaluation windows (GPT only). Smaller gives more context but is slower.", "N"
     )
     limit: int | None = option(None, "Score only the first N tokens, for a quick look.", "N")
-    measures: bool = option(False, "Of a vocoder: also spectral distances of clips that it makes again.")
+    measures: bool = option(False, "For a vocoder: also make recordings again, and give their spectral distances.")
     checkpoint: str | int = checkpoint_option()
     device: str = device_option()
 

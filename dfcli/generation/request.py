@@ -29,7 +29,7 @@ class Filters:
     """
 
     temperature: float = option(
-        1.0, "Above 1 more varied, below 1 more predictable, 0 always the likeliest token.", "T"
+        1.0, "Above 1: more varied. Below 1: more predictable. 0: always the likeliest token.", "T"
     )
     top_k: int | None = option(None, "Choose among the K likeliest tokens only.", "K")
     top_p: float | None = option(None, "Choose among the likeliest tokens whose probabilities add up to P.", "P")
@@ -98,7 +98,9 @@ class TextRequest(SampleRequest):
 @dataclass(frozen=True)
 class SoundRequest(SampleRequest):
     seconds: float | None = option(None, "Length of the sound.", "S")
-    labels: Mapping[str, str] = option(dict, "Such as speaker=george; repeatable.", "NAME=VALUE", flags=("--label",))
+    labels: Mapping[str, str] = option(
+        dict, "A label's value, such as speaker=george; may be repeated.", "NAME=VALUE", flags=("--label",)
+    )
     mel: Path | None = option(None, "Make this recording's sound again (a vocoder).", "CLIP")
     best: int | None = option(None, "Keep the K most likely of the --num clips.", "K")
     normalize: Literal["none", "peak"] = option("none", "peak: bring each clip to the usual level, -1 dB.")

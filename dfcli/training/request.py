@@ -55,7 +55,7 @@ class Request:
         bounds=(0.0, 1e6), recipe=True,
     )  # fmt: skip
     device: str = device_option()
-    batch_size: int | None = option(None, "Sequences a step.", "N", bounds=(1, 10**6), recipe=True)
+    batch_size: int | None = option(None, "Sequences in one step.", "N", bounds=(1, 10**6), recipe=True)
     lr: float | None = option(None, "Peak learning rate.", "X", bounds=(0.0, 1e3), recipe=True)
     seed: int | None = option(None, "The same seed gives the same run.", "N", bounds=(0, 2**63 - 1))
     resume: bool = option(False, "Continue the run of this name, or start it.")
