@@ -84,8 +84,8 @@ def wavenet(
 
     Two kinds of models know how long a clip is: one of short, labelled recordings
     ends a clip by itself, and a vocoder makes a clip as long as its --mel. For
-    them --seconds is a limit. A label that is left out is drawn at random. --prime
-    needs --seconds, and every label of its recording.
+    them --seconds is a limit. A label that is left out is drawn at random.
+    --prime needs --seconds, and every label of its recording.
 
     A WaveNet of text writes text on stdout, and needs neither --seconds nor -o.
     `df sample gpt --run NAME` takes a prompt for it.
