@@ -254,9 +254,9 @@ PIECE = b"\1\0" * 100
 FLOATS = np.zeros(100, "<f4").tobytes()
 HOSTILE = {
     "nothing": (b"", "it is empty"),
-    "text": (b"To be, or not to be\n", "it is not wav, FLAC, Ogg or MP3"),
+    "text": (b"To be, or not to be\n", "it is text, not sound"),
     "zeros": (bytes(5000), "it is not wav, FLAC, Ogg or MP3"),
-    "html": (b"<!doctype html><html>", "it is not wav"),
+    "html": (b"<!doctype html><html>", "it is text, not sound"),
     "tag only": (b"ID3\4\0\0\0\0\0\0", "it is not wav"),
     "endless tags": (b"ID3\4\0\0\0\0\0\0" * 1000, "it is not wav"),
     "wav: 12 bytes": (wav()[:12], "it holds no sound"),

@@ -568,7 +568,7 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     for slip in ("shakespear.txt", str(tmp_path / "shakespeare.text")):
         with pytest.raises(UsageError) as error:
             prepare([slip])
-        assert error.value.hint.startswith(f"did you mean {Path(slip).parent / 'shakespeare.txt'}? ")
+        assert error.value.hint == f"did you mean `{Path(slip).parent / 'shakespeare.txt'}`?"
     monkeypatch.setenv("HOME", str(tmp_path))
     with prepare(["~/shakespeare.txt"]) as dataset:  # as in --data=~/shakespeare.txt
         assert dataset.info["facts"]["characters"] == 4
