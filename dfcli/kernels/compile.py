@@ -29,9 +29,11 @@ from dfcli.system.files import data_home
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "nsz"}}
 
 njit: Any = numba.njit  # its types differ between versions
-# For functions that only compiled ones call. Without the door for Python, which a second of compilation
-# would go into, a call from there crashes.
-inner = njit(**OPTIONS, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+# For functions that only compiled ones call. Each is put into its callers whole. A call would find one machine code in
+# the process that compiles, and another in a process that loads the kept code: sums then differ in their last bits.
+# Without the door for Python, which a second of compilation would go into, a call from there crashes.
+INNER: dict[str, Any] = {"forceinline": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+inner = njit(**OPTIONS, **INNER)
 
 _LIST = "checksums.json"
 _SHARED = ("compile.py", "gemm.py", "ops.py", "pick.py", "threads.py")  # what every entry point may be made of
@@ -65,7 +67,7 @@ class Compiled:
             raise RuntimeError("NUMBA_DISABLE_JIT is set")
         if self._dispatcher is None:
             if not _sound(self.folder):
-                on_event(Note("compiling CPU kernels (once on this machine, 5 to 15 s)"))
+                on_event(Note("compiling CPU kernels (once on this machine, 10 to 40 s)"))
             self._keep = _usable(self.folder)
             self._dispatcher = self._dispatch(self._keep)
         try:

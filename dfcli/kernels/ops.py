@@ -6,12 +6,10 @@ from __future__ import annotations
 import numpy as np
 from numpy import uintp
 
-from dfcli.kernels.compile import OPTIONS, inner, njit
+from dfcli.kernels.compile import INNER, OPTIONS, inner, njit
 
 # Sums of these may be taken in any order, which makes vector code of them.
-any_order = njit(
-    **OPTIONS | {"fastmath": {"contract", "nsz", "reassoc"}}, no_cpython_wrapper=True, no_cfunc_wrapper=True
-)
+any_order = njit(**OPTIONS | INNER | {"fastmath": {"contract", "nsz", "reassoc"}})
 
 _LEAST = np.float32(-87)  # what exp takes
 ZERO, ONE, TWO = np.float32(0), np.float32(1), np.float32(2)

@@ -207,8 +207,9 @@ def listened(net: Listener, data: Dataset, run: str, clips: int, temperature: fl
 def vocoder(given: Any) -> dict[str, Any]:
     with dataset(given.data, "digits", given.left_out) as data:
         run, told = trained(data, given.minutes, "mel")
-        clips = recordings(given.data, given.left_out)[1]
-        found = resynthesised(run, clips[:: max(1, len(clips) // given.clips)][: given.clips])
+        # At random: every n-th recording could be of one speaker.
+        clips = np.random.default_rng(0).permutation(recordings(given.data, given.left_out)[1]).tolist()
+        found = resynthesised(run, clips[: given.clips])
         figures = {"left_out": given.left_out or None, "mel": told, "distances": found}
         if not given.left_out:
             _, alone = trained(data, given.minutes, "none")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +113,31 @@ def test_a_numba_that_is_told_not_to_compile(monkeypatch: pytest.MonkeyPatch) ->
 def test_other_code_that_numba_compiles_is_kept_elsewhere() -> None:
     _, entry = load()
     assert compiled.numba.config.CACHE_DIR != str(entry.folder)  # type: ignore[attr-defined]
+
+
+PASS = """
+import hashlib
+import torch
+from dfcli import cores
+from dfcli.kernels import gpt_train
+from dfcli.kernels.threads import WorkerPool
+
+torch.manual_seed(0)
+core = cores.build("gpt", {"vocab_size": 60, "context": 32, "layers": 1, "heads": 2, "channels": 32})
+ids = torch.randint(60, (4, 33))
+told = []
+backward = gpt_train.build(core, WorkerPool(1), told.append)
+loss, gradients = backward(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None, None, 128)
+found = b"".join(x.numpy().tobytes() for x in (loss, *(grad for _, grad in gradients)))
+print(len(told), hashlib.sha256(found).hexdigest())
+"""
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.skipif(compiled.unsupported_cpu() is not None, reason="the kernels are for other processors")
+def test_fresh_and_kept_code_give_the_same_bits(folder: Path) -> None:
+    """The process that compiles, and one that loads what was kept."""
+    line = [sys.executable, "-c", PASS]
+    fresh, kept = (subprocess.run(line, check=True, capture_output=True, text=True).stdout.split() for _ in range(2))
+    assert (fresh[0], kept[0]) == ("1", "0")  # that it compiles is told once
+    assert fresh[1] == kept[1]
