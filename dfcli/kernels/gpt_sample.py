@@ -27,6 +27,7 @@ from dfcli.cores.gpt import GPT, GPTConfig, GPTState, Norm
 from dfcli.cores.protocols import Picking
 from dfcli.kernels.compile import Compiled, inner
 from dfcli.kernels.gemm import join, multiply, pad, padded, tiles
+from dfcli.kernels.known import unknown
 from dfcli.kernels.ops import (
     ACTIVATIONS,
     ONE,
@@ -207,7 +208,7 @@ def supports(config: GPTConfig, device: Device) -> str | None:
     """None where `build` takes a model of this config, else the reason, a clause."""
     if 4 * config.parameters() > (LARGE if device.threads > FEW else LARGEST):
         return "PyTorch reads weights of this size faster, with all CPUs"
-    return None
+    return unknown(config)
 
 
 def build(core: nn.Module, device: Device, exact: bool = True, on_event: OnEvent = ignore) -> ThreadedEngine:

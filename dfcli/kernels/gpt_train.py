@@ -28,6 +28,7 @@ from dfcli.cores.gpt import GPT, GPTConfig, NGrams, Norm
 from dfcli.cores.protocols import Pass
 from dfcli.kernels.compile import Compiled, inner, unsupported_cpu
 from dfcli.kernels.gemm import COLUMNS, pack, panel_product, prefetch, product, round_up, row_stride, transposed
+from dfcli.kernels.known import unknown
 from dfcli.kernels.ops import (
     ACTIVATIONS,
     ONE,
@@ -619,6 +620,8 @@ _step = Compiled(gpt_step, [__file__])
 
 def supports(c: GPTConfig) -> str | None:
     """None where `build` takes a model of this config, else the reason, a clause."""
+    if reason := unknown(c):
+        return reason
     if c.channels // c.heads % COLUMNS:
         return f"the GPT kernel needs a multiple of {COLUMNS} channels a head"
     if c.channels > WIDEST or c.context > LONGEST:

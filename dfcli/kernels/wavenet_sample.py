@@ -33,6 +33,7 @@ from dfcli.cores.protocols import Picking, prefill
 from dfcli.cores.wavenet import Condition, WaveNet, WaveNetConfig
 from dfcli.kernels.compile import Compiled, inner
 from dfcli.kernels.gemm import join, multiply, pad, padded, tiles, to_bfloat16
+from dfcli.kernels.known import unknown
 from dfcli.kernels.ops import ZERO, add, copy, copy_to_rows, fill, relu, tanh_sigmoid
 from dfcli.kernels.pick import pick
 from dfcli.kernels.threads import ThreadedEngine
@@ -163,8 +164,8 @@ _exact, _rounded = (Compiled(wavenet_samples, _SOURCES, variant) for variant in 
 
 
 def supports(config: WaveNetConfig, device: Device) -> str | None:
-    """None: it takes every WaveNet."""
-    return None
+    """None where `build` takes a model of this config, else the reason, a clause."""
+    return unknown(config)
 
 
 def build(core: nn.Module, device: Device, exact: bool = True, on_event: OnEvent = ignore) -> ThreadedEngine:

@@ -36,6 +36,7 @@ from dfcli.cores.protocols import Pass
 from dfcli.cores.wavenet import Condition, WaveNet, WaveNetConfig
 from dfcli.kernels.compile import Compiled, inner, unsupported_cpu
 from dfcli.kernels.gemm import COLUMNS, fetch_add, panel_product, product, round_up, row_stride
+from dfcli.kernels.known import unknown
 from dfcli.kernels.ops import ONE, TWO, ZERO, add, clamp, copy, cross_entropy, exp, fill, norm, norm_back
 from dfcli.kernels.threads import WorkerPool, barrier
 from dfcli.system.events import OnEvent
@@ -456,6 +457,8 @@ def wavenet_pass(worker, workers, flags, yielder, model, batch, buffers, gradien
 
 def supports(c: WaveNetConfig) -> str | None:
     """None where `build` takes a model of this config, else the reason, a clause."""
+    if reason := unknown(c):
+        return reason
     if not c.bias or c.layers < 2 or c.embedding or c.decoder:
         return "the WaveNet kernel needs biases, two layers or more, and no separate embedding or decoder"
     if any(width % COLUMNS for width in (c.residual, c.skip, c.head)):

@@ -43,6 +43,7 @@ from torch import Tensor, nn
 
 from dfcli.cores.protocols import Picking, prefill
 from dfcli.cores.wavenet import Condition, WaveNet, WaveNetConfig
+from dfcli.kernels.known import unknown
 from dfcli.system.device import Device
 from dfcli.system.events import Note, OnEvent, ignore
 
@@ -275,7 +276,7 @@ def supports(config: WaveNetConfig, device: Device) -> str | None:
         return f"the kernel holds at most {WIDEST} residual channels and {MOST_IDS} ids"
     if torch.cuda.get_device_properties(device.torch_device).major < 8:
         return "the GPU is older than Ampere, and its tensor cores are too old for the kernel"
-    return None
+    return unknown(config)
 
 
 def build(core: nn.Module, device: Device, exact: bool = True, on_event: OnEvent = ignore) -> Persistent:
