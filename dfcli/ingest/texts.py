@@ -186,7 +186,12 @@ class Texts(Build):
             reason = "the default for text" if codec is None else "as asked"
             self._on_event(Choice("codec", f"chars, {counted(chars.vocab_size, 'distinct one')}", reason))
             return chars
-        return Bytes() if self._options.bpe is None else GPT2(Path(self._options.bpe))
+        if codec == "gpt2":
+            assert self._options.bpe is not None
+            return GPT2(Path(self._options.bpe))
+        if codec != "bytes":  # a codec that was added and that no line here makes
+            raise UsageError(f"the codec {codec} cannot be made from a corpus", "give an object of its class")
+        return Bytes()
 
     def _trained(self, texts: list[list[Text]], total: int) -> BPE:
         """A byte-pair encoding of the training split."""
