@@ -143,7 +143,8 @@ def _print(found: list[Evaluation]) -> None:
         if one.quantization_snr is not None and one.flac_bits_per_sample is not None:
             snr, flac = f"{one.quantization_snr:.1f} dB", f"{one.flac_bits_per_sample:.2f} bits"
             output.paragraph(
-                f"{whose}the codec's own signal-to-noise ratio is {snr}; FLAC needs {flac} a 16-bit sample"
+                f"{whose}quantisation alone has a signal-to-noise ratio of {snr}; "
+                f"FLAC stores these recordings in {flac} a 16-bit sample"
             )
         _print_measures(one)
         output.say(f"{whose}{short(one.tokens_per_second)} tokens/s", style="dim")

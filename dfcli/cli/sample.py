@@ -82,9 +82,9 @@ def wavenet(
     `--num 3 -o out.wav` writes out-01.wav, out-02.wav and out-03.wav. A wav grows
     while it is made. A file of another format appears when it is complete.
 
-    Two kinds of models know how long a clip is: one of short, labelled recordings
-    ends a clip by itself, and a vocoder makes a clip as long as its --mel. For
-    them --seconds is a limit. A label that is left out is drawn at random.
+    A model of short labelled recordings ends a clip by itself. A vocoder's clip is
+    as long as its --mel. For both, --seconds is a limit. A label that is left out
+    is drawn at random.
     --prime needs --seconds, and every label of its recording.
 
     A WaveNet of text writes text on stdout, and needs neither --seconds nor -o.
