@@ -48,6 +48,7 @@ def test_the_readme_has_the_three_lines() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(500)
 def test_every_line_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "nothing").touch()

@@ -140,7 +140,7 @@ def identify(file: IO[bytes], size: int) -> Found:
     begin = _at(file, start, 400)
     if begin and not set(begin) - TEXT:
         line = begin.decode("ascii").strip().split("\n")[0][:60]
-        raise DfError(f"it is text, not sound: it begins with {line!r}", "fetch the recording again")
+        raise DfError(f"it is text, not sound: it begins with {line!r}", "give a recording, or fetch this one again")
     raise DfError("it is not wav, FLAC, Ogg or MP3, and no other format that is read here", CONVERT)
 
 

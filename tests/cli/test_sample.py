@@ -351,7 +351,7 @@ def test_the_most_likely_clips_in_another_format(here, tmp_path):
             "no recording tume.wav",
             "mean `tune.wav`?",
         ),
-        ("wavenet --run tune --seconds 1 -o x.wav --prime notes.txt", "notes.txt cannot be used", "notes.flac`"),
+        ("wavenet --run tune --seconds 1 -o x.wav --prime notes.txt", "notes.txt cannot be used", "give a recording"),
         ("wavenet --run tune --seconds 1 -o x.wav --mel tune.wav", "is no vocoder", "leave out `--mel`"),
         ("wavenet --run tune --seconds 1 -o x.mp4", "x.mp4 ends in no format", ".flac"),
         ("wavenet --run tune --seconds 1 -o x.wav --best 2", "--best must be from 1", "--num 8"),

@@ -276,7 +276,7 @@ def test_files_of_other_tools_are_named_with_the_next_step(tmp_path: Path, monke
     files: dict[str, tuple[bytes, dict[str, Any], str, str]] = {
         "a.mid": (b"MThd\0\0\0\6", {"kind": "audio"}, "MIDI: it holds notes", "synthesiser"),
         "b.zip": (b"PK\3\4\xff\0", {"kind": "audio"}, "is a zip archive", "`unzip b.zip -d b`"),
-        "c.wav": (b"<html>404 Not Found</html>\n", {}, "it begins with '<html>404 Not", "fetch the recording again"),
+        "c.wav": (b"<html>404 Not Found</html>\n", {}, "it begins with '<html>404 Not", "fetch this one again"),
         "d.pcm": (bytes(range(256)), {"codec": "mulaw"}, "cannot be used", "-f s16le -ar 16000 -ac 1 -i d.pcm d.flac"),
         "e.docx": (b"PK\3\4\xff\0", {}, "an office program", "`pandoc e.docx -t plain -o e.docx.txt`"),
         "f.pdf": (b"%PDF-1.4\n\xff\0", {}, "is a PDF", "`pdftotext f.pdf f.pdf.txt`"),
