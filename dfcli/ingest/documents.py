@@ -109,6 +109,8 @@ def _records(source: Source, field: str, on_bytes: Callable[[bytes], object], ab
         yield from _parquet(source, field, on_bytes)
         return
     name = source.name.lower()
+    if name.endswith(".parquet"):
+        raise DfError(f"{source.name} is no Parquet file: it does not begin with PAR1", "fetch the file again")
     lines = _lines(source, read_text(source, on_bytes, about))
     if any(part in (".csv", ".tsv") for part in map(lambda p: "." + p, name.split(".")[-2:])):
         yield from _csv(source, lines, "\t" if ".tsv" in name else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import re
 import zipfile
 from pathlib import Path, PurePosixPath
@@ -36,6 +37,10 @@ def unpack(path: Path) -> Path:
                 return _unpacked[key]
         except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
             raise CorruptError(f"{path} is damaged: {error}", files.DAMAGED) from None
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            raise CorruptError(f"{path} is damaged: it names a place before its beginning", files.DAMAGED) from None
 
 
 def _extract(path: Path, archive: zipfile.ZipFile) -> Path:

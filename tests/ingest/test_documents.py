@@ -115,6 +115,7 @@ def test_documents_between_separators(codec: str, tmp_path: Path) -> None:
         ("a.csv", b"id,body\n1,ab\n", "a.csv, line 2: the record has no field `text`: it has the fields `id`, `body`"),
         ("a.jsonl.gz", gzip.compress(LINES)[:-20], "a.jsonl.gz cannot be unpacked"),
         ("a.parquet", b"PAR1 and no more", "a.parquet cannot be read as Parquet"),
+        ("b.parquet", b"{}\n", "b.parquet is no Parquet file"),
     ],
 )
 def test_wrong_records_are_named(name: str, content: bytes, message: str, tmp_path: Path) -> None:
