@@ -14,7 +14,7 @@ import typer
 
 from dfcli.cli import output
 from dfcli.errors import UsageError
-from dfcli.system.options import flag, options
+from dfcli.system.options import checkpoint_option, device_option, flag, options
 
 STDIN_SECONDS = 0.5  # of silence on standard input before saying that it is being read
 
@@ -40,15 +40,17 @@ def _parameter(f: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
     if get_origin(kind) in (tuple, Mapping):  # may be repeated
         kind, default = list[str] | None, None
     choices = Literal in (get_origin(kind), *map(get_origin, get_args(kind)))
-    declared = typer.Option(
-        *(f.metadata["flags"] or (flag(f),)),
-        metavar=f.metadata["metavar"] or (None if choices else ""),
-        help=f.metadata["help"],
-        case_sensitive=False,
-    )
+    declared = _declared(f, *(f.metadata["flags"] or (flag(f),)), metavar=None if choices else "")
     return inspect.Parameter(
         f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, declared]
     )
+
+
+def _declared(f: dataclasses.Field[Any], *flags: str, metavar: str | None = "") -> Any:
+    """Typer's form of an option, of `metavar` where the option has none of its own."""
+    return typer.Option(
+        *flags, metavar=f.metadata["metavar"] or metavar, help=f.metadata["help"], case_sensitive=False
+    )  # fmt: skip
 
 
 def key_values(items: list[str] | None, option: str, form: str, example: str) -> dict[str, str]:
@@ -67,7 +69,8 @@ def key_values(items: list[str] | None, option: str, form: str, example: str) ->
 RunName = Annotated[
     str | None, typer.Option("--run", metavar="NAME", help="A run's name or folder; the newest by default.")
 ]
-Checkpoint = Annotated[str, typer.Option("--checkpoint", metavar="WHICH", help="best, last, or the number of a step.")]
+Checkpoint = Annotated[str, _declared(checkpoint_option(), "--checkpoint")]
+Device = Annotated[str, _declared(device_option(), "--device")]
 Json = Annotated[bool, typer.Option("--json", metavar="", help="Print one JSON object on stdout.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", metavar="", help="Do not ask for confirmation.")]
 

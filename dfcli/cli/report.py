@@ -9,6 +9,7 @@ import typer
 
 from dfcli.cli import output
 from dfcli.cli.figures import size
+from dfcli.cli.options import Device
 from dfcli.errors import UsageError
 from dfcli.system.options import check_device
 
@@ -20,7 +21,7 @@ def report(
     out: Annotated[
         Path, typer.Option("-o", "--output", metavar="FILE", help="The page to write; an existing one is replaced.")
     ] = Path("report.html"),
-    device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:0 or mps.")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Write one HTML page about runs: figures, the course of the loss, samples.
 

@@ -288,11 +288,11 @@ def complete(run: Run) -> None:
         return
     with output.Listener() as listener:
         with output.loading():
-            from dfcli.training.train import finish
+            from dfcli.training.train import finish, unmeasured
         try:
             finish(run, on_event=listener)
         except DfError as error:
-            listener(Note(f"its loss over the whole validation split cannot be measured: {error.message}"))
+            listener(unmeasured(error))
 
 
 def state(run: Run) -> str:

@@ -53,5 +53,9 @@ class Request:
                 f"the data of the run `{run.name}` has no split `{split}`",
                 closest(split, sorted(splits), "choose by `--split` one of"),
             )
-        if self.measures and not (run.info.get("conditioning") or {}).get("mel"):
+        if not self.measures:
+            return
+        from dfcli.generation.checks import told
+
+        if not told(run).vocoder:
             raise UsageError(f"run `{run.name}` is no vocoder: --measures compares clips of one", "leave it out")

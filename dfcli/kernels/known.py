@@ -33,8 +33,8 @@ def unknown(config: GPTConfig | WaveNetConfig) -> str | None:
     """The reason against kernels for a config that sets what they do not know, a clause; else None."""
     known = next(names for kind, names in FIELDS.items() if isinstance(config, kind))
     for field in fields(config):
-        value = getattr(config, field.name)
-        words = known.get(field.name)
-        if value not in words if words else words is None and value != field.default:
+        value, words = getattr(config, field.name), known.get(field.name)
+        new = value != field.default if words is None else bool(words) and value not in words
+        if new:
             return f"the kernels do not know {field.name}={value}"
     return None

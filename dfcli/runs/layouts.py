@@ -36,7 +36,7 @@ ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 
 
 class Slot(NamedTuple):
-    """A stored tensor, and what it is here."""
+    """A tensor that transformers stores, and the tensor of the core that it holds."""
 
     name: str  # as transformers stores it
     shape: tuple[int, ...]

@@ -44,7 +44,7 @@ def closest(word: str, known: Iterable[str], introduction: str = "there are") ->
     meant = close(word, names)
     more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
     listed = f"{introduction} {', '.join(names[:NAMED])}{more}" if names else ""
-    return "; ".join(part for part in (f"did you mean `{meant}`?" if meant else "", listed) if part).replace("?;", "?")
+    return " ".join(part for part in (f"did you mean `{meant}`?" if meant else "", listed) if part)
 
 
 def first_line(error: Exception) -> str:

@@ -206,7 +206,7 @@ class Optimizer:
         decays = {name for name, p in rest.items() if recipe.decay == "all" or p.ndim >= 2}
         if recipe.optimizer == "muon":
             decays = set()  # the scale of embeddings and of the output layer is theirs to choose
-        slow = label_projections(core) & rest.keys() if hidden else set()
+        slow = label_projections(core) if hidden else set()
         self.base = Elementwise(rest, decays, slow, recipe)
         self.lr = recipe.adam_lr if recipe.optimizer == "muon" else recipe.lr
 

@@ -302,11 +302,16 @@ def _finished(run: Run, device: Device, calls: Calls) -> TrainResult:
     try:
         return finish(run, device, calls.on_event, calls.stop)
     except DfError as error:
-        calls.on_event(Note(f"its loss over the whole validation split cannot be measured: {error.message}"))
+        calls.on_event(unmeasured(error))
         result = read_result(run)
         if result is None:
             raise
         return result
+
+
+def unmeasured(error: DfError) -> Note:
+    """Why `finish` could not measure the closing figure."""
+    return Note(f"its loss over the whole validation split cannot be measured: {error.message}")
 
 
 def finish(

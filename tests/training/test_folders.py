@@ -29,15 +29,6 @@ TINY = {"layers": "1", "heads": "2", "channels": "8", "context": "16", "batch_si
 PARTLY = {"eval_every": "2", "eval_tokens": "64"}
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> str:
-    """A file of 3,000 characters, of which 300 validate."""
-    words = random.Random(0)
-    path = tmp_path / "text.txt"
-    path.write_text("".join(words.choice(["the ", "cat ", "sat.\n", "on ", "a mat "]) for _ in range(700))[:3000])
-    return str(path)
-
-
 def test_a_finished_run_of_version_0_1_has_its_result_in_its_new_place(home: Path) -> None:
     shutil.copytree(GOLDEN, home)
     result = train("gpt", name="old", resume=True)

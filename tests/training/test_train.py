@@ -45,15 +45,6 @@ EVERY = {"log_every": "2", "eval_every": "3", "checkpoint_every": "4", "eval_tok
 
 
 @pytest.fixture
-def text(tmp_path: Path) -> str:
-    """A file of 3,000 characters."""
-    words = random.Random(0)
-    path = tmp_path / "text.txt"
-    path.write_text("".join(words.choice(["the ", "cat ", "sat.\n", "on ", "a mat "]) for _ in range(700))[:3000])
-    return str(path)
-
-
-@pytest.fixture
 def names(tmp_path: Path) -> str:
     """A file of 200 lines of 3 to 7 letters."""
     letters = random.Random(0)
