@@ -32,6 +32,7 @@ PARTS: dict[str, tuple[Part, int, str]] = {
     "nano": (training.nano, 130, "preset nano: published validation loss 1.4697"),
     "lecture": (training.lecture, 130, "preset lecture: published validation loss of about 1.48"),
     "default": (training.default, 100, "the default recipe for a minute"),
+    "sound": (training.sound, 100, "a WaveNet with labels: trained by default, heard, scored"),
     "throughput": (speed.throughput, 90, "training gpt2 (124M) at 1,024 tokens of context"),
     "generation": (speed.generation, 90, "generation by the plain and the fast engine"),
     "processes": (training.processes, 60, "torchrun on all GPUs (two processes on a CPU)"),

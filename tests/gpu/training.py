@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.gpu.common import Failed, Note, Where
+from tests.shared import shared_data
 
 TINY = {"context": "16", "layers": "1", "heads": "2", "channels": "32", "ngrams": "2"}
 
@@ -146,6 +147,31 @@ def default(where: Where, note: Note) -> None:
         tokens_per_second=result.tokens_per_second,
         says={"": f"validation loss {result.val_loss:.4f} with {result.parameters / 1e6:.1f}M parameters in "
                   f"{spent:.0f} s, {result.tokens_per_second:,.0f} tokens/s"},
+    )  # fmt: skip
+
+
+def sound(where: Where, note: Note) -> None:
+    """A WaveNet by default, told who speaks and what where fsdd is at hand: trained, heard, scored."""
+    import dfcli
+
+    folder = shared_data()
+    spoken = folder and not where.quick and (folder / "fsdd").is_dir()
+    options: dict[str, Any] = {"device": where.device, "minutes": 0.05 if where.quick else 0.7}
+    if where.quick:
+        options["overrides"] = {"cycles": "1", "residual": "16", "eval_tokens": "2000", "compile": "off"}
+    if spoken:
+        options |= {"data": [str(folder / "fsdd")], "label": r"(?P<digit>\d)_(?P<speaker>[a-z]+)_"}
+    result = dfcli.train("wavenet", **options)
+    made = dfcli.sample_audio(out=where.work / "out.wav", seconds=2, seed=1, device=where.device)
+    scored = dfcli.evaluate(device=where.device, limit=None if where.on_gpu else 4000)
+    bits = scored.bits_per_sample
+    assert bits is not None
+    note.check(math.isfinite(bits) and bits < 8, f"{bits} bits per sample")
+    note(
+        val_loss=result.val_loss, steps=result.steps, parameters=result.parameters, engine=made.engine, samples_per_second=made.tokens_per_second, bits=bits,
+        says={"": f"{'fsdd, labels' if spoken else 'built-in sound'}: {bits:.3f} bits per sample with "
+                  f"{result.parameters / 1e6:.1f}M parameters in {result.train_seconds:.0f} s, "
+                  f"{result.tokens_per_second:,.0f} samples/s; {made.engine} {made.tokens_per_second:,.0f} samples/s"},
     )  # fmt: skip
 
 

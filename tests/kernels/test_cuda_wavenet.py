@@ -30,8 +30,8 @@ def test_kernel(interpret: str) -> None:
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr
 
 
-@pytest.mark.parametrize(("M", "G", "mode"), [(1, 3, "sorted"), (16, 1, "plain"), (1, 1, "greedy")])
-def test_it_compiles_for_a_gpu(M: int, G: int, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("M", "G", "picks"), [(1, 3, "sorts"), (16, 1, None), (1, 1, "greedy")])
+def test_it_compiles_for_a_gpu(M: int, G: int, picks: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the interpreter lets pass and the compiler does not; it needs no GPU."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -43,7 +43,8 @@ def test_it_compiles_for_a_gpu(M: int, G: int, mode: str, tmp_path: Path, monkey
         "weights": Weights(*["*fp32"] * 8, "*i32"), "state": State(*["*fp32"] * 7, "*i32"),
         "chunk": Chunk("*fp64", "*fp32", "*i32", "*i64"), "picking": "*fp32",
     } | dict.fromkeys(("batch", "n", "clock"), "i32") | dict.fromkeys(("c", "TILE", "FLAGS"), "constexpr")  # fmt: skip
-    sizes = Sizes(256, 100, L=3, taps=2, R=64, P=64, S=256, H=256, W=256, normed=True, M=M, G=G, mode=mode)
+    sizes = Sizes(256, 100, L=3, taps=2, R=64, P=64, S=256, H=256, W=256, normed=True, M=M, G=G)
+    sizes = sizes._replace(**{picks: True}) if picks else sizes
     source = ASTSource(_samples, kinds, {"c": sizes, "TILE": TILE, "FLAGS": FLAGS})
     code = triton.compile(source, target=GPUTarget("cuda", 80, 32), options={"num_warps": 8})
     assert code.metadata.shared <= 99 * 1024  # what one program may use on the smallest GPU from Ampere on

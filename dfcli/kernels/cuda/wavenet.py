@@ -57,6 +57,12 @@ FLAGS = 32  # distance of the flags: each on a cache line of its own
 
 
 @triton.jit
+def _zeros(M: tl.constexpr, N: tl.constexpr):
+    """[M, N]. Triton 3.6 takes a field of `Sizes` as an argument, but not as a part of a shape."""
+    return tl.zeros([M, N], tl.float32)
+
+
+@triton.jit
 def _product(x, w, total, M: tl.constexpr):
     """total [M, N] + x [M, K] @ w [K, N] in float32 (tf32x3: three tensor core products, exact to about 1e-6)."""
     if M == 1:
@@ -82,16 +88,18 @@ def _raise(flag, G: tl.constexpr):
 
 
 @triton.jit
-def _pick(logits, uniforms, picking, V: tl.constexpr, W: tl.constexpr, MODE: tl.constexpr):
+def _pick(
+    logits, uniforms, picking, V: tl.constexpr, W: tl.constexpr, GREEDY: tl.constexpr, SORTS: tl.constexpr
+):  # fmt: skip
     """`sampling.pick`: logits [M, W], uniforms [M] float64 -> ids [M]; picking float32 [4] in memory."""
     temperature, top_p, min_p = tl.load(picking), tl.load(picking + 2), tl.load(picking + 3)
     ids = tl.arange(0, W)[None, :]
     logits = tl.where(ids < V, logits, float("-inf"))
-    if MODE == "greedy":
+    if GREEDY:
         picked = tl.argmax(logits, 1)
     else:
         weights = tl.exp((logits - tl.max(logits, 1)[:, None]) / temperature)
-        if MODE == "sorted":  # for top-k and top-p
+        if SORTS:  # for top-k and top-p
             top_k = tl.load(picking + 1).to(tl.int32)
             largest = tl.sort(weights, descending=True)
             sums = tl.cumsum(tl.where(ids < top_k, largest, 0.0).to(tl.float64), 1)
@@ -176,7 +184,8 @@ class Sizes(NamedTuple):
     normed: bool
     M: int  # clips of a program
     G: int  # programs that share them
-    mode: str  # of the pick
+    greedy: bool = False  # how an id is picked; Triton 3.6 takes numbers here, no text
+    sorts: bool = False
 
 
 @triton.jit
@@ -185,7 +194,7 @@ def _chain(weights, state, chunk, picking, clips, j, n, t, c: tl.constexpr):
     rows, r = clips[:, None], tl.arange(0, c.P)[None, :]
     square = tl.arange(0, c.P)[:, None] * c.P + r
     logits = tl.load(state.logits + rows * c.W + tl.arange(0, c.W)[None, :])
-    picked = _pick(logits, tl.load(chunk.uniforms + clips * n + j), picking, c.V, c.W, c.mode)
+    picked = _pick(logits, tl.load(chunk.uniforms + clips * n + j), picking, c.V, c.W, c.greedy, c.sorts)
     tl.store(chunk.ids + clips * n + j, picked)
     x = tl.load(weights.table + picked[:, None] * c.P + r)
     told = chunk.rows + tl.load(chunk.index + clips * n + j)[:, None].to(tl.int64) * (2 * c.L * c.P) + r
@@ -212,7 +221,7 @@ def _shares(weights, state, clips, program, batch, t, c: tl.constexpr, TILE: tl.
     rows, r, wide = clips[:, None], tl.arange(0, c.P)[None, :], tl.arange(0, TILE)[None, :]
     square = tl.arange(0, c.P)[:, None] * c.P + r
     for start in range(0, c.S, TILE):
-        total = tl.zeros([c.M, TILE], tl.float32)
+        total = _zeros(c.M, TILE)
         for layer in tl.range(program, c.L, c.G, num_stages=2):
             gate = tl.load(state.gates + (rows * c.L + layer) * c.P + r)
             w = tl.load(weights.skip + (layer * c.P + tl.arange(0, c.P)[:, None]) * c.S + start + wide)
@@ -222,7 +231,7 @@ def _shares(weights, state, clips, program, batch, t, c: tl.constexpr, TILE: tl.
         dilation, length = tl.load(weights.layers + 3 * layer), tl.load(weights.layers + 3 * layer + 1)
         place = tl.load(weights.layers + 3 * layer + 2)
         for half in range(2):
-            total = tl.zeros([c.M, c.P], tl.float32)
+            total = _zeros(c.M, c.P)
             for tap in range(c.taps - 1):
                 moment = place + (t + 1 + tap * dilation) % length
                 x = tl.load(state.queues + (rows * c.places + moment) * c.P + r)
@@ -236,7 +245,7 @@ def _head(weights, state, clips, batch, c: tl.constexpr, TILE: tl.constexpr):
     """3. The sum of the shares, two layers, `logits`."""
     rows, wide, biases = clips[:, None], tl.arange(0, TILE)[None, :], weights.biases + c.L * c.P
     for start in range(0, c.S, TILE):
-        total = tl.zeros([c.M, TILE], tl.float32) + tl.load(biases + start + wide)
+        total = _zeros(c.M, TILE) + tl.load(biases + start + wide)
         for share in range(c.G):
             total += tl.load(state.partials + (share * batch + rows) * c.S + start + wide)
         tl.store(state.hidden1 + rows * c.S + start + wide, tl.where(total < 0, 0.0, total))
@@ -333,7 +342,7 @@ class Persistent:
         floats = [tensor.float().contiguous() for tensor in weights[:-1]]
         self._weights = Weights(*floats, weights.layers.to(torch.int32).contiguous())
         self._sizes = Sizes(
-            c.vocab_size, int(places[-1]), L, K, R, P, S, H, W, normed=c.norm == "rmsnorm", M=1, G=1, mode=""
+            c.vocab_size, int(places[-1]), L, K, R, P, S, H, W, normed=c.norm == "rmsnorm", M=1, G=1
         )
 
     def start(self, batch: int) -> None:
@@ -376,7 +385,7 @@ class Persistent:
     ) -> NDArray[np.int64]:
         c, n, B = self._sizes, uniforms.shape[1], self._groups * self._sizes.M
         sorts = picking.top_k < c.V or picking.top_p < 1
-        mode = "greedy" if picking.temperature == 0 else "sorted" if sorts else "plain"
+        greedy = picking.temperature == 0
         chunk = Chunk(
             torch.zeros((B, n), dtype=torch.float64, device=self._device),
             self._rows(condition),
@@ -390,7 +399,7 @@ class Persistent:
         limits = torch.tensor([temperature, min(picking.top_k, c.V), picking.top_p, picking.min_p], device=self._device)
         self._state.flags.zero_()
         _samples[(self._groups * c.G,)](
-            self._weights, self._state, chunk, limits.float(), B, n, self._clock, c._replace(mode=mode), TILE, FLAGS,
+            self._weights, self._state, chunk, limits.float(), B, n, self._clock, c._replace(greedy=greedy, sorts=sorts), TILE, FLAGS,
             num_warps=8, launch_cooperative_grid=c.G > 1,
         )  # fmt: skip
         self._clock += n
