@@ -23,11 +23,16 @@ from torch import Tensor, nn
 
 from . import checks
 
+
+def _square(x: Tensor) -> Tensor:
+    return x * x  # in x's precision, where autocast would take a power in float32
+
+
 ACTIVATIONS = {
     "relu": F.relu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu2": lambda x: F.relu(x).square(),
+    "relu2": lambda x: _square(F.relu(x)),
 }
 
 
@@ -211,6 +216,20 @@ class Attention(nn.Module):
         return self.projection(y.transpose(1, 2).reshape(B, T, C))
 
 
+class Head(nn.Linear):
+    """The output layer. Under autocast its products are made for whole groups of GROUP ids: with 50,257 ids they run at
+    92 TFLOP/s, with 50,304 at 700 (H200, bfloat16). [..., C] -> [..., V]"""
+
+    GROUP = 64
+
+    def forward(self, input: Tensor) -> Tensor:
+        spare = -self.out_features % self.GROUP
+        if not spare or not torch.is_autocast_enabled(input.device.type):
+            return super().forward(input)
+        bias = None if self.bias is None else F.pad(self.bias, (0, spare))
+        return F.linear(input, F.pad(self.weight, (0, 0, 0, spare)), bias)[..., : self.out_features]
+
+
 class MLP(nn.Module):
     """Two linear layers with an activation between, four times as wide inside. [B, T, C] -> [B, T, C]"""
 
@@ -262,7 +281,7 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(config.dropout if config.embedding_dropout else 0.0)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))  # pyright: ignore[reportAttributeAccessIssue]
         self.norm = Norm(config)
-        self.head = nn.Linear(config.channels, config.vocab_size, bias=config.head_bias)
+        self.head = Head(config.channels, config.vocab_size, bias=config.head_bias)
         if config.tied_head:
             self.head.weight = self.tokens.weight
         self.initialise()

@@ -6,8 +6,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
+from dfcli.cores import Condition
 from dfcli.cores.protocols import Engine, Picking
 from dfcli.errors import UsageError
 from dfcli.generation.plain import Plain
@@ -39,7 +41,7 @@ def choose(
         if kernel is not None and why is None:
             fast = kernel.build(core, device, engine == "fast", on_event)
             if device.kind != "cpu":  # a GPU's driver, Triton or memory may fail only when they are used
-                _try_out(fast, batch)
+                _try_out(fast, batch, core.config)
             return fast, "asked for" if engine == "fast" else fast.reason
     except Exception as error:  # numba, Triton, CUDA and a missing library share no base class
         why = f"the compiled engine does not work here ({first_line(error)})"
@@ -64,8 +66,18 @@ def _kernel(core_name: str, kind: str) -> Any:
     return kernel
 
 
-def _try_out(engine: Engine, batch: int) -> None:
+def _try_out(engine: Engine, batch: int, config: Any) -> None:
     """Make two ids of each sequence. Raises what the machine raises where it cannot."""
+    told, drawn = _stand_in(config, batch, 1), _stand_in(config, batch, 2)
     engine.start(batch)
-    engine.prefill(np.zeros((batch, 1), np.int64))
-    engine.generate(np.zeros((batch, 2)), Picking())
+    engine.prefill(np.zeros((batch, 1), np.int64), told)
+    engine.generate(np.zeros((batch, 2)), Picking(), drawn)
+
+
+def _stand_in(config: Any, batch: int, length: int) -> Condition | None:
+    """Some condition [batch, length] that a model of this config takes, or None."""
+    if not getattr(config, "row", 0):
+        return None
+    labels = torch.zeros((1, len(config.labels)), dtype=torch.int64) if config.labels else None
+    series = torch.zeros((1, config.series)) if config.series else None
+    return Condition(labels, series, torch.zeros((batch, length), dtype=torch.int64))

@@ -88,17 +88,43 @@ class TorchBackend:
     def __init__(self, core: cores.Core, recipe: Recipe, device: Device) -> None:
         self._core, self._forward, self._device = core, core, device
         self._recipe, self._last = recipe, recipe.packing == "last"
+        self._graph: Any = None  # kernels.cuda.graph.Replayed of `_gradients`
         self.threads = device.threads
         self._sharded = sharding.is_sharded(core)
         self.sparse = device.kind == "cpu" and not self._sharded  # saves writing and reading tables of megabytes
 
     def backward(self, ids: Tensor, targets: Tensor, positions: Tensor | None, condition: Any, count: int) -> Tensor:
+        if self._graph and condition is None:
+            arguments = self._arguments(ids, targets, positions, count)
+            if self._graph.fits(arguments):
+                loss, *grads = self._graph(arguments)
+                for p, grad in zip(self._learning, grads, strict=True):
+                    # The next replay writes into the same memory.
+                    p.grad = (
+                        (grad if self._recipe.accumulate == 1 else grad.clone()) if p.grad is None else p.grad + grad
+                    )
+                return loss
+        loss = self._loss(ids, targets, positions, condition)
+        (loss / max(1, count)).backward()
+        return loss.detach()
+
+    def _loss(self, ids: Tensor, targets: Tensor, positions: Tensor | None, condition: Any = None) -> Tensor:
         with self._device.autocast():
             more = {} if condition is None else {"condition": condition}
             logits = self._forward(ids, positions, self._last, **more)
-            loss = cross_entropy(logits, targets[:, -1:] if self._last else targets)
-        (loss / max(1, count)).backward()
-        return loss.detach()
+            return cross_entropy(logits, targets[:, -1:] if self._last else targets)
+
+    def _arguments(self, ids: Tensor, targets: Tensor, positions: Tensor | None, count: int) -> list[Tensor | None]:
+        """Of `_gradients`: the number of targets as a tensor too, which a graph can read."""
+        return [ids, targets, positions, torch.full((), max(1, count), dtype=torch.float32, device=ids.device)]
+
+    def _gradients(self, ids: Tensor, targets: Tensor, positions: Tensor | None, count: Tensor) -> list[Tensor]:
+        """The summed loss, and the gradients of the mean's over `count` targets, of `_learning`."""
+        self._core.zero_grad()
+        loss = self._loss(ids, targets, positions)
+        (loss / count).backward()
+        self._learning = [p for p in self._core.parameters() if p.grad is not None]
+        return [loss.detach(), *(p.grad for p in self._learning if p.grad is not None)]
 
     def orthogonalise_all(self, matrices: list[Tensor]) -> list[Tensor]:
         if self._sharded:
@@ -109,25 +135,45 @@ class TorchBackend:
         optim.update_rows(tables, lr, eps)
 
     def warm_up(self, batch: Callable[[], Batch], on_event: OnEvent) -> None:
-        """torch.compile where the recipe asks for it or it pays: on CUDA for budgets of more than two minutes or 2,000
-        steps, because it takes half a minute in each process. On a CPU it has not been shown to pay. A pass of a batch
-        tries it, and changes nothing; where that fails it is told, and the core stays as it is. Sharded weights are not
-        compiled: not tried on a GPU yet."""
-        r, kind = self._recipe, self._device.kind
-        wanted = r.compile == "auto" and kind == "cuda" and (r.minutes > 2 or r.steps > 2000)
-        if self._sharded or not (r.compile == "on" or wanted):
+        """Make the pass faster where that is possible: torch.compile, and on CUDA a graph of all its kernels. Passes of
+        a batch try it, and change nothing; where that fails it is told, and the pass stays as it was. Sharded weights
+        are left alone: not tried on a GPU yet."""
+        if self._sharded:
             return
         buffers = {name: buffer.clone() for name, buffer in self._core.named_buffers()}  # BatchNorm's, which it moves
+        try:
+            self._compile(batch, on_event)
+            self._record(batch, on_event)
+        finally:
+            self._core.zero_grad()
+            for name, buffer in self._core.named_buffers():
+                buffer.copy_(buffers[name])
+
+    def _compile(self, batch: Callable[[], Batch], on_event: OnEvent) -> None:
+        """torch.compile where the recipe asks for it or it pays: on CUDA for budgets of more than two minutes or 2,000
+        steps, because it takes half a minute in each process. On a CPU it has not been shown to pay."""
+        r, kind = self._recipe, self._device.kind
+        wanted = r.compile == "auto" and kind == "cuda" and (r.minutes > 2 or r.steps > 2000)
+        if not (r.compile == "on" or wanted):
+            return
         try:
             self._forward, self.sparse = torch.compile(self._core), False  # it cannot compile sparse gradients
             self.backward(*tensors(batch(), self._device), 1)
         except Exception as error:  # whatever the compiler of this machine raises
             on_event(Note(f"torch.compile does not work here ({first_line(error)[:200]}); training uncompiled"))
             self._forward, self.sparse = self._core, kind == "cpu"
-        finally:
-            self._core.zero_grad()
-            for name, buffer in self._core.named_buffers():
-                buffer.copy_(buffers[name])
+
+    def _record(self, batch: Callable[[], Batch], on_event: OnEvent) -> None:
+        """A graph of the pass, except where the model is told a condition, whose shape changes with each batch."""
+        ids, targets, positions, condition = tensors(batch(), self._device)
+        if self._device.kind != "cuda" or self._recipe.compile == "off" or condition is not None:
+            return
+        try:
+            from dfcli.kernels.cuda.graph import Replayed
+
+            self._graph = Replayed(self._gradients, self._arguments(ids, targets, positions, 1))
+        except (ImportError, RuntimeError) as error:
+            on_event(Note(f"without a CUDA graph, which is slower ({first_line(error)[:200]})"))
 
 
 class CompiledBackend(TorchBackend):

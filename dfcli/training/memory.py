@@ -33,6 +33,7 @@ def estimate(core: str, config: cores.CoreConfig, recipe: Recipe, device: Device
     float32, in `shards` parts, and what a micro-batch keeps for its backward pass, counted from the tensors that each
     layer saves."""
     optimizer = {"sgd": int(recipe.momentum > 0), "adamw": 2, "muon": 2}[recipe.optimizer]
+    half = device.precision == "bfloat16"  # what stays in float32 there, such as norms, counts twice
     c: Any = config
     tables = c.channels * sum(c.ngram_rows) if core == "gpt" and recipe.optimizer == "muon" else 0  # see optim.Rows
     weights = 4 * ((config.parameters() - tables) * (2 + optimizer) + 2 * tables)
@@ -47,7 +48,7 @@ def estimate(core: str, config: cores.CoreConfig, recipe: Recipe, device: Device
         kept = c.layers * (10 * c.channels + c.heads * window)
         rows = min(rows, device.threads)
     elif core == "gpt":
-        kept = c.layers * c.channels * (18 + 2 * c.qk_norm + 3 * (c.dropout > 0))
+        kept = c.layers * c.channels * (18 + (6 if half else 2) * c.qk_norm + 3 * (c.dropout > 0))
         if c.dropout and device.kind == "cpu":  # without fused attention PyTorch keeps the weights, before and after
             kept += c.layers * 3 * c.heads * window
         kept += 12 * c.channels  # the gradients of one layer's widest tensors, on the way back
@@ -60,12 +61,11 @@ def estimate(core: str, config: cores.CoreConfig, recipe: Recipe, device: Device
         positions = rows * window if together else device.threads * max(b - a for a, b in pairwise(bounds))
         return weights + 4 * (positions * kept + rows * window * c.residual)
     elif core == "wavenet":
-        kept = c.layers * c.residual * (6 + c.kernel + (c.norm != "none")) + c.skip + c.head
+        kept = c.layers * c.residual * (6 + 2 * half + c.kernel + (c.norm != "none")) + c.skip + c.head
     else:
         kept = c.levels * 4 * c.hidden
         window = 1 if recipe.packing == "last" else window
-    wide = 2 if device.precision == "bfloat16" else 4
-    return weights + rows * window * (kept * wide + 3 * 4 * c.vocab_size)
+    return weights + rows * window * (kept * (2 if half else 4) + 3 * 4 * c.vocab_size)
 
 
 def _sharded(config: Any, weights: int, device: Device, shards: int) -> int:

@@ -94,7 +94,7 @@ class Trainer:
         self.backend = choose(self.core, self.recipe, self.device, self.on_event, self.processes)
         self.budget.beat()
         self.budget.start()
-        self.backend.warm_up(lambda: self.batches.at(self.state.step), self.on_event)
+        self.backend.warm_up(lambda: self.part(self.batches.at(self.state.step)), self.on_event)
         dense, _ = self.processes.agree(int(not self.backend.sparse), 0.0)  # torch.compile may fail in one process
         self.backend.sparse = not dense
         self.optimizer.use(self.backend)
@@ -138,7 +138,7 @@ class Trainer:
         count = sum(int((batch.targets != IGNORED).sum()) for batch in micros)
         total = torch.zeros((), device=self.device.torch_device)
         for batch in micros:
-            total += self.backward(batch.part(self.processes.rows(len(batch.ids))), count)
+            total += self.backward(self.part(batch), count)
         if self.device.kind != "cpu":  # which computes meanwhile
             self.drawn = {step + 1: self.draw(step + 1)}
         self.processes.add_gradients(self.optimizer.named.values(), total)
@@ -148,6 +148,10 @@ class Trainer:
     def draw(self, step: int) -> list[Batch]:
         """The micro-batches of a step."""
         return [self.batches.at(step, micro) for micro in range(self.recipe.accumulate)]
+
+    def part(self, batch: Batch) -> Batch:
+        """This process's rows of a batch."""
+        return batch.part(self.processes.rows(len(batch.ids)))
 
     def backward(self, batch: Batch, count: int) -> Tensor:
         """Add the gradients of a micro-batch to those there are, of the mean over `count` targets. Returns its

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dfcli.cores import GPT, GPTConfig
+from dfcli.cores.gpt import Head
 
 from .variants import small
 
@@ -126,3 +127,18 @@ def test_rotary_positions_are_relative() -> None:
 def test_more_ids_than_the_context() -> None:
     with pytest.raises(ValueError, match="context"):
         small("nano")(torch.zeros((1, 13), dtype=torch.int64))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_padded_head_is_the_head(bias: bool) -> None:
+    head = Head(16, 65, bias=bias)
+    x = torch.randn(2, 3, 16, requires_grad=True)
+    expected = torch.nn.functional.linear(x, head.weight, head.bias)
+    assert torch.equal(head(x), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = head(x)
+    assert found.shape == (2, 3, 65)
+    torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)
+    found.float().sum().backward()
+    assert head.weight.grad is not None
+    torch.testing.assert_close(head.weight.grad, x.detach().sum((0, 1)).expand(65, 16), rtol=0.02, atol=0.02)

@@ -6,7 +6,6 @@ import io
 import itertools
 import statistics
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ ALPHABET = "\n" + "".join(chr(33 + i) for i in range(64))
 
 
 def throughput(where: Where, note: Note) -> None:
-    """Steps of the trainer on random ids: as they are, with torch.compile, and where bits may differ each time."""
+    """Steps of the trainer on random ids: kernel by kernel, as a CUDA graph, and as one with torch.compile."""
     gpt2 = {
         "vocab_size": 50_257, "context": 1024, "layers": 12, "heads": 12, "channels": 768, "activation": "gelu_tanh",
     }  # fmt: skip
@@ -29,12 +28,11 @@ def throughput(where: Where, note: Note) -> None:
         ("gpt2", gpt2, 16, {"optimizer": "adamw", "clip": 1.0}),
         ("default with tables", tables, 64, {"optimizer": "muon", "lr": 0.02, "momentum": 0.95}),
     ):
-        ways = {"": ("off", True), " compiled": ("on", True), " not repeatable": ("off", False)}
-        for way, (compiling, repeatable) in ways.items():
+        for way, compiling in {"": "off", " as a graph": "auto", " compiled": "on"}.items():
             if way and not where.on_gpu:
                 continue
             batch = 2 if where.quick else rows
-            figures = steps(config | tiny, recipe | {"compile": compiling, "batch_size": batch}, where, repeatable)
+            figures = steps(config | tiny, recipe | {"compile": compiling, "batch_size": batch}, where)
             note(**{name + way: figures})
             share = f", {figures['share_of_peak']:.0%} of peak" if figures["share_of_peak"] else ""
             what = f"{name}{way}: {figures['tokens_per_second']:,.0f} tokens/s"
@@ -42,8 +40,8 @@ def throughput(where: Where, note: Note) -> None:
             note(says=says)
 
 
-def steps(config: dict[str, Any], recipe: dict[str, Any], where: Where, repeatable: bool) -> dict[str, Any]:
-    """The median step of a trainer that writes nothing; `df train` computes the same bits each time (repeatable)."""
+def steps(config: dict[str, Any], recipe: dict[str, Any], where: Where) -> dict[str, Any]:
+    """The median step of a trainer that writes nothing."""
     import torch
 
     from dfcli import cores
@@ -67,7 +65,7 @@ def steps(config: dict[str, Any], recipe: dict[str, Any], where: Where, repeatab
     planned = change(Recipe(), recipe | {"steps": count, "window": config["context"]})
     ask = lambda: moments.append(time.perf_counter())  # noqa: E731
     began = time.perf_counter()
-    with device.repeatable() if repeatable else nullcontext():
+    with device.repeatable():
         Trainer(core, planned, Random(), Nowhere(Path()), device, stop=ask).run()
     seconds = statistics.median(b - a for a, b in itertools.pairwise(moments[count // 3 :]))
     rate = recipe["batch_size"] * config["context"] / seconds

@@ -85,7 +85,8 @@ def resume(where: Where, note: Note) -> None:
         else:
             small = {"residual": "16", "cycles": "1"} if where.quick else {"residual": "64"}
         options: dict[str, Any] = {
-            "steps": steps, "device": where.device, "overrides": small | more | {"compile": "off"}, "seed": 3,
+            "steps": steps, "device": where.device, "seed": 3,
+            "overrides": small | more | ({} if where.on_gpu else {"compile": "off"}),
         }  # fmt: skip
         dfcli.train(kind, data, name=f"{kind}-whole", **options)
         dfcli.train(kind, data, name=f"{kind}-halves", stop=Halfway(steps // 2), **options)
@@ -168,7 +169,8 @@ def sound(where: Where, note: Note) -> None:
     assert bits is not None
     note.check(math.isfinite(bits) and bits < 8, f"{bits} bits per sample")
     note(
-        val_loss=result.val_loss, steps=result.steps, parameters=result.parameters, engine=made.engine, samples_per_second=made.tokens_per_second, bits=bits,
+        val_loss=result.val_loss, steps=result.steps, parameters=result.parameters, engine=made.engine,
+        samples_per_second=made.tokens_per_second, bits=bits,
         says={"": f"{'fsdd, labels' if spoken else 'built-in sound'}: {bits:.3f} bits per sample with "
                   f"{result.parameters / 1e6:.1f}M parameters in {result.train_seconds:.0f} s, "
                   f"{result.tokens_per_second:,.0f} samples/s; {made.engine} {made.tokens_per_second:,.0f} samples/s"},

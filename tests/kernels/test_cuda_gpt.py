@@ -37,8 +37,12 @@ def fast(core: Any, device: Device, opening: list[list[int]]) -> Any:
     return start(gpt_cuda.Graphed(core.to(device.torch_device), device), opening)
 
 
+@pytest.mark.parametrize("many", [1, 256])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_and_picks_are_the_plain_steps(variant: str, device: Device) -> None:
+def test_logits_and_picks_are_the_plain_steps(
+    variant: str, many: int, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpt_cuda, "MANY", many)
     core = build(**VARIANTS[variant])
     opening = [[1, 2, 3][: core.context], [4, 5, 6][: core.context]]
     ours, plain = fast(core, device, opening), start(Plain(core, device), opening)

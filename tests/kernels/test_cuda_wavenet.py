@@ -31,7 +31,9 @@ def test_kernel(interpret: str) -> None:
 
 
 @pytest.mark.parametrize(("M", "G", "picks"), [(1, 3, "sorts"), (16, 1, None), (1, 1, "greedy")])
-def test_it_compiles_for_a_gpu(M: int, G: int, picks: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_compiles_for_a_gpu(
+    M: int, G: int, picks: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What the interpreter lets pass and the compiler does not; it needs no GPU."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

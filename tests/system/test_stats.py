@@ -58,9 +58,9 @@ class FakeNvml(types.ModuleType):
     class NVMLError(Exception):
         pass
 
-    def __init__(self) -> None:
+    def __init__(self, old: bool = False) -> None:
         super().__init__("pynvml")
-        self.open = 0
+        self.open, self.old = 0, old
 
     def nvmlInit(self) -> None:
         self.open += 1
@@ -79,8 +79,12 @@ class FakeNvml(types.ModuleType):
     def nvmlDeviceGetUtilizationRates(self, _: str) -> types.SimpleNamespace:
         return types.SimpleNamespace(gpu=87)
 
-    def nvmlDeviceGetMemoryInfo(self, _: str) -> types.SimpleNamespace:
-        return types.SimpleNamespace(used=3, total=4)
+    nvmlMemory_v2 = 2
+
+    def nvmlDeviceGetMemoryInfo(self, _: str, version: int = 1) -> types.SimpleNamespace:
+        if version == 2 and self.old:
+            raise self.NVMLError
+        return types.SimpleNamespace(used=3 if version == 2 else 4, total=5)
 
     def nvmlDeviceGetTemperature(self, _: str, __: int) -> int:
         return 61
@@ -89,15 +93,15 @@ class FakeNvml(types.ModuleType):
         raise self.NVMLError
 
 
-@pytest.mark.parametrize("uuid", ["1234", "another"])
-def test_gpu_figures_come_from_nvml_by_uuid(uuid: str, monkeypatch: pytest.MonkeyPatch):
-    nvml = FakeNvml()
+@pytest.mark.parametrize(("uuid", "old"), [("1234", False), ("1234", True), ("another", False)])
+def test_gpu_figures_come_from_nvml_by_uuid(uuid: str, old: bool, monkeypatch: pytest.MonkeyPatch):
+    nvml = FakeNvml(old)
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(uuid=uuid))
     stats = first_reading(Sampler(CUDA))
     if uuid == "1234":
         assert (stats.gpu_name, stats.gpu_percent, stats.gpu_temperature) == ("Fake handle", 87.0, 61.0)
-        assert (stats.gpu_memory_used, stats.gpu_memory_total) == (3, 4)
+        assert (stats.gpu_memory_used, stats.gpu_memory_total) == (4 if old else 3, 5)
     else:
         assert stats.gpu_name is None
     assert stats.gpu_power_watts is None

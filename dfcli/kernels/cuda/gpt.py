@@ -1,5 +1,5 @@
 """GPT on an NVIDIA GPU: one id, its pick included, is one CUDA graph that is replayed id after id, in float32 and with
-the plain engine's picks. Not measured yet: no GPU was at hand.
+the plain engine's picks.
 
 At batch 1 a token reads every weight once: 0.5 GB for `gpt2`, 0.15 ms at an H100's 3.3 TB/s. The plain step launches
 about 15 small kernels a layer, 5-10 µs of Python each, 1-2 ms in all; as a graph they start within 1-2 µs of each
@@ -33,6 +33,7 @@ from dfcli.system.device import Device
 from dfcli.system.events import Note, OnEvent, ignore
 from dfcli.system.words import first_line
 
+MANY = 256  # heads of all sequences: fused attention gives each to one multiprocessor, and fewer would leave some idle
 SPAN = 128  # positions of the cache that the first graph reads; each further one reads twice as many
 
 
@@ -83,9 +84,12 @@ def step(core: GPT, ids: Tensor, position: Tensor, state: GPTState, span: int) -
         keys, values = state.keys[layer], state.values[layer]
         keys.index_copy_(2, position, k)
         values.index_copy_(2, position, v)
-        # As products, since the fused attention kernels give each head to one multiprocessor and leave the rest idle.
-        scores = (q @ keys[:, :, :span].mT * D**-0.5).masked_fill(hidden, float("-inf"))
-        y = scores.softmax(-1) @ values[:, :, :span]
+        keys, values = keys[:, :, :span], values[:, :, :span]
+        if B * config.heads < MANY:
+            scores = (q @ keys.mT * D**-0.5).masked_fill(hidden, float("-inf"))
+            y = scores.softmax(-1) @ values
+        else:
+            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=~hidden[None, None, None])
         x = x + block.attention.projection(y.view(B, 1, config.channels))
         x = x + block.mlp(block.mlp_norm(x))
     return core.head(core.norm(x[:, 0]))

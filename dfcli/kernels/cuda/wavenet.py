@@ -341,9 +341,7 @@ class Persistent:
         )
         floats = [tensor.float().contiguous() for tensor in weights[:-1]]
         self._weights = Weights(*floats, weights.layers.to(torch.int32).contiguous())
-        self._sizes = Sizes(
-            c.vocab_size, int(places[-1]), L, K, R, P, S, H, W, normed=c.norm == "rmsnorm", M=1, G=1
-        )
+        self._sizes = Sizes(c.vocab_size, int(places[-1]), L, K, R, P, S, H, W, normed=c.norm == "rmsnorm", M=1, G=1)
 
     def start(self, batch: int) -> None:
         c, self._batch, self._clock = self._sizes, batch, 0
@@ -398,8 +396,9 @@ class Persistent:
         temperature = min(max(picking.temperature, 1e-30), 1e30)  # float32 holds no more
         limits = torch.tensor([temperature, min(picking.top_k, c.V), picking.top_p, picking.min_p], device=self._device)
         self._state.flags.zero_()
+        sizes = c._replace(greedy=greedy, sorts=sorts)
         _samples[(self._groups * c.G,)](
-            self._weights, self._state, chunk, limits.float(), B, n, self._clock, c._replace(greedy=greedy, sorts=sorts), TILE, FLAGS,
+            self._weights, self._state, chunk, limits.float(), B, n, self._clock, sizes, TILE, FLAGS,
             num_warps=8, launch_cooperative_grid=c.G > 1,
         )  # fmt: skip
         self._clock += n
