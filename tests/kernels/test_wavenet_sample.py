@@ -232,3 +232,10 @@ def test_without_numba_the_plain_engine_runs(monkeypatch: pytest.MonkeyPatch) ->
     engine, reason = engines.choose("wavenet", build(), 1, cpu())
     assert engine.name == "plain"
     assert reason == "the compiled engine does not work here (RuntimeError: no such processor)"
+
+
+def test_a_conditioned_model_is_tried_out_with_a_condition() -> None:
+    """A GPU's engine is tried before it is used; without a condition that failed, and the plain engine took over."""
+    told = build(labels=(3, 2), condition=4, series=2)
+    for core in (build(), told):
+        engines._try_out(Plain(core, cpu()), 2, core.config)

@@ -1,5 +1,5 @@
 """WaveNet on an NVIDIA GPU: one kernel (Triton) makes a whole chunk of samples, picks included, without a return to the
-host. It computes in float32 and so makes the plain engine's picks. Not measured yet: no GPU was at hand.
+host. It computes in float32 and so makes the plain engine's picks.
 
 The idea of a persistent kernel whose programs hand activations to each other by flags is NVIDIA's nv-wavenet (2018).
 There each layer has its own programs; here, by the arithmetic below, one program runs through all the layers:
@@ -16,7 +16,8 @@ left behind: the skip paths, and what the past taps put into each layer at the *
 
 Programs wait for each other three times a sample, each about 1.3 µs (a release and an acquire through L2); one that
 handed over after each layer, as in nv-wavenet, would wait 30 times. Expected for one clip on an H100: 25 (chain) + 4
-(waits) + 3 (2.) + 10 (head) + 3 (pick) = 45 µs or 22,000 samples/s, to be believed within a factor of 1.5.
+(waits) + 3 (2.) + 10 (head) + 3 (pick) = 45 µs or 22,000 samples/s. Measured on an H200: 200 µs, 5,006 samples/s, 31
+times the plain engine; 64 clips 397,193 samples/s. Which of these times is wrong is not known yet.
 
 Many clips: a program advances `ROWS` clips by tensor cores, each weight that it reads serves all of them, and once
 there are as many such programs as multiprocessors each works alone (G = 1), without waits. 132 programs that read
