@@ -334,7 +334,10 @@ class Pulse:
     """
 
     def __init__(
-        self, processes: Processes, clock: Callable[[], float], stop: Callable[[], str | None] = lambda: None
+        self,
+        processes: Processes = ALONE,
+        clock: Callable[[], float] = time.perf_counter,
+        stop: Callable[[], str | None] = lambda: None,
     ) -> None:
         self.processes, self._clock, self._stop = processes, clock, stop
         self._now, self._reason = 0.0, None

@@ -98,11 +98,10 @@ class TorchBackend:
             arguments = self._arguments(ids, targets, positions, count)
             if self._graph.fits(arguments):
                 loss, *grads = self._graph(arguments)
+                if self._recipe.accumulate > 1:
+                    grads = [grad.clone() for grad in grads]  # the next replay writes into the same memory
                 for p, grad in zip(self._learning, grads, strict=True):
-                    # The next replay writes into the same memory.
-                    p.grad = (
-                        (grad if self._recipe.accumulate == 1 else grad.clone()) if p.grad is None else p.grad + grad
-                    )
+                    p.grad = grad if p.grad is None else p.grad + grad
                 return loss
         loss = self._loss(ids, targets, positions, condition)
         (loss / max(1, count)).backward()
@@ -165,8 +164,10 @@ class TorchBackend:
 
     def _record(self, batch: Callable[[], Batch], on_event: OnEvent) -> None:
         """A graph of the pass, except where the model is told a condition, whose shape changes with each batch."""
+        if self._device.kind != "cuda" or self._recipe.compile == "off":
+            return
         ids, targets, positions, condition = tensors(batch(), self._device)
-        if self._device.kind != "cuda" or self._recipe.compile == "off" or condition is not None:
+        if condition is not None:
             return
         try:
             from dfcli.kernels.cuda.graph import Replayed

@@ -27,7 +27,7 @@ from dfcli.runs.huggingface import start
 from dfcli.runs.run import Run
 from dfcli.system.device import Device, resolve
 from dfcli.system.events import Note, OnEvent, ignore
-from dfcli.system.processes import ALONE, Processes, joined
+from dfcli.system.processes import ALONE, Processes, Pulse, joined
 from dfcli.training import memory, resume, sharding
 from dfcli.training import plan as plans
 from dfcli.training.events import Closing, Finished, Started
@@ -245,7 +245,7 @@ def trainer_of(run: Run, plan: Plan, group: Processes, calls: Calls) -> Trainer:
         validation = replace(validation, preview=preview_of(core, dataset, device, plan.seed))
     trainer = Trainer(
         core, recipe, batches, run if group.first else Nowhere(run.path), device, seed=plan.seed, state=state,
-        validation=validation, on_event=calls.on_event, stop=calls.stop, clock=calls.clock, processes=group,
+        validation=validation, on_event=calls.on_event, pulse=Pulse(group, calls.clock, calls.stop),
     )  # fmt: skip
     if checkpoint:
         trainer.optimizer.load_state_tensors(checkpoint.optimizer or {})

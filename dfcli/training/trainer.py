@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import time
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -25,7 +23,7 @@ from dfcli.data.batches import IGNORED, Batch
 from dfcli.system.allocator import kept_memory, settled_objects
 from dfcli.system.device import Device, pytorch_threads
 from dfcli.system.events import Note, OnEvent, ignore
-from dfcli.system.processes import ALONE, Processes, Pulse
+from dfcli.system.processes import Pulse
 from dfcli.training.backend import TorchBackend, choose, tensors
 from dfcli.training.budget import Budget
 from dfcli.training.events import Overfitting, Sample
@@ -47,8 +45,8 @@ class Source(Protocol):
 class Trainer:
     """Trains `core`, which is on `device`, until the recipe's budget is used.
 
-    `state` is where to go on from. `stop` is asked before every step: a reason it gives ends the loop after a
-    checkpoint. `clock` gives seconds.
+    `state` is where to go on from. `pulse` has the clock, the processes, and the request to stop, which is looked for
+    before every step and ends the loop after a checkpoint.
     """
 
     def __init__(
@@ -63,14 +61,12 @@ class Trainer:
         state: State | None = None,
         validation: Validation | None = None,
         on_event: OnEvent = ignore,
-        stop: Callable[[], str | None] = lambda: None,
-        clock: Callable[[], float] = time.perf_counter,
-        processes: Processes = ALONE,
+        pulse: Pulse | None = None,
     ) -> None:
         self.core, self.recipe, self.batches, self.device = core, recipe, batches, device
-        self.seed, self.validation, self.on_event, self.processes = seed, validation, on_event, processes
-        pulse = Pulse(processes, clock, stop)
-        self.stop = pulse.stop
+        self.seed, self.validation, self.on_event = seed, validation, on_event
+        pulse = pulse or Pulse()
+        self.stop, self.processes = pulse.stop, pulse.processes
         self.state = state = state or State()
         self.optimizer = Optimizer(core, recipe)
         self.budget = Budget(recipe, state, pulse, validation.tokens if validation else 0)

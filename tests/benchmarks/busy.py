@@ -24,6 +24,7 @@ from dfcli.data.batches import Batch
 from dfcli.evaluation.evaluate import evaluate
 from dfcli.generation.sample import sample_audio, sample_text
 from dfcli.system.device import resolve
+from dfcli.system.processes import Pulse
 from dfcli.training.presets import preset
 from dfcli.training.settings import Recipe
 from dfcli.training.train import train
@@ -124,7 +125,7 @@ def training_rates(name: str, rounds: int, seconds: float) -> tuple[list[float],
         return "all rounds are over" if len(found) > 2 * rounds else None
 
     recipe = Recipe(steps=10**9, checkpoint_every=10**9, log_every=10**9, eval_every=10**9, batch_size=B)
-    trainer = Trainer(core, recipe, Rows(config["vocab_size"], B, T), Nowhere(), resolve("cpu"), stop=turn)
+    trainer = Trainer(core, recipe, Rows(config["vocab_size"], B, T), Nowhere(), resolve("cpu"), pulse=Pulse(stop=turn))
     try:
         trainer.run()
     finally:

@@ -21,6 +21,7 @@ from dfcli.data.batches import Batches
 from dfcli.data.dataset import Dataset
 from dfcli.ingest.prepare import prepare
 from dfcli.system.device import resolve
+from dfcli.system.processes import Pulse
 from dfcli.training.presets import preset
 from dfcli.training.settings import Recipe
 from dfcli.training.trainer import Trainer
@@ -65,7 +66,7 @@ def turns(dataset: Dataset, rounds: int, steps: int, compile: str) -> tuple[list
     long = {"steps": 10**9, "checkpoint_every": 10**9, "compile": compile}
     recipe = Recipe(**entry["recipe"] | long)
     batches = Batches(dataset.splits["train"], batch_size=recipe.batch_size, window=core.context, seed=entry["seed"])
-    trainer = Trainer(core, recipe, batches, Nowhere(), resolve("cpu"), seed=entry["seed"], stop=other)
+    trainer = Trainer(core, recipe, batches, Nowhere(), resolve("cpu"), seed=entry["seed"], pulse=Pulse(stop=other))
     trainer.run()
     return plain[1:], ours[2:]  # the first round warms up; before it the trainer took no step
 

@@ -47,6 +47,7 @@ def steps(config: dict[str, Any], recipe: dict[str, Any], where: Where) -> dict[
     from dfcli import cores
     from dfcli.data.batches import Batch
     from dfcli.system.device import resolve
+    from dfcli.system.processes import Pulse
     from dfcli.training.saver import Nowhere
     from dfcli.training.settings import Recipe, change
     from dfcli.training.trainer import Trainer
@@ -66,7 +67,7 @@ def steps(config: dict[str, Any], recipe: dict[str, Any], where: Where) -> dict[
     ask = lambda: moments.append(time.perf_counter())  # noqa: E731
     began = time.perf_counter()
     with device.repeatable():
-        Trainer(core, planned, Random(), Nowhere(Path()), device, stop=ask).run()
+        Trainer(core, planned, Random(), Nowhere(Path()), device, pulse=Pulse(stop=ask)).run()
     seconds = statistics.median(b - a for a, b in itertools.pairwise(moments[count // 3 :]))
     rate = recipe["batch_size"] * config["context"] / seconds
     peak = device.peak_flops()

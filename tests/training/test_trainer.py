@@ -19,6 +19,7 @@ from dfcli.data.batches import Batch
 from dfcli.errors import DfError
 from dfcli.system.device import resolve
 from dfcli.system.events import Note
+from dfcli.system.processes import Pulse
 from dfcli.training.backend import TorchBackend
 from dfcli.training.events import Sample, Saved, Step
 from dfcli.training.meter import metrics_line
@@ -76,7 +77,8 @@ def trainer(core: Any, recipe: Recipe, store: Memory, **options: Any) -> Trainer
     source = options.pop("source", Rows(recipe.batch_size))
     if validate := options.pop("validate", None):
         options["validation"] = Validation(validate, options.pop("validation_tokens", 0), options.pop("preview", None))
-    return Trainer(core, recipe, source, store, DEVICE, seed=5, **options)
+    given = {name: options.pop(name) for name in ("clock", "stop") if name in options}
+    return Trainer(core, recipe, source, store, DEVICE, seed=5, pulse=Pulse(**given), **options)
 
 
 def validator(core: Any) -> Callable[[], float]:
