@@ -41,7 +41,9 @@ PARAMETERS_PER_TOKEN = 10.0  # a model with more than that for each token of the
 NGRAM_TOKENS = (20_000, 100_000, 500_000, 500_000, 500_000)  # from so many ids on, 2-grams, 3-grams, ... pay
 GOING_ON = 0.3  # of the earlier peak rates, for weights that are trained already
 PRETRAINED_LR = 5e-5  # AdamW, for weights trained elsewhere
-EFFICIENCY = 0.45  # the share of a device's peak rate that a small model's training usually reaches
+EFFICIENCY = 0.45  # the share of a device's peak rate that a small model's training usually reaches,
+# and on a GPU at most so many FLOP/s, about what an H200 reached: small models cannot fill it.
+MOST_ON_GPU = {"gpt": 1e14, "wavenet": 2e13}
 
 
 UNITS = {"mulaw": "sample", "chars": "character", "bytes": "byte"}  # what an id of a codec stands for; else a token
@@ -102,10 +104,12 @@ class Draft:
         """The kind of device, for a sentence."""
         return {"cpu": "a CPU", "cuda": "a CUDA GPU", "mps": "an Apple GPU"}[self.device.kind]
 
-    def peak_flops(self) -> float | None:
-        """FLOP/s of all processes together; None where it is not known."""
-        rate = self.device.peak_flops()
-        return rate and rate * processes.count()
+    def rate(self) -> float | None:
+        """About how many FLOP/s training reaches, all processes together; None where it is not known."""
+        peak = self.device.peak_flops()
+        if peak is None:
+            return None
+        return min(EFFICIENCY * peak, MOST_ON_GPU.get(self.core, peak) if self.on_gpu else peak) * processes.count()
 
     def tell(self, what: str, value: str, reason: str) -> None:
         """Note the reason of a choice."""
@@ -181,7 +185,7 @@ def _gently(draft: Draft, earlier: dict[str, Any]) -> None:
         scored = draft.steps * draft.recipe.batch_size * (draft.recipe.window or config.context)
         short = corpus.val_tokens <= scored / 2
     else:
-        rate = EFFICIENCY * (draft.device.peak_flops() or 1e15)
+        rate = draft.rate() or 1e14
         short = corpus.val_tokens * config.flops_per_token() <= rate * 60 * draft.minutes / 5
     if short:
         draft.recipe = change(draft.recipe, {"eval_tokens": 0} | given)
@@ -277,13 +281,13 @@ def _size(draft: Draft, sizes: list[dict[str, Any]], usual: int) -> None:
     # A table costs next to nothing, whatever its size.
     counts = [(replace(config, ngrams=1) if core == "gpt" else config).parameters() for config in configs]
     fed = max((i for i, n in enumerate(counts) if n <= PARAMETERS_PER_TOKEN * corpus.tokens), default=0)
-    rate = None if draft.steps else draft.peak_flops()
+    rate = None if draft.steps else draft.rate()
     if rate is None:
         chosen = min(usual, fed)
         reason = f"usual on {draft.machine}" if chosen == usual else "small, as the corpus is"
     else:
         wanted, time = TOKENS_PER_PARAMETER[core], f"{draft.minutes:g} minute{'s' * (draft.minutes != 1)}"
-        tokens = [60 * draft.minutes * rate * EFFICIENCY / (3 * config.flops_per_token()) for config in configs]
+        tokens = [60 * draft.minutes * rate / (3 * config.flops_per_token()) for config in configs]
         affordable = max((i for i, n in enumerate(tokens) if n >= wanted * counts[i]), default=0)
         chosen = min(affordable, fed)
         reason = f"the largest that sees about {wanted:.0f} tokens per parameter in {time} here"
@@ -321,8 +325,8 @@ def _dropout(draft: Draft) -> None:
     if draft.steps:
         tokens = draft.steps * recipe.batch_size * recipe.accumulate * (recipe.window or config.context)
     else:
-        rate = draft.peak_flops() or 0.0
-        tokens = rate * EFFICIENCY * 60 * draft.minutes / (3 * config.flops_per_token())
+        rate = draft.rate() or 0.0
+        tokens = rate * 60 * draft.minutes / (3 * config.flops_per_token())
     epochs = tokens / max(1, corpus.tokens)
     # A model that is small beside its corpus cannot learn it by heart, however often it reads it.
     small = replace(config, ngrams=1).parameters() < 2 * corpus.tokens

@@ -85,6 +85,15 @@ def test_with_minutes_the_size_grows_with_time_and_speed(kind: str) -> None:
     assert size(1e12, 3) >= size(100e9, 3)
 
 
+@pytest.mark.parametrize("kind", ["gpt", "wavenet"])
+def test_a_fast_gpu_is_not_taken_for_one_that_a_small_model_fills(kind: str) -> None:
+    """An H200 has a peak of 989 TFLOP/s, and reaches a tenth of it with a GPT of 10M parameters."""
+    corpus = replace(SHAKESPEARE, tokens=10**9)
+    fast, slow = (parts(default(kind, corpus, machine(rate, "cuda"), 0, 0.3, {}))[0] for rate in (989e12, 300e12))
+    assert fast == slow
+    assert fast.parameters() < parts(default(kind, corpus, machine(989e12), 0, 0.3, {}))[0].parameters()
+
+
 def test_a_small_corpus_does_not_get_a_large_model() -> None:
     small = replace(SHAKESPEARE, tokens=20_000)
     config, _ = parts(default("gpt", small, machine(1e15), 0, 600.0, {}))
