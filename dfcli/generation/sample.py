@@ -26,12 +26,14 @@ from dfcli.generation.likelihood import mean_nats
 from dfcli.generation.request import SoundRequest, TextRequest
 from dfcli.generation.text import TextClip
 from dfcli.runs.run import Run
+from dfcli.system import limits
+from dfcli.system.device import resolve
 from dfcli.system.events import Choice, Note, OnEvent, ignore
 
 TOKENS = 500  # of a text, where the caller does not say
 TEXT_CHUNK = 0.05  # seconds of work between two outputs
 AUDIO_CHUNK = 0.25  # seconds of work, and of sound, between two outputs
-FEW = 8  # clips that a CPU makes faster: of the paper's shape an EPYC's makes 15,900 samples/s, an H200 5,000 a clip
+CLIPS_A_CPU = 3  # of the paper's shape one CPU of an EPYC makes 15,900 samples/s, an H200 5,000 for each clip
 
 
 @dataclass(frozen=True)
@@ -154,8 +156,7 @@ def sample_audio(
     request = SoundRequest(seconds=seconds, **options)
     run = chosen(run, "audio", on_event)
     output = check_sound(run, request, out)
-    few = request.device == "auto" and request.num < FEW
-    step, model = load(run, request.checkpoint, "cpu" if few else request.device)
+    step, model = load(run, request.checkpoint, _device(request, on_event))
     codec = cast(MuLaw, model.codec)
     _note_top_k(request.top_k, codec.vocab_size, on_event)
     output.name(run.name, request.seed)
@@ -200,6 +201,14 @@ def sample_audio(
         labels=plan.labels,
         nats_per_sample=nats and [nats[i] for i in order],
     )
+
+
+def _device(request: SoundRequest, on_event: OnEvent) -> str:
+    """The device that is asked for; of "auto" on a machine with a CUDA GPU, the CPU for a few clips."""
+    if request.device != "auto" or request.num > CLIPS_A_CPU * limits.cpus() or resolve("auto").kind != "cuda":
+        return request.device
+    on_event(Choice("device", "CPU", "makes a few clips faster than a GPU; `--device cuda` takes the GPU"))
+    return "cpu"
 
 
 class _Sound:

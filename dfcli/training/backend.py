@@ -81,7 +81,7 @@ def tensors(batch: Batch, device: Device) -> tuple[Tensor, Tensor, Tensor | None
 
 
 class TorchBackend:
-    """`Backend` of PyTorch's autograd, with torch.compile where that is asked for."""
+    """`Backend` of PyTorch's autograd, with torch.compile where that is asked for or pays, and on CUDA as one graph."""
 
     name = "torch"
 
@@ -98,10 +98,11 @@ class TorchBackend:
             arguments = self._arguments(ids, targets, positions, count)
             if self._graph.fits(arguments):
                 loss, *grads = self._graph(arguments)
-                if self._recipe.accumulate > 1:
-                    grads = [grad.clone() for grad in grads]  # the next replay writes into the same memory
                 for p, grad in zip(self._learning, grads, strict=True):
-                    p.grad = grad if p.grad is None else p.grad + grad
+                    if p.grad is not None:
+                        p.grad.add_(grad)
+                    else:  # the next replay writes into the same memory
+                        p.grad = grad.clone() if self._recipe.accumulate > 1 else grad
                 return loss
         loss = self._loss(ids, targets, positions, condition)
         (loss / max(1, count)).backward()

@@ -38,6 +38,8 @@ def estimate(core: str, config: cores.CoreConfig, recipe: Recipe, device: Device
     tables = c.channels * sum(c.ngram_rows) if core == "gpt" and recipe.optimizer == "muon" else 0  # see optim.Rows
     weights = 4 * ((config.parameters() - tables) * (2 + optimizer) + 2 * tables)
     window, rows = recipe.window or config.context, -(-recipe.batch_size // max(shards, processes.count()))
+    if device.kind == "cuda" and recipe.accumulate > 1:
+        weights += 4 * config.parameters()  # gradients that are added to those which a CUDA graph writes
     if shards > 1:
         weights = _sharded(c, weights, device, shards)
     if core == "gpt" and shards == 1 and backend.unsupported(config, recipe, device) is None:

@@ -213,7 +213,7 @@ class Optimizer:
     def use(self, backend: Backend) -> None:
         """Compute with this backend, whose gradients of n-gram tables may hold only the rows that were read."""
         self.backend = backend
-        torch.sparse.check_sparse_tensor_invariants.disable()  # said, because PyTorch 2.11 warns of what is its default
+        torch.sparse.check_sparse_tensor_invariants.disable()  # the default, of which PyTorch 2.11 warns
         for table in self.rows.tables.values():
             table.sparse = backend.sparse
 

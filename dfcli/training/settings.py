@@ -57,7 +57,7 @@ class Recipe:
     checkpoint_every: int = 0  # steps between checkpoints beside those of better evaluations; 0: by time
     on_nonfinite: str = "stop"  # stop | skip the batch whose loss or gradient is not finite
     skip_limit: int = 10  # batches that may be skipped
-    compile: str = "auto"  # auto: what pays here | on: torch.compile | off
+    compile: str = "auto"  # auto: what pays here | on: torch.compile too | off: PyTorch, kernel by kernel
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Recipe:

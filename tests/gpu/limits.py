@@ -76,7 +76,7 @@ def memory(where: Where, note: Note) -> None:
     for name, (kind, rows, overrides) in shapes.items():
         settings: dict[str, Any] = {
             "steps": 3, "batch_size": rows, "device": where.device,
-            "overrides": overrides | {"compile": "off", "eval_tokens": "1000"},
+            "overrides": overrides | ({} if where.on_gpu else {"compile": "off"}) | {"eval_tokens": "1000"},
         }  # fmt: skip
         planned = dfcli.plan(kind, data, **settings).memory
         if where.on_gpu:
@@ -84,7 +84,7 @@ def memory(where: Where, note: Note) -> None:
             torch.cuda.reset_peak_memory_stats()
         dfcli.train(kind, data, **settings)
         device = resolve(where.device)
-        peak = torch.cuda.max_memory_allocated(device.torch_device) if where.on_gpu else None
+        peak = torch.cuda.max_memory_reserved(device.torch_device) if where.on_gpu else None
         note(**{name: {"planned": planned, "peak": peak}})
         if peak:
             note.check(0.8 < planned / peak < 2, f"{name}: planned {planned / 1e9:.2f} GB, peak {peak / 1e9:.2f} GB")

@@ -190,8 +190,8 @@ def processes(where: Where, note: Note) -> None:
         return
     steps = 8 if where.quick else 100
     settings = (TINY if where.quick else {"layers": "6", "channels": "384", "heads": "6"}) | {
-        "dropout": "0", "ngram_dropout": "0", "compile": "off",
-    }  # fmt: skip
+        "dropout": "0", "ngram_dropout": "0",
+    } | ({} if where.on_gpu else {"compile": "off"})  # fmt: skip
     words = ["--steps", str(steps), "--batch-size", str(8 * count), "--device", where.device, "--name", "several"]
     words += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     words += ["--data", data[0]] if data else []

@@ -85,7 +85,7 @@ def test_a_capture_tries_the_step_and_leaves_no_trace(monkeypatch: pytest.Monkey
         tried.append(None)
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
-    monkeypatch.setattr(torch.cuda, "Stream", fails)
+    monkeypatch.setattr(gpt_cuda, "recorded", fails)
     core = build()
     with pytest.raises(RuntimeError, match="not permitted"):
         fast(core, cpu(), [[1]]).generate(Dice(0, [0]).draw(1), picking())

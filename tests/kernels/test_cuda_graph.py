@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -47,12 +49,12 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> D
     return NO_CUDA
 
 
-def backend(device: Device, seed: int = 0, **recipe: Any) -> TorchBackend:
-    torch.manual_seed(seed)
+def backend(device: Device, first: Batch | None = None, **recipe: Any) -> TorchBackend:
+    torch.manual_seed(0)
     core = cores.GPT(CONFIG).to(device.torch_device)
     made = TorchBackend(core.train(), change(Recipe(), recipe), device)
     made.sparse = False
-    made.warm_up(lambda: batch(0), told.append)
+    made.warm_up(lambda: first or batch(0), told.append)
     return made
 
 
@@ -90,6 +92,90 @@ def test_a_batch_of_another_shape_is_not_replayed(device: Device) -> None:
     graphed, plain = (backend(device, compile=how) for how in ("auto", "off"))
     found, expected = (passes(made, device, [batch(1, rows=2)]) for made in (graphed, plain))
     assert found[0] == pytest.approx(expected[0], rel=1e-6)
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-7)
+
+
+def test_documents_in_one_row(device: Device) -> None:
+    """Their positions are an argument of the graph: other documents, the same graph."""
+
+    def parted(seed: int) -> Batch:
+        one = batch(seed)
+        return replace(one, positions=(torch.arange(16) % (seed + 3)).expand(3, -1).contiguous())
+
+    graphed, plain = (backend(device, parted(0), compile=how) for how in ("auto", "off"))
+    for seed in (1, 5):
+        assert graphed._graph.fits(graphed._arguments(*tensors(parted(seed), device)[:3], 1))
+        found, expected = (passes(made, device, [parted(seed)]) for made in (graphed, plain))
+        torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-7)
+
+
+def test_the_buffers_of_batch_norm_are_those_of_the_passes(device: Device) -> None:
+    config = cores.config("charwavenet", {"vocab_size": 11, "levels": 2, "embedding": 4, "hidden": 8})
+    ends = []
+    for how in ("auto", "off"):
+        torch.manual_seed(0)
+        core = cores.build("charwavenet", asdict(config)).to(device.torch_device).train()
+        made = TorchBackend(core, change(Recipe(), {"compile": how, "packing": "last"}), device)
+        ids = torch.randint(11, (6, 4), generator=torch.Generator().manual_seed(1))
+        one = Batch(ids, ids, None)
+        made.warm_up(lambda one=one: one, told.append)
+        for _ in range(2):
+            made.backward(*tensors(one, device), 6)
+        ends.append([buffer.float().clone() for buffer in core.buffers()])
+    torch.testing.assert_close(ends[0], ends[1])
+
+
+def test_after_a_failed_recording_all_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch 2.11 leaves the stream and the generator as if it were still recording."""
+    done: list[object] = []
+
+    class Stream:
+        def wait_stream(self, other: object) -> None: ...
+
+    class Generator:
+        def clone_state(self) -> str:
+            return "before"
+
+        def graphsafe_set_state(self, state: object) -> None:
+            done.append(state)
+
+    @contextmanager
+    def recording(_: object) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            raise RuntimeError("the capture was invalidated")
+
+    current = Stream()
+    for name, value in {
+        "current_stream": lambda: current, "Stream": Stream, "stream": lambda _: nullcontext(), "graph": recording,
+        "current_device": lambda: 0, "default_generators": [Generator()], "CUDAGraph": object,
+        "set_stream": done.append,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    calls: list[None] = []
+
+    def waits() -> None:
+        calls.append(None)
+        if len(calls) == 2:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        graph.recorded(waits)
+    assert done == [current, "before"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_dropout_goes_on_after_a_failed_recording() -> None:
+    x = torch.ones(100, device="cuda")
+
+    def waits() -> Tensor:
+        return torch.nn.functional.dropout(x, 0.5) * torch.nn.functional.dropout(x, 0.5).sum().item()
+
+    with pytest.raises(RuntimeError):
+        graph.recorded(waits)
+    torch.cuda.manual_seed(0)
+    assert 0 < int((torch.nn.functional.dropout(x, 0.5) == 0).sum()) < 100
 
 
 def test_what_cannot_be_recorded_is_told(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:

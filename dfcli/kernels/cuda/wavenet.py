@@ -383,8 +383,8 @@ class Persistent:
         self, uniforms: NDArray[np.float64], picking: Picking, condition: Condition | None = None
     ) -> NDArray[np.int64]:
         c, n, B = self._sizes, uniforms.shape[1], self._groups * self._sizes.M
-        sorts = picking.top_k < c.V or picking.top_p < 1
         greedy = picking.temperature == 0
+        sorts = not greedy and (picking.top_k < c.V or picking.top_p < 1)
         chunk = Chunk(
             torch.zeros((B, n), dtype=torch.float64, device=self._device),
             self._rows(condition),
