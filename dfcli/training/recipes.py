@@ -61,6 +61,7 @@ class Corpus:
     val_tokens: int = 0
     unit: str = "id"  # the word for what an id stands for
     sample_rate: int = 0  # of sound, Hz
+    codec: str = ""
 
 
 def corpus_of(dataset: Dataset) -> Corpus:
@@ -69,7 +70,8 @@ def corpus_of(dataset: Dataset) -> Corpus:
     unit = UNITS.get(codec.name, "token")
     rate = codec.sample_rate if isinstance(codec, MuLaw) else 0
     val = dataset.splits["val"].tokens_count if "val" in dataset.splits else 0
-    return Corpus(train.tokens_count, train.documents, train.longest, codec.vocab_size, dataset.lines, val, unit, rate)
+    sizes = train.tokens_count, train.documents, train.longest, codec.vocab_size
+    return Corpus(*sizes, dataset.lines, val, unit, rate, codec.name)
 
 
 @dataclass
@@ -201,8 +203,13 @@ def _gpt_model(draft: Draft) -> None:
         context, reason = corpus.longest, "the longest line"
     ngrams = 1 + sum(corpus.tokens >= least for least in NGRAM_TOKENS)
     draft.tell("context", str(context), reason)
-    together = f"looks up the last {'2-' * (ngrams > 2)}{ngrams} {corpus.unit}s together" if ngrams > 1 else "no tables"
-    draft.tell("ngrams", str(ngrams), f"{together}; {counted(corpus.tokens, corpus.unit)} to train on")
+    many = f"; {counted(corpus.tokens, corpus.unit)} to train on"
+    reason = f"looks up the last {'2-' * (ngrams > 2)}{ngrams} {corpus.unit}s together{many}"
+    if corpus.codec == "bpe":
+        ngrams, reason = 1, "no tables, so that the model can be exported; with byte pairs they would gain 1 %"
+    elif ngrams == 1:
+        reason = f"no tables{many}"
+    draft.tell("ngrams", str(ngrams), reason)
     values = {
         "vocab_size": corpus.vocab_size, "context": context, "position": "rotary", "norm": "rmsnorm",
         "activation": "relu2", "bias": False, "qkv_bias": False, "qk_norm": True, "tied_head": False, "init": "zero",
