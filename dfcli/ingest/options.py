@@ -8,7 +8,7 @@ from typing import Any
 from dfcli.codecs import CODECS, Codec
 from dfcli.codecs.boundary import MAX_LEAD
 from dfcli.codecs.bpe import check_vocab_size
-from dfcli.codecs.mulaw import LEVELS
+from dfcli.codecs.mulaw import DEFAULT_LEVELS, LEVELS
 from dfcli.errors import UsageError
 from dfcli.ingest.audio import NORMALIZE
 from dfcli.ingest.labels import Labelling
@@ -49,7 +49,7 @@ class Options:
     quantizer: str = "torchaudio"
     """Of mulaw, see `codecs.MuLaw`."""
     levels: int | None = None
-    """Of mulaw; None: 256."""
+    """Of mulaw; None: see `mulaw_levels`."""
     label: str | Labelling | None = None
     """How a recording's path says its labels, see `labels.Labelling`; None: there are none."""
     split_rule: str = "auto"
@@ -64,13 +64,18 @@ class Options:
         """`label`, parsed. Raises UsageError where it is no pattern."""
         return Labelling(self.label) if isinstance(self.label, str) else self.label
 
+    @property
+    def mulaw_levels(self) -> int:
+        """The levels of a new codec: as given; else those that sound best, or the 256 of the published quantizer s4."""
+        return self.levels or (DEFAULT_LEVELS if self.quantizer == "torchaudio" else 256)
+
     def check(self) -> None:
         """Raise UsageError for values that are unknown, out of range or contradict each other."""
         for value, known, what in (
             (self.codec if isinstance(self.codec, str) else "bytes", CODECS, "codec"),
             (self.normalize, NORMALIZE, "normalisation"),
             (self.split_rule, SPLIT_RULES, "split rule"),
-            (self.levels or 256, LEVELS, "number of levels"),
+            (self.mulaw_levels, LEVELS, "number of levels"),
         ):
             if value not in known:
                 raise UsageError(f"there is no {what} {value!r}", closest(str(value), map(str, known)))

@@ -101,7 +101,7 @@ class Recordings(Build):
                 raise UsageError(f"the codec is one of {codec.sample_rate:,} Hz", "leave out `--sample-rate`")
             return codec
         if wanted is not None:
-            return MuLaw(wanted, self._options.quantizer, self._options.levels or 256)
+            return MuLaw(wanted, self._options.quantizer, self._options.mulaw_levels)
         counts = Counter(found)
         common = max(counts, key=lambda rate: (counts[rate], -rate))
         rate = min(common, MAX_RATE)
@@ -114,7 +114,7 @@ class Recordings(Build):
         if rate < common:
             reason = f"the highest that is chosen without --sample-rate; {have} {common:,} Hz{rest}"
         self._on_event(Choice("sample rate", f"{rate:,} Hz", reason))
-        return MuLaw(rate, self._options.quantizer, self._options.levels or 256)
+        return MuLaw(rate, self._options.quantizer, self._options.mulaw_levels)
 
     def _decode(
         self, source: Source, recording: Recording, codec: MuLaw, ids: IO[bytes], seconds: float

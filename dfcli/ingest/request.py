@@ -31,7 +31,7 @@ class Request:
     separator: str | None = option(None, "Text that stands between documents within a file.", "TEXT")
     field: str | None = option(None, "The field of JSONL, CSV or Parquet records that holds the text.", "NAME")
     sample_rate: int | None = option(None, "Sample rate of the audio. Default: the sources' own, at most 16,000.", "HZ")
-    levels: int | None = option(None, "Mu-law levels of audio: 256 (the default), 512, 1024, 2048 or 4096.", "N")
+    levels: int | None = option(None, "Mu-law levels of audio: 256, 512, 1024 (the default), 2048 or 4096.", "N")
     label: str | None = option(
         None, "Labels of recordings: the folder they lie in, or a pattern's named groups.", "folder|PATTERN"
     )

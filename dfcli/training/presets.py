@@ -191,7 +191,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
                 "steps": 200_000, "batch_size": 8, "window": 16_000, "optimizer": "adamw", "lr": 1e-3,
                 "log_every": 10, "eval_every": 1000, "eval_tokens": 1_600_000, "checkpoint_every": 1000,
             },
-            "data": {"codec": "mulaw", "sample_rate": 16_000},
+            "data": {"codec": "mulaw", "levels": 256, "sample_rate": 16_000},
             "source": "van den Oord et al. 2016, arXiv 1609.03499",
             "published": "receptive field 3,070 samples (3 x 1023 + 1)",
             "notes": (
@@ -210,7 +210,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
                 "steps": 200_000, "batch_size": 8, "window": 16_000, "optimizer": "adamw", "lr": 1e-3,
                 "log_every": 10, "eval_every": 1000, "eval_tokens": 1_600_000, "checkpoint_every": 1000,
             },
-            "data": {"codec": "mulaw", "sample_rate": 16_000, "label": "folder"},
+            "data": {"codec": "mulaw", "levels": 256, "sample_rate": 16_000, "label": "folder"},
             "source": "van den Oord et al. 2016, arXiv 1609.03499, section 3.1",
             "published": "44 hours of 109 speakers (VCTK), a one-hot speaker, a receptive field of about 300 ms",
             "notes": (
@@ -230,7 +230,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
                 "log_every": 10, "eval_every": 1000, "eval_tokens": 1_600_000, "checkpoint_every": 1000,
             },
             "condition": "mel",
-            "data": {"codec": "mulaw", "sample_rate": 22_050},
+            "data": {"codec": "mulaw", "levels": 256, "sample_rate": 22_050},
             "source": "r9y9/wavenet_vocoder a35fff7, hparams.py and egs/mulaw256",
             "published": "LJSpeech, mel 80 x 125-7600 Hz, fft 1,024, hop 256; 30 layers of 256 gate channels",
             "notes": (
@@ -252,7 +252,10 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
                 "lr": 1e-3, "betas": (0.9, 0.999), "schedule": "plateau", "final_lr": 0.2, "patience": 5,
                 "log_every": 10, "eval_every": 3895, "checkpoint_every": 3895,
             },
-            "data": {"codec": "mulaw", "quantizer": "s4", "sample_rate": 16_000, "normalize": "minmax", "lead": 4093},
+            "data": {
+                "codec": "mulaw", "levels": 256, "quantizer": "s4", "sample_rate": 16_000, "normalize": "minmax",
+                "lead": 4093,
+            },
             "corpus": "sc09",
             "source": "state-spaces/s4, configs/model/baseline/wavenet.yaml and experiment/audio/wavenet-sc09.yaml",
             "published": "4,244,480 parameters; 1.925 bits a sample on SC09 (Goel et al. 2022, arXiv 2202.09729)",

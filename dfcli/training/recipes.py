@@ -31,12 +31,12 @@ from dfcli.training.settings import Given, Recipe, change, config_of
 GPT_SIZES = ((2, 2, 64), (3, 3, 96), (4, 4, 128), (6, 6, 192), (6, 8, 256), (6, 6, 384), (8, 8, 512), (12, 12, 768))
 # Cycles, doubling dilations in each, residual channels; for the other widths see `completed`. A small model learns
 # nothing from further back than 8 dilations reach.
-WAVENET_SIZES = ((2, 8, 32), (2, 10, 64), (3, 10, 64), (3, 10, 128))
+WAVENET_SIZES = ((2, 8, 32), (2, 8, 48), (2, 10, 64), (3, 10, 64), (3, 10, 128))
 LR = {
     "gpt": {"muon": 0.02, "adamw": 0.01, "sgd": 0.1},
     "wavenet": {"muon": 0.045, "adamw": 0.004, "sgd": 0.1},
 }
-TOKENS_PER_PARAMETER = {"gpt": 4.0, "wavenet": 12.0}  # a model that sees fewer is too large for its budget
+TOKENS_PER_PARAMETER = {"gpt": 4.0, "wavenet": 30.0}  # a model that sees fewer is too large for its budget
 PARAMETERS_PER_TOKEN = 10.0  # a model with more than that for each token of the corpus only learns it by heart
 NGRAM_TOKENS = (20_000, 100_000, 500_000, 500_000, 500_000)  # from so many ids on, 2-grams, 3-grams, ... pay
 GOING_ON = 0.3  # of the earlier peak rates, for weights that are trained already
@@ -249,7 +249,7 @@ def _wavenet_model(draft: Draft) -> None:
         values | {"cycles": cycles, "dilations": DOUBLING[:n], "residual": residual}
         for cycles, n, residual in WAVENET_SIZES
     ]
-    _size(draft, sizes, usual=2 if draft.on_gpu else 0)
+    _size(draft, sizes, usual=3 if draft.on_gpu else 0)
 
 
 def _wavenet_recipe(draft: Draft) -> None:

@@ -40,7 +40,7 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def dataset(data: Path) -> Iterator[Dataset]:
-    with prepare([str(data)], label=RULE, val_fraction=0.3) as made:
+    with prepare([str(data)], label=RULE, val_fraction=0.3, levels=256) as made:
         yield made
 
 

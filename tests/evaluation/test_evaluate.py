@@ -72,7 +72,7 @@ def sound(tmp_path: Path) -> Run:
     for i in range(10):
         tone = 0.5 * np.sin(np.arange(300 + 40 * i) * (0.1 + 0.01 * i))
         soundfile.write(tmp_path / "sound" / f"{i}.wav", tone, 8000)
-    with prepare([str(tmp_path / "sound")], name="sound", val_fraction=0.2) as dataset:
+    with prepare([str(tmp_path / "sound")], name="sound", val_fraction=0.2, levels=256) as dataset:
         return save("sound", dataset)
 
 
