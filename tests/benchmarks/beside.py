@@ -51,7 +51,9 @@ class Checkout:
 
     def train(self, kind: str, data: str, minutes: float) -> None:
         name = f"{kind}-{len(self.figures.get(f'{kind}_loss', []))}"
-        options = ("--device", "cpu", "--seed", 0, "--quiet", "--json")
+        options: tuple[str | int, ...] = ("--device", "cpu", "--seed", 0, "--quiet", "--json")
+        if kind == "wavenet" and self.path == HERE:  # earlier checkouts have no other levels
+            options += ("--levels", 256)
         told = json.loads(self.df("train", kind, "--data", data, "--minutes", minutes, "--name", name, *options))
         self.note(f"{kind}_loss", told["val_loss"])
         self.note(f"{kind}_training_tokens_per_second", told["tokens_seen"] / told["train_seconds"])

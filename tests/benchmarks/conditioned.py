@@ -1,8 +1,8 @@
 """Conditioned WaveNets and finer sound: what labels, mel spectrograms and more levels are worth.
 
-    python -m tests.benchmarks.conditioned labels  --data fsdd/ [--minutes 5]
-    python -m tests.benchmarks.conditioned heard   --data fsdd/ [--minutes 20] [--clips 2]
-    python -m tests.benchmarks.conditioned vocoder --data fsdd/ [--minutes 10] [--clips 10] [--left-out SPEAKER]
+    python -m tests.benchmarks.conditioned labels  --data fsdd/ [--minutes 5] [--levels 256]
+    python -m tests.benchmarks.conditioned heard   --data fsdd/ [--minutes 20] [--levels 256] [--clips 2]
+    python -m tests.benchmarks.conditioned vocoder --data fsdd/ [--minutes 10] [--levels 256] [--clips 10] [--left-out SPEAKER]
     python -m tests.benchmarks.conditioned levels  --data fsdd/ [--minutes 5] [--levels 1024]
 
 `--data` is a folder of recordings that are called DIGIT_SPEAKER_INDEX.wav, as the Free Spoken Digit Dataset's are. The
@@ -92,7 +92,7 @@ def shuffled(run: str, data: Dataset) -> float:
 
 
 def labels(given: Any) -> dict[str, Any]:
-    with dataset(given.data, "digits") as data:
+    with dataset(given.data, "digits", levels=given.levels) as data:
         run, told = trained(data, given.minutes, "labels")
         others = shuffled(run, data)
         _, alone = trained(data, given.minutes, "none")
@@ -178,7 +178,7 @@ def accuracy(net: Listener, frames: Tensor, answers: Tensor) -> dict[str, float]
 
 
 def heard(given: Any) -> dict[str, Any]:
-    with dataset(given.data, "digits") as data:
+    with dataset(given.data, "digits", levels=given.levels) as data:
         net, real = listener(data)
         run, figures = trained(data, given.minutes, "labels")
         generated = {str(t): listened(net, data, run, given.clips, t) for t in (1.0, 0.9, 0.8)}
@@ -205,7 +205,7 @@ def listened(net: Listener, data: Dataset, run: str, clips: int, temperature: fl
 
 
 def vocoder(given: Any) -> dict[str, Any]:
-    with dataset(given.data, "digits", given.left_out) as data:
+    with dataset(given.data, "digits", given.left_out, given.levels) as data:
         run, told = trained(data, given.minutes, "mel")
         # At random: every n-th recording could be of one speaker.
         clips = np.random.default_rng(0).permutation(recordings(given.data, given.left_out)[1]).tolist()
@@ -238,7 +238,7 @@ def resynthesised(run: str, clips: Sequence[str]) -> dict[str, dict[str, float]]
 
 def levels(given: Any) -> dict[str, Any]:
     found = {}
-    for count in (256, given.levels):
+    for count in sorted({256, given.levels}):
         with dataset(given.data, f"digits-{count}", levels=count) as data:
             _, figures = trained(data, given.minutes, "none")
             found[str(count)] = figures | data.info["fidelity"]["val"]
@@ -261,9 +261,10 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, help="of each training")
     parser.add_argument("--clips", type=int, default=10, help="of each digit and speaker; of held-out recordings")
     parser.add_argument("--left-out", default="", metavar="SPEAKER", help="a speaker that the vocoder does not learn")
-    parser.add_argument("--levels", type=int, default=1024, help="compared with 256")
+    parser.add_argument("--levels", type=int, help="of mu-law: 256; in the row `levels` 1024, compared with 256")
     given = parser.parse_args(words)
     given.minutes = given.minutes or MINUTES[given.row]
+    given.levels = given.levels or (1024 if given.row == "levels" else 256)
     given.data = given.data.resolve()
     resolve("cpu")
     with common.home() as folder, chdir(folder):

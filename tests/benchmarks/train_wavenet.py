@@ -116,7 +116,7 @@ def main(words: Sequence[str] | None = None) -> None:
     given = parser.parse_args(words)
     resolve("cpu")
     test = sorted(str(path) for path in given.data.rglob("*.wav") if TEST.fullmatch(path.name))
-    with common.home(), prepare([str(given.data)], name="speech", val=test) as dataset:
+    with common.home(), prepare([str(given.data)], name="speech", val=test, levels=256) as dataset:
         plain = anchor(dataset, given.minutes)
         runs = []
         for minutes in given.recipe_minutes or [given.minutes, 1.5]:
