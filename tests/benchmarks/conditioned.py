@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.conditioned labels  --data fsdd/ [--minutes 5] [--levels 256]
     python -m tests.benchmarks.conditioned heard   --data fsdd/ [--minutes 20] [--levels 256] [--clips 2]
-    python -m tests.benchmarks.conditioned vocoder --data fsdd/ [--minutes 10] [--levels 256] [--clips 10] [--left-out SPEAKER]
+    python -m tests.benchmarks.conditioned vocoder --data fsdd/ [--minutes 10] [--clips 10] [--left-out SPEAKER]
     python -m tests.benchmarks.conditioned levels  --data fsdd/ [--minutes 5] [--levels 1024]
 
 `--data` is a folder of recordings that are called DIGIT_SPEAKER_INDEX.wav, as the Free Spoken Digit Dataset's are. The
