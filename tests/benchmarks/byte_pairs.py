@@ -23,7 +23,7 @@ from tests.benchmarks import common
 
 MODELS: dict[str, tuple[str, dict[str, str]]] = {
     "bpe": ("bpe", {}),
-    "bpe without tables": ("bpe", {"ngrams": "1"}),
+    "bpe with tables": ("bpe", {"ngrams": "6"}),
     "bytes": ("bytes", {}),
     "chars": ("chars", {}),
 }
