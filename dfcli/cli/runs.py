@@ -265,8 +265,9 @@ def export_(
 ) -> None:
     """Write a GPT and its tokenizer as a folder that Hugging Face's transformers opens.
 
-    The logits there equal those here. What no architecture of transformers can
-    hold is refused, with the --set that avoids it; df train --show tells beforehand.
+    The logits there equal those here, and a text begins there as it does here.
+    What no architecture of transformers can hold is refused, with the --set that
+    avoids it; df train --show tells beforehand.
 
     Examples:
       df runs export shakespeare hf/

@@ -207,7 +207,7 @@ def _tell(result: SampleResult) -> None:
         of = " in all" if len(result.samples) > 1 else ""
         figures = [
             f"{result.audio_seconds:.1f} s of sound{of} at {result.sample_rate:,} Hz",
-            f"{result.times_real_time:.2f} × real time",
+            f"made {result.times_real_time:.2f} times as fast as it plays",
         ]
     figures += [f"{result.engine} engine", f"seed {result.seed}"]
     if result.interrupted:

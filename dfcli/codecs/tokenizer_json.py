@@ -48,6 +48,37 @@ def tokenizer_json(codec: TextCodec) -> bytes:
     return json.dumps({**head, "post_processor": None, **parts}, ensure_ascii=False).encode("utf-8")
 
 
+def with_beginning(content: bytes, ids: list[int]) -> bytes:
+    """A tokenizer.json whose texts begin with `ids`, as a document begins with its boundary; one that adds anything
+    already stays as it is. Its `encode(text, add_special_tokens=False)` leaves them out."""
+    values = json.loads(content)
+    if not ids or values.get("post_processor"):
+        return content
+    names = {number: token for token, number in values["model"]["vocab"].items()}
+    names |= {entry["id"]: entry["content"] for entry in values["added_tokens"]}
+    first = [{"SpecialToken": {"id": names[number], "type_id": 0}} for number in ids]
+    a, b = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    known = {names[number]: {"id": names[number], "ids": [number], "tokens": [names[number]]} for number in ids}
+    values["post_processor"] = {
+        "type": "TemplateProcessing", "single": [*first, a], "pair": [*first, a, b], "special_tokens": known,
+    }  # fmt: skip
+    return json.dumps(values, ensure_ascii=False).encode("utf-8")
+
+
+def beginning(content: bytes) -> list[int]:
+    """The ids that the texts of a tokenizer.json begin with; none where it says nothing of the kind."""
+    try:
+        rule = json.loads(content)["post_processor"]
+        found: list[int] = []
+        for part in rule["single"]:
+            if "SpecialToken" not in part:
+                return found if "Sequence" in part else []
+            found += rule["special_tokens"][part["SpecialToken"]["id"]]["ids"]
+    except (ValueError, KeyError, TypeError):
+        return []
+    return []
+
+
 def _pairs(codec: TextCodec) -> tuple[dict[str, int], list[list[str]]]:
     """The vocabulary and the merges of bytes, or of GPT-2's files, in printable characters."""
     if isinstance(codec, GPT2):

@@ -47,7 +47,9 @@ class Labelling:
         for label, name in found.items():
             if not name:
                 why = "it lies in no folder below its source" if self._pattern is None else "the pattern finds none"
-                raise DfError(f"{source.name} has no label `{label}`: {why}", "leave it out, or change `--label`")
+                raise DfError(
+                    f"{source.name} has no label `{label}`: {why}", "change `--label`, or leave out this recording"
+                )
             if not name.isprintable():
                 raise DfError(
                     f"{source.name} has the label {name!a}, which cannot be shown", "rename it, or change `--label`"

@@ -124,6 +124,10 @@ class Texts(Build):
         for what, told in words.items():
             if names := [text.source.name for text in texts if what in text.about]:
                 self._on_event(Note(f"{told} {list_some(names)}"))
+        names = [text.source.name for text in texts if ".jsonl" in text.source.name]
+        if names and not self._options.field:
+            hint = "`--field NAME` learns only the text in a field of each"
+            self._on_event(Note(f"{list_some(names)} {'holds' if len(names) == 1 else 'hold'} records: {hint}"))
         if names := [text.source.name for text in texts if END_OF_TEXT in text.about]:
             hint = f'`--separator "{END_OF_TEXT}"` makes what stands between them documents'
             self._on_event(Note(f"there are marks {END_OF_TEXT} in {list_some(names)}: {hint}"))

@@ -19,7 +19,7 @@ from typing import Any
 from dfcli.codecs import TextCodec
 from dfcli.codecs.bpe import FILE as TOKENIZER
 from dfcli.codecs.bytelevel import END_OF_TEXT
-from dfcli.codecs.tokenizer_json import tokenizer_json
+from dfcli.codecs.tokenizer_json import tokenizer_json, with_beginning
 from dfcli.errors import UsageError
 from dfcli.runs import layouts
 from dfcli.runs.huggingface import CONFIG, WEIGHTS
@@ -91,12 +91,18 @@ def export(run: Run, folder: Path, checkpoint: str | int = "best") -> Exported:
         names |= {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
     with building(folder) as temporary:
         tensors.write(temporary / WEIGHTS, {slot.name: slot.of(saved.model) for slot in layouts.slots(config)})
-        (temporary / TOKENIZER).write_bytes(tokenizer_json(codec))
+        (temporary / TOKENIZER).write_bytes(with_beginning(tokenizer_json(codec), _begins(run)))
         _write(temporary / CONFIG, values)
         _write(temporary / "generation_config.json", ends)
         _write(temporary / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **names})
         size = sum(file.stat().st_size for file in temporary.iterdir())
     return Exported(form, folder, saved.step, size)
+
+
+def _begins(run: Run) -> list[int]:
+    """What stands before a document's first id, and so before a prompt."""
+    data = run.dataset
+    return [] if data["boundary"] is None else [data["boundary"]] * data["lead"]
 
 
 def _end(run: Run, codec: TextCodec) -> int | None:

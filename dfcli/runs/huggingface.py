@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dfcli.codecs import BPE, Chars, Codec
+from dfcli.codecs.boundary import is_boundary
 from dfcli.codecs.bpe import FILE as TOKENIZER
 from dfcli.codecs.bytelevel import END_OF_TEXT
+from dfcli.codecs.tokenizer_json import beginning
 from dfcli.errors import CorruptError, DfError, UsageError
 from dfcli.runs import layouts
 from dfcli.runs import run as runs
@@ -101,8 +103,10 @@ class Folder:
     @property
     def info(self) -> dict[str, Any]:
         """What `run.json` would say of it."""
-        data = {  # no boundary: a prompt is read as transformers reads it
-            "name": "", "path": "", "fingerprint": "", "boundary": None, "lines": False, "lead": 1,
+        begins = self._begins
+        data = {  # a prompt is read as transformers reads it
+            "name": "", "path": "", "fingerprint": "", "boundary": begins[0] if begins else None, "lines": False,
+            "lead": max(1, len(begins)),
             "normalize": "none", "sources": [], "protocol": {},
         }  # fmt: skip
         core = {"name": "gpt", "config": asdict(self.config)}
@@ -113,6 +117,16 @@ class Folder:
     def dataset(self) -> dict[str, Any]:
         """As `Run.dataset`: without a name, since the data it was trained on are not known."""
         return self.info["dataset"]
+
+    @cached_property
+    def _begins(self) -> list[int]:
+        """The id that the tokenizer puts before a text, as often as it does; none where these are several."""
+        if not self._has(TOKENIZER):
+            return []
+        with os_errors("read", self.path):
+            found = beginning(self._inside(TOKENIZER).read_bytes())
+        alike = found and found.count(found[0]) == len(found)
+        return found if alike and is_boundary(found[0], len(found), self.config.vocab_size) else []
 
     @cached_property
     def codec(self) -> Codec:

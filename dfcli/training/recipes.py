@@ -206,9 +206,9 @@ def _gpt_model(draft: Draft) -> None:
     many = f"; {counted(corpus.tokens, corpus.unit)} to train on"
     reason = f"looks up the last {'2-' * (ngrams > 2)}{ngrams} {corpus.unit}s together{many}"
     if corpus.codec == "bpe":
-        ngrams, reason = 1, "no tables, so that the model can be exported; with byte pairs they would gain 1 %"
+        ngrams, reason = 1, "no n-gram tables, so that the model can be exported; with byte pairs they would gain 1 %"
     elif ngrams == 1:
-        reason = f"no tables{many}"
+        reason = f"no n-gram tables{many}"
     draft.tell("ngrams", str(ngrams), reason)
     values = {
         "vocab_size": corpus.vocab_size, "context": context, "position": "rotary", "norm": "rmsnorm",

@@ -998,3 +998,13 @@ def test_lines_are_encoded_one_by_one(tmp_path: Path) -> None:
 def test_options_of_a_vocabulary_that_contradict_each_other(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         prepare(["a.txt"], **options)
+
+
+def test_records_that_are_read_as_text_are_told(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n' * 20)
+    events: list[object] = []
+    prepare([str(tmp_path / "a.jsonl")], on_event=events.append).close()
+    assert "a.jsonl holds records: `--field NAME`" in notes(events)
+    events.clear()
+    prepare([str(tmp_path / "a.jsonl")], field="text", on_event=events.append).close()
+    assert "records: " not in notes(events)

@@ -239,3 +239,28 @@ def test_a_plan_says_whether_it_can_be_exported(tmp_path: Path) -> None:
     shown = plan("gpt", [str(tmp_path / "a.txt")], steps=10, device="cpu", overrides={"ngrams": "1"})
     assert shown.to_json()["exportable"] == APERTUS
     assert plan("gpt", preset="nano", device="cpu").to_json()["exportable"] == GPT2_MODEL
+
+
+@pytest.mark.parametrize("name", ["chars", "bytes", "bpe", "gpt2"])
+def test_a_text_begins_as_a_document_does(tmp_path: Path, name: str) -> None:
+    """A model of several documents reads their boundary before a prompt, there as here; also after the way back."""
+    codec = codecs(tmp_path)[name]
+    ids = codec.encode(TEXT[:9]).tolist()
+    free = next(i for i in range(codec.vocab_size) if i not in ids)
+    boundary = free if codec.end_of_text is None else codec.end_of_text
+    run = make_run(codec, data={"boundary": boundary, "lead": 1})
+    export(run, tmp_path / "hf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert tokenizer.encode(TEXT[:9]) == [boundary, *ids]
+    assert tokenizer.encode(TEXT[:9], add_special_tokens=False) == ids
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    given = tokenizer(TEXT[:9], return_tensors="pt").input_ids
+    options = {"attention_mask": torch.ones_like(given), "eos_token_id": None, "pad_token_id": 0}
+    made = model.generate(given, max_new_tokens=20, do_sample=False, **options)[0].tolist()
+    ends = codec.end_of_text is not None and boundary in made[1:]  # there `df` ends a text
+    made = made[1 : made.index(boundary, 1)] if ends else made[1:]
+    assert len(made) > len(ids)
+    for each in (run, import_folder(tmp_path / "hf", "back")):
+        assert (each.dataset["boundary"], each.dataset["lead"]) == (boundary, 1)
+        here = sample_text(each, TEXT[:9], tokens=20, temperature=0, device="cpu").samples[0]
+        assert here == codec.decode(made)

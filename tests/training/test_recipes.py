@@ -171,7 +171,7 @@ def test_reasons_are_sentences_of_their_data() -> None:
     assert reason(replace(SHAKESPEARE, tokens=30_000), "ngrams", 9).startswith(
         "looks up the last 2 characters together"
     )
-    assert reason(replace(SHAKESPEARE, tokens=3000), "ngrams", 9) == "no tables; 3,000 characters to train on"
+    assert reason(replace(SHAKESPEARE, tokens=3000), "ngrams", 9) == "no n-gram tables; 3,000 characters to train on"
     steps = SHAKESPEARE.tokens // 1024
     assert reason(SHAKESPEARE, "dropout", steps // 2) == "the budget reads the corpus less than once"
     assert reason(SHAKESPEARE, "dropout", steps + 10) == "the budget reads the corpus about once"
