@@ -8,6 +8,7 @@ import tracemalloc
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from dfcli.errors import DfError, UsageError
 from dfcli.generation import audio as audio_module
 from dfcli.generation import generator, sample
 from dfcli.generation.plain import Plain
+from dfcli.generation.request import SoundRequest
 from dfcli.generation.sample import AudioProgress, SampleResult, sample_audio, sample_text
 from dfcli.generation.sampling import Dice
 from dfcli.generation.wav import HEADER, pcm
@@ -483,3 +485,20 @@ def test_memory_does_not_grow_with_the_length(tmp_path: Path, monkeypatch: pytes
         tracemalloc.stop()
     assert len(read(tmp_path / "out.wav")) == 3600 * RATE
     assert peaks[1] < peaks[0] + 2**22  # its samples alone would be 7 MB
+
+
+def test_a_few_clips_are_made_by_the_cpu_of_a_machine_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = ["cuda"]
+    monkeypatch.setattr(sample, "resolve", lambda _: SimpleNamespace(kind=kind[0]))
+    monkeypatch.setattr(sample.limits, "cpus", lambda: 2)
+    told: list[Any] = []
+
+    def device(**options: Any) -> str:
+        return sample._device(SoundRequest(**options), told.append)
+
+    assert device(num=6) == "cpu"
+    assert [(event.what, event.value) for event in told] == [("device", "CPU")]
+    assert (device(num=7), device(num=1, device="cuda")) == ("auto", "cuda")
+    kind[0] = "cpu"
+    assert device(num=1) == "auto"
+    assert len(told) == 1
