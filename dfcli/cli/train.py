@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import shlex
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -52,9 +51,6 @@ def train(
       df train wavenet --data recordings/ --label folder
       df train gpt --data notes/ --set layers=6 --set dropout=0.2 --show
     """
-    # Idle threads of PyTorch spin for 4 ms on the CPUs that compiled layers are to use. Now they sleep after 0.1 ms.
-    # Operations that follow each other come sooner. Read when PyTorch is imported.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     overrides = key_values(options.pop("overrides"), "--set", "key=value", "layers=4")
     request = Request(kind, overrides=overrides, **options)
     if processes.rank():  # the first process tells

@@ -177,7 +177,7 @@ class Turns:
 def trained(kind: str, data: str, minutes: float, **options: Any) -> tuple[str, dict[str, Any]]:
     """A training in a process of its own, as `df train KIND --data DATA --minutes M` does it: the run's name, and its
     speed and shares of the machine's rate for products, which are taken in turns with its steps."""
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as `df train` does
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as `df` does
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(_train, kind, data, minutes, options).result()
 
