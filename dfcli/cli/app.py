@@ -24,8 +24,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted, 143 terminated.
     """
     # Idle threads of PyTorch spin for 4 ms before they sleep, on CPUs that other programs or compiled code need. With
-    # so few turns a busy neighbour on one of two CPUs leaves half of the speed, where 10,000 turns left a third; without
-    # one they cost up to a fifth (tests/benchmarks/busy.py). Read when PyTorch is imported.
+    # so few turns a busy neighbour on one of two CPUs leaves half of the speed, where 10,000 left a third; without one
+    # they cost up to a fifth (tests/benchmarks/busy.py). Read when PyTorch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     arguments = list(sys.argv[1:] if argv is None else argv)
     if sys.stdout is None:  # closed by the caller: writing data must fail, not lose it
