@@ -176,12 +176,12 @@ def _checked(data: bytes) -> dict[str, Any]:
     except ValueError as error:
         raise DfError(f"the tokenizer.json cannot be read: {error}", _HINT) from None
     model, normalizer = found.get("model"), found.get("normalizer")
-    steps = _steps(found.get("pre_tokenizer"), "pretokenizers")
+    steps = parts_of(found.get("pre_tokenizer"), "pretokenizers")
     names = [step.get("type") for step in steps]
-    decoders = [step.get("type") for step in _steps(found.get("decoder"), "decoders")]
+    decoders = [step.get("type") for step in parts_of(found.get("decoder"), "decoders")]
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
         refusal = "its model is not a byte-pair encoding (BPE)"
-    elif normalizer is not None and _steps(normalizer, "normalizers"):
+    elif normalizer is not None and parts_of(normalizer, "normalizers"):
         refusal = f"its normalizer ({normalizer.get('type')}) changes the text"
     elif names.count("ByteLevel") != 1 or set(names) - {"ByteLevel", "Split", "Digits"}:
         refusal = f"its pre_tokenizer ({', '.join(map(str, names)) or 'none'}) is not byte-level"
@@ -202,7 +202,7 @@ def _checked(data: bytes) -> dict[str, Any]:
     raise DfError(f"the tokenizer.json cannot be used: {refusal}", _HINT)
 
 
-def _steps(part: Any, key: str) -> list[dict[str, Any]]:
+def parts_of(part: Any, key: str) -> list[dict[str, Any]]:
     """The steps of a part of the file, which may be one or a sequence."""
     steps = part.get(key, []) if isinstance(part, dict) and part.get("type") == "Sequence" else [part] if part else []
     return [step if isinstance(step, dict) else {} for step in steps] if isinstance(steps, list) else []

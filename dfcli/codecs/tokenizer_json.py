@@ -7,10 +7,11 @@ import json
 from typing import Any
 
 from dfcli.codecs.base import TextCodec
-from dfcli.codecs.bpe import BPE, FILE
+from dfcli.codecs.bpe import BPE, FILE, parts_of
 from dfcli.codecs.bytelevel import END_OF_TEXT, printable_to_byte
 from dfcli.codecs.gpt2 import GPT2
 from dfcli.codecs.text import Bytes, Chars
+from dfcli.system.files import strict_json
 
 
 def tokenizer_json(codec: TextCodec) -> bytes:
@@ -51,32 +52,34 @@ def tokenizer_json(codec: TextCodec) -> bytes:
 def with_beginning(content: bytes, ids: list[int]) -> bytes:
     """A tokenizer.json whose texts begin with `ids`, as a document begins with its boundary; one that adds anything
     already stays as it is. Its `encode(text, add_special_tokens=False)` leaves them out."""
+    if not ids:
+        return content
     values = json.loads(content)
-    if not ids or values.get("post_processor"):
+    others = parts_of(values.get("post_processor"), "processors")
+    if any(step.get("type") != "ByteLevel" for step in others):  # that one only trims the places of tokens
         return content
     names = {number: token for token, number in values["model"]["vocab"].items()}
     names |= {entry["id"]: entry["content"] for entry in values["added_tokens"]}
     first = [{"SpecialToken": {"id": names[number], "type_id": 0}} for number in ids]
     a, b = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
     known = {names[number]: {"id": names[number], "ids": [number], "tokens": [names[number]]} for number in ids}
-    values["post_processor"] = {
-        "type": "TemplateProcessing", "single": [*first, a], "pair": [*first, a, b], "special_tokens": known,
-    }  # fmt: skip
+    rule = {"type": "TemplateProcessing", "single": [*first, a], "pair": [*first, a, b], "special_tokens": known}
+    values["post_processor"] = {"type": "Sequence", "processors": [*others, rule]} if others else rule
     return json.dumps(values, ensure_ascii=False).encode("utf-8")
 
 
 def beginning(content: bytes) -> list[int]:
     """The ids that the texts of a tokenizer.json begin with; none where it says nothing of the kind."""
+    found: list[int] = []
     try:
-        rule = json.loads(content)["post_processor"]
-        found: list[int] = []
-        for part in rule["single"]:
-            if "SpecialToken" not in part:
-                return found if "Sequence" in part else []
-            found += rule["special_tokens"][part["SpecialToken"]["id"]]["ids"]
+        for rule in parts_of(strict_json(content).get("post_processor"), "processors"):
+            for part in rule.get("single", []):
+                if "Sequence" in part:
+                    break
+                found += rule["special_tokens"][part["SpecialToken"]["id"]]["ids"]
     except (ValueError, KeyError, TypeError):
         return []
-    return []
+    return found
 
 
 def _pairs(codec: TextCodec) -> tuple[dict[str, int], list[list[str]]]:

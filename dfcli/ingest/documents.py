@@ -64,7 +64,7 @@ def _with_field(source: Source, field: str, on_bytes: Callable[[bytes], object],
     if lacking and lacking == records:
         meant = close(field, first[1].split("`")[1::2])
         hint = "`--field` takes a field of the records"
-        if _is_table(source):
+        if named(source, "csv", "tsv"):
             hint += "; the first line of the file names them"
         hint = f"did you mean `--field {shlex.quote(meant)}`?" if meant else hint
         raise DfError(f"{first[0]} the record has no field `{field}`: {first[1]}", hint)
@@ -112,15 +112,15 @@ def _records(source: Source, field: str, on_bytes: Callable[[bytes], object], ab
     if name.endswith(".parquet"):
         raise DfError(f"{source.name} is no Parquet file: it does not begin with PAR1", "fetch the file again")
     lines = _lines(source, read_text(source, on_bytes, about))
-    if _is_table(source):
+    if named(source, "csv", "tsv"):
         yield from _csv(source, lines, "\t" if ".tsv" in name else None)
     else:
         yield from _jsonl(source, lines)
 
 
-def _is_table(source: Source) -> bool:
-    """Whether the name says CSV, packed or not; else it is JSONL."""
-    return not {"csv", "tsv"}.isdisjoint(source.name.lower().split(".")[-2:])
+def named(source: Source, *suffixes: str) -> bool:
+    """Whether the name ends in one of these suffixes, packed or not."""
+    return not set(suffixes).isdisjoint(source.name.lower().split(".")[-2:])
 
 
 def _lines(source: Source, chunks: Iterable[str]) -> Iterator[str]:

@@ -20,7 +20,7 @@ from dfcli.codecs.bpe import default_vocab_size
 from dfcli.codecs.bytelevel import END_OF_TEXT
 from dfcli.errors import DfError, UsageError
 from dfcli.ingest.build import Build, Made, Writers
-from dfcli.ingest.documents import LACKING, Pieces, documents
+from dfcli.ingest.documents import LACKING, Pieces, documents, named
 from dfcli.ingest.reading import BadText, read_text
 from dfcli.ingest.sources import CHUNK, Lines, Source, list_some, nothing_usable
 from dfcli.ingest.splits import TEST, TRAIN, VAL, Labels, constant
@@ -124,7 +124,7 @@ class Texts(Build):
         for what, told in words.items():
             if names := [text.source.name for text in texts if what in text.about]:
                 self._on_event(Note(f"{told} {list_some(names)}"))
-        names = [text.source.name for text in texts if ".jsonl" in text.source.name]
+        names = [text.source.name for text in texts if named(text.source, "jsonl")]
         if names and not self._options.field:
             hint = "`--field NAME` learns only the text in a field of each"
             self._on_event(Note(f"{list_some(names)} {'holds' if len(names) == 1 else 'hold'} records: {hint}"))

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 from dfcli.codecs import BPE, Chars, Codec
 from dfcli.codecs.boundary import is_boundary
 from dfcli.codecs.bpe import FILE as TOKENIZER
-from dfcli.codecs.bytelevel import END_OF_TEXT
+from dfcli.codecs.bpe import MAX_FILE
+from dfcli.codecs.bytelevel import END_OF_TEXT, read_vocabulary
 from dfcli.codecs.tokenizer_json import beginning
 from dfcli.errors import CorruptError, DfError, UsageError
 from dfcli.runs import layouts
@@ -123,8 +124,7 @@ class Folder:
         """The id that the tokenizer puts before a text, as often as it does; none where these are several."""
         if not self._has(TOKENIZER):
             return []
-        with os_errors("read", self.path):
-            found = beginning(self._inside(TOKENIZER).read_bytes())
+        found = beginning(read_vocabulary(self._inside(TOKENIZER), MAX_FILE, _HINT))
         alike = found and found.count(found[0]) == len(found)
         return found if alike and is_boundary(found[0], len(found), self.config.vocab_size) else []
 

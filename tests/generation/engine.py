@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from dfcli.cores.protocols import Picking
@@ -13,6 +14,13 @@ from dfcli.system.device import Device
 
 CUDA = Device(torch.device("cuda"), "cuda", "GPU", "bfloat16", "", 1)
 NO_CUDA = Device(torch.device("cpu"), "cuda", "", "float32", "", 1)  # is said to be a GPU, and fails as one
+
+
+def gpu() -> Device:
+    """A GPU; the calling test skips where there is none."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    return CUDA
 
 
 def cpu(threads: int = 1) -> Device:

@@ -17,7 +17,7 @@ from dfcli.generation.sampling import pick as reference
 from dfcli.kernels.cuda import gpt as gpt_cuda
 from dfcli.system.device import Device
 from dfcli.system.events import Note
-from tests.generation.engine import CUDA, NO_CUDA, cpu, picking, start
+from tests.generation.engine import NO_CUDA, cpu, gpu, picking, start
 from tests.kernels.test_gpt_sample import VARIANTS, V, build
 
 
@@ -25,9 +25,7 @@ from tests.kernels.test_gpt_sample import VARIANTS, V, build
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Device:
     """The CPU, where the step runs as it is, or a GPU, where its graph does."""
     if request.param == "cuda":
-        if not torch.cuda.is_available():
-            pytest.skip("no CUDA device here")
-        return CUDA
+        return gpu()
     monkeypatch.setattr(gpt_cuda.Graphed, "_captured", lambda self, advance: advance)
     monkeypatch.setattr(gpt_cuda, "SPAN", 4)  # several spans in a small context
     return cpu()

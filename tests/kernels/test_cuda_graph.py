@@ -17,7 +17,7 @@ from dfcli.kernels.cuda import graph
 from dfcli.system.device import Device
 from dfcli.training.backend import TorchBackend, tensors
 from dfcli.training.settings import Recipe, change
-from tests.generation.engine import CUDA, NO_CUDA
+from tests.generation.engine import NO_CUDA, gpu
 
 CONFIG = cores.GPTConfig(11, context=16, layers=2, heads=2, channels=32, dropout=0.1)
 
@@ -42,9 +42,7 @@ class StandIn(graph.Replayed):
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Device:
     if request.param == "cuda":
-        if not torch.cuda.is_available():
-            pytest.skip("no CUDA device here")
-        return CUDA
+        return gpu()
     monkeypatch.setattr(graph, "Replayed", StandIn)
     return NO_CUDA
 
@@ -165,9 +163,8 @@ def test_after_a_failed_recording_all_is_as_before(monkeypatch: pytest.MonkeyPat
     assert done == [current, "before"]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_dropout_goes_on_after_a_failed_recording() -> None:
-    x = torch.ones(100, device="cuda")
+    x = torch.ones(100, device=gpu().torch_device)
 
     def waits() -> Tensor:
         return torch.nn.functional.dropout(x, 0.5) * torch.nn.functional.dropout(x, 0.5).sum().item()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dfcli.generation import engines
-from tests.generation.engine import CUDA, NO_CUDA
+from tests.generation.engine import CUDA, NO_CUDA, gpu
 from tests.kernels.test_wavenet_sample import build
 
 triton = pytest.importorskip("triton", reason="PyTorch brings Triton on Linux only")
@@ -21,8 +21,8 @@ FOLDER = Path(__file__).parent
 @pytest.mark.timeout(400)  # the interpreter takes a minute of a core
 @pytest.mark.parametrize("interpret", ["1", "0"])
 def test_kernel(interpret: str) -> None:
-    if interpret == "0" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device here")
+    if interpret == "0":
+        gpu()
     line = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / "interpreted_wavenet.py")]
     done = subprocess.run(
         line, env=os.environ | {"TRITON_INTERPRET": interpret}, cwd=FOLDER.parents[1], capture_output=True, text=True

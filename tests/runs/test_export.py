@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from dfcli import cores
 from dfcli.codecs import BPE, GPT2, Bytes, Chars, TextCodec
-from dfcli.codecs.tokenizer_json import tokenizer_json
+from dfcli.codecs.tokenizer_json import beginning, tokenizer_json, with_beginning
 from dfcli.cores import GPTConfig
 from dfcli.errors import DfError, UsageError
 from dfcli.evaluation.evaluate import evaluate
@@ -264,3 +264,19 @@ def test_a_text_begins_as_a_document_does(tmp_path: Path, name: str) -> None:
         assert (each.dataset["boundary"], each.dataset["lead"]) == (boundary, 1)
         here = sample_text(each, TEXT[:9], tokens=20, temperature=0, device="cpu").samples[0]
         assert here == codec.decode(made)
+
+
+def test_a_tokenizer_that_only_trims_places_begins_a_text_too() -> None:
+    """GPT-2's published tokenizer.json has such a post-processor. One that adds something is left alone."""
+    from tokenizers import Tokenizer
+
+    codec = BPE.train([TEXT], 300)
+    values = json.loads(tokenizer_json(codec))
+    values["post_processor"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    made = with_beginning(json.dumps(values).encode(), [299, 299])
+    assert beginning(made) == [299, 299]
+    assert Tokenizer.from_str(made.decode()).encode(TEXT).ids == [299, 299, *codec.encode(TEXT).tolist()]
+    assert with_beginning(made, [5]) == made
+    assert beginning(tokenizer_json(codec)) == []
+    for damaged in (b"[]", b"{", b'{"post_processor": {"single": 3}}', b"[" * 100_000):
+        assert beginning(damaged) == []
