@@ -15,9 +15,9 @@ What is generated, here for a tile of 4 rows and 2 vectors; the sums stay in reg
 
 One generator (`_tile`) serves two products:
 
-- `product`, for training: tiles of up to 12 rows and 16 columns. `a` may lie either way round, b by rows.
-  `panel_product` is the same for a large b that `pack` has put into panels of 16 columns, so that a tile reads b from
-  front to back.
+- `product`, for training: tiles of up to 8 rows and 32 columns. `a` may lie either way round, b by rows.
+  `panel_product` is the same for a large b that `pack` has put into panels of as many columns, so that a tile reads b
+  from front to back.
 - `multiply`, for generation: one or two rows times a matrix in tiles of 32 outputs (`tiles`). At batch 1 each weight is
   read once and multiplied once, so the memory or cache that holds the weights is the limit if they are read from front
   to back. A single row has two sets of sums, because an addition waits for the one before. Two rows use each weight
@@ -41,9 +41,10 @@ from numpy.typing import NDArray
 from dfcli.kernels.compile import inner
 
 COLUMNS = 16  # of one tile of `product`
-# Lanes of a vector, and rows of the largest tile: 12 sums, and a vector or two of b, in 32 registers of 16 floats
-# (AVX-512) or 16 of 8.
-LANES, ROWS = (16, 12) if binding.get_host_cpu_features().get("avx512f") else (8, 6)
+# Lanes of a vector, rows of the largest tile, and of a smaller one where those leave a part of 16 rows over. Two vectors
+# a row, two of b and one of a fit in 32 registers of 16 floats (AVX-512), or 16 of 8.
+LANES, ROWS, FEW = (16, 8, 0) if binding.get_host_cpu_features().get("avx512f") else (8, 6, 4)
+PANEL = 2 * LANES  # columns of the largest tile: COLUMNS, or a pair of them, which share what is read of a
 TILE = 32  # outputs of one tile of `multiply`, in vectors of WIDTH; channels are padded to multiples of it
 WIDTH = 8
 _NEAR = 128  # inputs of such a tile whose weights take 16 KiB
@@ -146,13 +147,23 @@ def _one_row(_context, out, o, o_row, a, i, a_row, a_k, b, j, b_row, K):
 
 
 @_intrinsic
-def _four_rows(_context, out, o, o_row, a, i, a_row, a_k, b, j, b_row, K):
-    return _tile_type(out, a, b), _tile(4, COLUMNS, LANES)
+def _few_rows(_context, out, o, o_row, a, i, a_row, a_k, b, j, b_row, K):
+    return _tile_type(out, a, b), _tile(FEW, COLUMNS, LANES)
 
 
 @_intrinsic
 def _rows(_context, out, o, o_row, a, i, a_row, a_k, b, j, b_row, K):
     return _tile_type(out, a, b), _tile(ROWS, COLUMNS, LANES)
+
+
+@_intrinsic
+def _row_of_pair(_context, out, o, o_row, a, i, a_row, a_k, b, j, b_row, K):
+    return _tile_type(out, a, b), _tile(1, PANEL, LANES)
+
+
+@_intrinsic
+def _rows_of_pair(_context, out, o, o_row, a, i, a_row, a_k, b, j, b_row, K):
+    return _tile_type(out, a, b), _tile(ROWS, PANEL, LANES)
 
 
 @_intrinsic
@@ -226,41 +237,67 @@ def call(_context, function):
 
 
 @inner
-def product(out, o, o_row, a, i, a_row, a_k, b, j, b_row, M, N, K):
-    """out[o + m o_row + n] += sum over k < K of a[i + m a_row + k a_k] * b[j + k b_row + n], for m < M and n < N.
-
-    With a_k = 1 the rows of `a` are multiplied, with a_row = 1 its columns. N is a multiple of COLUMNS. Made for a `b`
-    of which K rows of COLUMNS stay in the nearest cache, and an `a` that does.
-    """
-    for n in range(0, N, COLUMNS):
-        m = 0
-        while m + ROWS <= M:
-            _rows(out, o + m * o_row + n, o_row, a, i + m * a_row, a_row, a_k, b, j + n, b_row, K)
-            m += ROWS
-        while m + 4 <= M:
-            _four_rows(out, o + m * o_row + n, o_row, a, i + m * a_row, a_row, a_k, b, j + n, b_row, K)
-            m += 4
-        while m < M:
-            _one_row(out, o + m * o_row + n, o_row, a, i + m * a_row, a_row, a_k, b, j + n, b_row, K)
-            m += 1
+def _columns(pair, out, o, o_row, a, i, a_row, a_k, b, j, b_row, size):
+    """`product` for one tile's columns: COLUMNS of them, or a pair of tiles side by side."""
+    M, _, K = size
+    m = 0
+    while m + ROWS <= M:
+        if pair:
+            _rows_of_pair(out, o + m * o_row, o_row, a, i + m * a_row, a_row, a_k, b, j, b_row, K)
+        else:
+            _rows(out, o + m * o_row, o_row, a, i + m * a_row, a_row, a_k, b, j, b_row, K)
+        m += ROWS
+    while FEW and m + FEW <= M:
+        _few_rows(out, o + m * o_row, o_row, a, i + m * a_row, a_row, a_k, b, j, b_row, K)
+        m += FEW
+    while m < M:
+        if pair:
+            _row_of_pair(out, o + m * o_row, o_row, a, i + m * a_row, a_row, a_k, b, j, b_row, K)
+        else:
+            _one_row(out, o + m * o_row, o_row, a, i + m * a_row, a_row, a_k, b, j, b_row, K)
+        m += 1
 
 
 @inner
-def panel_product(out, o, o_row, a, i, a_row, b, j, M, N, K):
+def product(out, o, o_row, a, i, a_row, a_k, b, j, b_row, size):
+    """out[o + m o_row + n] += sum over k < K of a[i + m a_row + k a_k] * b[j + k b_row + n], for m < M and n < N, where
+    `size` is (M, N, K).
+
+    With a_k = 1 the rows of `a` are multiplied, with a_row = 1 its columns. N is a multiple of COLUMNS. Made for a `b`
+    of which K rows of a tile stay in the nearest cache, and an `a` that does.
+    """
+    N, n = size[1], 0
+    while n + PANEL <= N:
+        _columns(PANEL > COLUMNS, out, o + n, o_row, a, i, a_row, a_k, b, j + n, b_row, size)
+        n += PANEL
+    if n < N:
+        _columns(False, out, o + n, o_row, a, i, a_row, a_k, b, j + n, b_row, size)
+
+
+@inner
+def panel_product(out, o, o_row, a, i, a_row, b, j, size):
     """`product` of the rows of `a` with a `b` that `pack` has put into panels: for one too large for the nearest
     caches."""
-    for n in range(0, N, COLUMNS):
-        product(out, o + n, o_row, a, i, a_row, 1, b, j + n * K, COLUMNS, M, COLUMNS, K)
+    _, N, K = size
+    n = 0
+    while n + PANEL <= N:
+        _columns(PANEL > COLUMNS, out, o + n, o_row, a, i, a_row, 1, b, j + n * K, PANEL, size)
+        n += PANEL
+    if n < N:
+        _columns(False, out, o + n, o_row, a, i, a_row, 1, b, j + n * K, COLUMNS, size)
 
 
 @inner
 def pack(out, o, x, i, x_row, x_column, K, N):
-    """The matrix x[i + k x_row + n x_column] of K rows and N columns as panels of COLUMNS columns, one after the other.
-    Columns of `out` beyond N stay as they are."""
-    for n in range(0, N, COLUMNS):
+    """The matrix x[i + k x_row + n x_column] of K rows and N columns as panels of PANEL columns, one after the other,
+    and one of COLUMNS where no more are left. Columns of `out` beyond N stay as they are."""
+    n = 0
+    while n < N:
+        width = PANEL if N - n > COLUMNS else COLUMNS
         for k in range(K):
-            for c in range(min(COLUMNS, N - n)):
-                out[uintp(o + n * K + k * COLUMNS + c)] = x[uintp(i + k * x_row + (n + c) * x_column)]
+            for c in range(min(width, N - n)):
+                out[uintp(o + n * K + k * width + c)] = x[uintp(i + k * x_row + (n + c) * x_column)]
+        n += width
 
 
 @inner

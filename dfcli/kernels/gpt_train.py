@@ -278,10 +278,10 @@ def _branch(s, work, layer, kind, b, t0, n, weights, bias, x, i, panels):
     if s.dropout == 0:
         for t in range(n if s.biased else 0):
             add(stream, (t0 + t) * Cs, weights, bias + layer * C, C)
-        panel_product(stream, t0 * Cs, Cs, x, i, _row_stride(inputs), panels, layer * C * inputs, n, C, inputs)
+        panel_product(stream, t0 * Cs, Cs, x, i, _row_stride(inputs), panels, layer * C * inputs, (n, C, inputs))
         return
     set_rows(branch, 0, Cs, weights, bias + layer * C, n, C)
-    panel_product(branch, 0, Cs, x, i, _row_stride(inputs), panels, layer * C * inputs, n, C, inputs)
+    panel_product(branch, 0, Cs, x, i, _row_stride(inputs), panels, layer * C * inputs, (n, C, inputs))
     _drop_rows(s, branch, 0, branch, 0, n, b * s.T + t0, 3 * layer + kind, s.dropout)
     for t in range(n):
         add(stream, (t0 + t) * Cs, branch, t * Cs, C)
@@ -375,7 +375,7 @@ def _attend(s, b, layer, h, q0, batch, kept, work):
     for t in range(m):
         fill(attention, begin + t * row, Tp, ZERO)
     keys = h * D * Ts + low
-    product(attention, begin + low, row, qkv, query, Qs, 1, work.keys, keys, Ts, m, _round_up(count) - low, D)
+    product(attention, begin + low, row, qkv, query, Qs, 1, work.keys, keys, Ts, (m, _round_up(count) - low, D))
     for t in range(m):
         i, last = begin + t * row, q0 + t
         earliest = last - min(last, positions[uintp(b * T + last)])
@@ -390,9 +390,9 @@ def _attend(s, b, layer, h, q0, batch, kept, work):
     y = (first + q0) * Cs + h * D
     if s.dropout > 0:
         _drop_attention(s, b, layer, h, q0, work.dropped, Ts, attention, begin, row)
-        product(kept.y, y, Cs, work.dropped, low, Ts, 1, qkv, value + low * Qs, Qs, m, D, count - low)
+        product(kept.y, y, Cs, work.dropped, low, Ts, 1, qkv, value + low * Qs, Qs, (m, D, count - low))
     else:
-        product(kept.y, y, Cs, attention, begin + low, row, 1, qkv, value + low * Qs, Qs, m, D, count - low)
+        product(kept.y, y, Cs, attention, begin + low, row, 1, qkv, value + low * Qs, Qs, (m, D, count - low))
 
 
 @inner
@@ -416,20 +416,20 @@ def _attend_back(s, b, layer, h, q0, batch, kept, work):
     q, k, v = h * D, C + h * D, 2 * C + h * D  # within a row of qkv
     begin = ((first + q0) * H + h) * Tp
     fill(change, 0, m * Ts, ZERO)
-    product(change, low, Ts, dy, q0 * Cs + q, Cs, 1, work.values, low, Ts, m, _round_up(count) - low, D)
+    product(change, low, Ts, dy, q0 * Cs + q, Cs, 1, work.values, low, Ts, (m, _round_up(count) - low, D))
     if s.dropout > 0:
         _drop_attention(s, b, layer, h, q0, change, Ts, change, 0, Ts)
         _drop_attention(s, b, layer, h, q0, work.dropped, Ts, attention, begin, row)
-        product(d_qkv, low * Qs + v, Qs, work.dropped, low, 1, Ts, dy, q0 * Cs + q, Cs, count - low, D, m)
+        product(d_qkv, low * Qs + v, Qs, work.dropped, low, 1, Ts, dy, q0 * Cs + q, Cs, (count - low, D, m))
     else:
-        product(d_qkv, low * Qs + v, Qs, attention, begin + low, 1, row, dy, q0 * Cs + q, Cs, count - low, D, m)
+        product(d_qkv, low * Qs + v, Qs, attention, begin + low, 1, row, dy, q0 * Cs + q, Cs, (count - low, D, m))
     for t in range(m):
         i = begin + t * row
         mean = dot(change, t * Ts + low, attention, i + low, count - low)
         for j in range(low, count):
             change[uintp(t * Ts + j)] = attention[uintp(i + j)] * (change[uintp(t * Ts + j)] - mean) * factor
-    product(d_qkv, q0 * Qs + q, Qs, change, low, Ts, 1, qkv, (first + low) * Qs + k, Qs, m, D, count - low)
-    product(d_qkv, low * Qs + k, Qs, change, low, 1, Ts, qkv, (first + q0) * Qs + q, Qs, count - low, D, m)
+    product(d_qkv, q0 * Qs + q, Qs, change, low, Ts, 1, qkv, (first + low) * Qs + k, Qs, (m, D, count - low))
+    product(d_qkv, low * Qs + k, Qs, change, low, 1, Ts, qkv, (first + q0) * Qs + q, Qs, (count - low, D, m))
 
 
 @inner
@@ -476,7 +476,7 @@ def _attention(s, at, b, layer, batch, panels, kept, work):
         n, row = min(BLOCK, T - t0), first + t0
         _norms(s, kept.h1, row * Cs, kept.scale1, row, stream, t0 * Cs, n)
         set_rows(kept.qkv, row * Qs, Qs, weights, at.qkv_bias + layer * 3 * C, n, 3 * C)
-        panel_product(kept.qkv, row * Qs, Qs, kept.h1, row * Cs, Cs, panels.qkv, layer * 3 * C * C, n, 3 * C, C)
+        panel_product(kept.qkv, row * Qs, Qs, kept.h1, row * Cs, Cs, panels.qkv, layer * 3 * C * C, (n, 3 * C, C))
         _place_queries(s, layer, t0, n, batch, kept)
         fill(kept.y, row * Cs, n * Cs, ZERO)
         for h in range(s.H):
@@ -498,8 +498,8 @@ def _attention_back(s, at, b, layer, batch, panels, kept, work, grads, own):
         branch, i = _branch_back(s, work, layer, 2, b, t0, n)
         _bias_gradient(s, grads, own + at.projection_bias + layer * C, branch, i, Cs, n, C)
         place = own + at.projection + layer * C * C
-        product(grads, place, C, branch, i, 1, Cs, kept.y, row * Cs, Cs, C, C, n)
-        panel_product(dy, t0 * Cs, Cs, branch, i, Cs, panels.projection_back, layer * C * C, n, C, C)
+        product(grads, place, C, branch, i, 1, Cs, kept.y, row * Cs, Cs, (C, C, n))
+        panel_product(dy, t0 * Cs, Cs, branch, i, Cs, panels.projection_back, layer * C * C, (n, C, C))
     fill(d_qkv, 0, T * Qs, ZERO)
     for h in range(s.H):
         transposed(work.values, 0, Ts, kept.qkv, first * Qs + 2 * C + h * D, Qs, T, D)
@@ -510,9 +510,9 @@ def _attention_back(s, at, b, layer, batch, panels, kept, work, grads, own):
         n, row = min(BLOCK, T - t0), first + t0
         _bias_gradient(s, grads, own + at.qkv_bias + layer * 3 * C, d_qkv, t0 * Qs, Qs, n, 3 * C)
         place = own + at.qkv + layer * 3 * C * C
-        product(grads, place, C, d_qkv, t0 * Qs, 1, Qs, kept.h1, row * Cs, Cs, 3 * C, C, n)
+        product(grads, place, C, d_qkv, t0 * Qs, 1, Qs, kept.h1, row * Cs, Cs, (3 * C, C, n))
         fill(dh, 0, n * Cs, ZERO)
-        panel_product(dh, 0, Cs, d_qkv, t0 * Qs, Qs, panels.qkv_back, layer * 3 * C * C, n, C, 3 * C)
+        panel_product(dh, 0, Cs, d_qkv, t0 * Qs, Qs, panels.qkv_back, layer * 3 * C * C, (n, C, 3 * C))
         _norms_back(s, stream, t0 * Cs, dh, kept.h1, row * Cs, kept.scale1, row, n)
 
 
@@ -525,7 +525,7 @@ def _mlp(s, at, b, layer, batch, panels, kept, work):
         n, row = min(BLOCK, T - t0), layer * T + t0
         _norms(s, kept.h2, row * Cs, kept.scale2, row, work.stream, t0 * Cs, n)
         set_rows(kept.inside, row * Fs, Fs, weights, at.expansion_bias + layer * F, n, F)
-        panel_product(kept.inside, row * Fs, Fs, kept.h2, row * Cs, Cs, panels.expansion, layer * C * F, n, F, C)
+        panel_product(kept.inside, row * Fs, Fs, kept.h2, row * Cs, Cs, panels.expansion, layer * C * F, (n, F, C))
         for t in range(n):
             activate(work.active, t * Fs, kept.inside, (row + t) * Fs, F, s.activation)
         _branch(s, work, layer, 3, b, t0, n, weights, at.contraction_bias, work.active, 0, panels.contraction)
@@ -541,16 +541,16 @@ def _mlp_back(s, at, b, layer, panels, kept, work, grads, own):
         branch, i = _branch_back(s, work, layer, 3, b, t0, n)
         _bias_gradient(s, grads, own + at.contraction_bias + layer * C, branch, i, Cs, n, C)
         fill(d_inside, 0, n * Fs, ZERO)
-        panel_product(d_inside, 0, Fs, branch, i, Cs, panels.contraction_back, layer * C * F, n, F, C)
+        panel_product(d_inside, 0, Fs, branch, i, Cs, panels.contraction_back, layer * C * F, (n, F, C))
         for t in range(n):
             activate_back(d_inside, t * Fs, active, t * Fs, kept.inside, (row + t) * Fs, F, s.activation)
         place = own + at.contraction + layer * C * F
-        product(grads, place, F, branch, i, 1, Cs, active, 0, Fs, C, F, n)
+        product(grads, place, F, branch, i, 1, Cs, active, 0, Fs, (C, F, n))
         _bias_gradient(s, grads, own + at.expansion_bias + layer * F, d_inside, 0, Fs, n, F)
         place = own + at.expansion + layer * F * C
-        product(grads, place, C, d_inside, 0, 1, Fs, kept.h2, row * Cs, Cs, F, C, n)
+        product(grads, place, C, d_inside, 0, 1, Fs, kept.h2, row * Cs, Cs, (F, C, n))
         fill(dh, 0, n * Cs, ZERO)
-        panel_product(dh, 0, Cs, d_inside, 0, Fs, panels.expansion_back, layer * C * F, n, C, F)
+        panel_product(dh, 0, Cs, d_inside, 0, Fs, panels.expansion_back, layer * C * F, (n, C, F))
         _norms_back(s, stream, t0 * Cs, dh, kept.h2, row * Cs, kept.scale2, row, n)
 
 
@@ -565,7 +565,7 @@ def _head(s, at, b, batch, panels, kept, work, grads, own):
         _norms(s, out, i, kept.out_scale, t0, stream, i, n)
         fill(logits, 0, n * Vs, ZERO)
         set_rows(logits, 0, Vs, batch.weights, at.head_bias, n, V)
-        panel_product(logits, 0, Vs, out, i, Cs, panels.head, 0, n, _round_up(V), C)
+        panel_product(logits, 0, Vs, out, i, Cs, panels.head, 0, (n, _round_up(V), C))
         for t in range(n):
             target = batch.targets[uintp(b * T + t0 + t)]
             if target < 0:
@@ -573,9 +573,9 @@ def _head(s, at, b, batch, panels, kept, work, grads, own):
             else:
                 nats += cross_entropy(logits, t * Vs, V, target, batch.per_target)
         _bias_gradient(s, grads, own + at.head_bias, logits, 0, Vs, n, V)
-        product(grads, own + at.head, C, logits, 0, 1, Vs, out, i, Cs, V, C, n)
+        product(grads, own + at.head, C, logits, 0, 1, Vs, out, i, Cs, (V, C, n))
         fill(dh, 0, n * Cs, ZERO)
-        panel_product(dh, 0, Cs, logits, 0, Vs, panels.head_back, 0, n, C, V)
+        panel_product(dh, 0, Cs, logits, 0, Vs, panels.head_back, 0, (n, C, V))
         fill(stream, i, n * Cs, ZERO)
         _norms_back(s, stream, i, dh, out, i, kept.out_scale, t0, n)
     return nats

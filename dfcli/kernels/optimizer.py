@@ -30,7 +30,7 @@ def _times(out, a, b, m, S):
     """out = a b, [m, m] with rows S row_stride; for an `out` that is symmetric, so that half of it is computed."""
     fill(out, 0, m * S, ZERO)
     for j in range(0, m, COLUMNS):
-        product(out, j, S, a, 0, S, 1, b, j, S, j + COLUMNS, COLUMNS, m)
+        product(out, j, S, a, 0, S, 1, b, j, S, (j + COLUMNS, COLUMNS, m))
         for i in range(0, j, COLUMNS):
             transposed(out, j * S + i, S, out, i * S + j, S, COLUMNS, COLUMNS)
 
@@ -52,11 +52,11 @@ def newton_schulz(worker, workers, flags, yielder, matrices, places, rows, colum
         whole, other = np.empty(m * S, np.float32), np.empty(m * S, np.float32)
         fill(gram, 0, m * S, ZERO)
         if tall:
-            product(gram, 0, S, matrices, x, 1, C, matrices, x, C, m, m, R)
+            product(gram, 0, S, matrices, x, 1, C, matrices, x, C, (m, m, R))
         else:
             turned = np.empty(C * S, np.float32)
             transposed(turned, 0, S, matrices, x, C, m, C)
-            product(gram, 0, S, matrices, x, C, 1, turned, 0, S, m, m, C)
+            product(gram, 0, S, matrices, x, C, 1, turned, 0, S, (m, m, C))
         square = ZERO
         for i in range(m):
             square += gram[uintp(i * S + i)]
@@ -79,9 +79,9 @@ def newton_schulz(worker, workers, flags, yielder, matrices, places, rows, colum
                 _times(half, gram, p, m, S)
                 _times(gram, half, p, m, S)
         if tall:
-            product(out, x, C, matrices, x, C, 1, whole, 0, S, R, C, m)
+            product(out, x, C, matrices, x, C, 1, whole, 0, S, (R, C, m))
         else:
-            product(out, x, C, whole, 0, S, 1, matrices, x, C, R, C, m)
+            product(out, x, C, whole, 0, S, 1, matrices, x, C, (R, C, m))
         each = take(flags, workers, 0)
 
 

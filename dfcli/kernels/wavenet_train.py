@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from dfcli.cores.protocols import Pass
 from dfcli.cores.wavenet import Condition, WaveNet, WaveNetConfig
 from dfcli.kernels.compile import Compiled, inner, unsupported_cpu
-from dfcli.kernels.gemm import COLUMNS, fetch_add, panel_product, product, round_up, row_stride
+from dfcli.kernels.gemm import COLUMNS, PANEL, fetch_add, panel_product, product, round_up, row_stride
 from dfcli.kernels.known import unknown
 from dfcli.kernels.ops import ONE, TWO, ZERO, add, clamp, copy, cross_entropy, exp, fill, norm, norm_back
 from dfcli.kernels.threads import WorkerPool, barrier
@@ -235,18 +235,18 @@ def _layer(layer, t, n, model, batch, buffers, scratch):
     for tap in range(K):
         back, m = (K - 1 - tap) * shape.dilations[layer], (layer * K + tap) * R * 2 * R
         if back == 0:
-            panel_product(sums, 0, 2 * R, h, z, R, w.dilated, m, n, 2 * R, R)
+            panel_product(sums, 0, 2 * R, h, z, R, w.dilated, m, (n, 2 * R, R))
         else:
             _shifted(taps, h, first, t, -back, positions, n, R)
-            panel_product(sums, 0, 2 * R, taps, 0, R, w.dilated, m, n, 2 * R, R)
+            panel_product(sums, 0, 2 * R, taps, 0, R, w.dilated, m, (n, 2 * R, R))
     for r in range(n):
         _gate(gates, sigmoids, z + r * R, sums, r * 2 * R, R)
-    panel_product(skips, t * Ss, Ss, gates, z, R, w.skip, layer * R * S, n, S, R)
+    panel_product(skips, t * Ss, Ss, gates, z, R, w.skip, layer * R * S, (n, S, R))
     if layer + 1 < L:
         bias = model.biases.residual
         for r in range(n):
             add(stream, (t + r) * R, bias, layer * R, R)
-        panel_product(stream, t * R, R, gates, z, R, w.residual, layer * R * R, n, R, R)
+        panel_product(stream, t * R, R, gates, z, R, w.residual, layer * R * R, (n, R, R))
         for r in range(n):
             _norm(h, z + (N + r) * R, scales, (layer + 1) * N + t + r, stream, (t + r) * R, R, normed)
 
@@ -261,11 +261,11 @@ def _layer_back(layer, t, n, model, batch, buffers, scratch, gradients):
     Ss, first, sums = _row_stride(S), layer * N * R, (layer % 2 * N + t) * 2 * R
     z, rows = first + t * R, layer * (d_rows.size // (L * 2 * R))
     fill(dz, 0, n * R, ZERO)
-    panel_product(dz, 0, R, skips, t * Ss, Ss, w.skip, layer * S * R, n, R, S)
-    product(g.skip, layer * R, L * R, skips, t * Ss, 1, Ss, gates, z, R, S, R, n)
+    panel_product(dz, 0, R, skips, t * Ss, Ss, w.skip, layer * S * R, (n, R, S))
+    product(g.skip, layer * R, L * R, skips, t * Ss, 1, Ss, gates, z, R, (S, R, n))
     if layer + 1 < L:
-        panel_product(dz, 0, R, stream, t * R, R, w.residual, layer * R * R, n, R, R)
-        product(g.residual, layer * R * R, R, stream, t * R, 1, R, gates, z, R, R, R, n)
+        panel_product(dz, 0, R, stream, t * R, R, w.residual, layer * R * R, (n, R, R))
+        product(g.residual, layer * R * R, R, stream, t * R, 1, R, gates, z, R, (R, R, n))
         bias = gradients.biases.residual
         for r in range(n):
             add(bias, layer * R, stream, (t + r) * R, R)
@@ -275,10 +275,10 @@ def _layer_back(layer, t, n, model, batch, buffers, scratch, gradients):
     for tap in range(K):
         back, d = (K - 1 - tap) * shape.dilations[layer], layer * 2 * R * K * R + tap * R
         if back == 0:
-            product(g.dilated, d, K * R, d_sums, sums, 1, 2 * R, h, z, R, 2 * R, R, n)
+            product(g.dilated, d, K * R, d_sums, sums, 1, 2 * R, h, z, R, (2 * R, R, n))
         else:
             _shifted(taps, h, first, t, -back, positions, n, R)
-            product(g.dilated, d, K * R, d_sums, sums, 1, 2 * R, taps, 0, R, 2 * R, R, n)
+            product(g.dilated, d, K * R, d_sums, sums, 1, 2 * R, taps, 0, R, (2 * R, R, n))
 
 
 @inner
@@ -292,10 +292,10 @@ def _taps_back(layer, t, n, model, batch, buffers, scratch):
     for tap in range(K):
         back, m = (K - 1 - tap) * shape.dilations[layer], (layer * K + tap) * 2 * R * R
         if back == 0:
-            panel_product(dh, 0, R, d_sums, sums + t * 2 * R, 2 * R, w, m, n, R, 2 * R)
+            panel_product(dh, 0, R, d_sums, sums + t * 2 * R, 2 * R, w, m, (n, R, 2 * R))
         else:
             _shifted(taps, d_sums, sums, t, back, positions, n, 2 * R)
-            panel_product(dh, 0, R, taps, 0, 2 * R, w, m, n, R, 2 * R)
+            panel_product(dh, 0, R, taps, 0, 2 * R, w, m, (n, R, 2 * R))
     for r in range(t, t + n):
         _norm_back(stream, r * R, dh, (r - t) * R, h, (first + r) * R, scales[uintp(first + r)], R, normed)
 
@@ -313,9 +313,9 @@ def _head(t, n, model, batch, buffers, scratch):
     for r in range(n):
         copy(hidden, r * Hs, bias1, 0, H)
         copy(logits, r * Vs, bias2, 0, V)
-    panel_product(hidden, 0, Hs, inputs, 0, Ss, model.forward.head1, 0, n, H, S)
+    panel_product(hidden, 0, Hs, inputs, 0, Ss, model.forward.head1, 0, (n, H, S))
     _relu(hidden, 0, hidden, 0, n * Hs)
-    panel_product(logits, 0, Vs, hidden, 0, Hs, model.forward.head2, 0, n, _round_up(V), H)
+    panel_product(logits, 0, Vs, hidden, 0, Hs, model.forward.head2, 0, (n, _round_up(V), H))
     total = 0.0
     for r in range(n):
         target = targets[uintp(t + r)]
@@ -333,13 +333,13 @@ def _head_back(t, n, model, buffers, scratch, gradients):
     Ss, Hs, Vs, hidden, d_hidden = _row_stride(S), _row_stride(H), _row_stride(V), scratch.hidden, scratch.d_hidden
     logits, inputs, skips, w = scratch.logits, scratch.inputs, buffers.skips, model.backward
     d_bias1, d_bias2, d_skip_bias = biases.head1, biases.head2, biases.skip
-    product(g.head2, 0, H, logits, 0, 1, Vs, hidden, 0, Hs, V, H, n)
+    product(g.head2, 0, H, logits, 0, 1, Vs, hidden, 0, Hs, (V, H, n))
     fill(d_hidden, 0, n * Hs, ZERO)
-    panel_product(d_hidden, 0, Hs, logits, 0, Vs, w.head2, 0, n, H, V)
+    panel_product(d_hidden, 0, Hs, logits, 0, Vs, w.head2, 0, (n, H, V))
     _relu_back(d_hidden, 0, hidden, 0, n * Hs)
-    product(g.head1, 0, S, d_hidden, 0, 1, Hs, inputs, 0, Ss, H, S, n)
+    product(g.head1, 0, S, d_hidden, 0, 1, Hs, inputs, 0, Ss, (H, S, n))
     fill(skips, t * Ss, n * Ss, ZERO)
-    panel_product(skips, t * Ss, Ss, d_hidden, 0, Hs, w.head1, 0, n, S, H)
+    panel_product(skips, t * Ss, Ss, d_hidden, 0, Hs, w.head1, 0, (n, S, H))
     _relu_back(skips, t * Ss, inputs, 0, n * Ss)
     for r in range(n):
         add(d_bias2, 0, logits, r * Vs, V)
@@ -501,9 +501,11 @@ def _parameters(core: WaveNet) -> _Parameters:
 
 
 def _panels(matrices: Tensor) -> Tensor:
-    """Matrices [..., K, N] as `gemm.pack` puts each, filled up with zeros to a multiple of COLUMNS."""
+    """Matrices [..., K, N] as `gemm.pack` puts each, filled up with zeros to a multiple of COLUMNS: [..., K N]."""
     matrices = F.pad(matrices, (0, round_up(matrices.shape[-1]) - matrices.shape[-1]))
-    return matrices.unflatten(-1, (-1, COLUMNS)).transpose(-3, -2).contiguous()
+    whole = matrices.shape[-1] // PANEL * PANEL
+    panels = matrices[..., :whole].unflatten(-1, (-1, PANEL)).transpose(-3, -2)
+    return torch.cat([panels.flatten(-3), matrices[..., whole:].flatten(-2)], -1)
 
 
 def _model(core: WaveNet, shape: Shape, parameters: _Parameters, gate_rows: Tensor) -> Model:
