@@ -55,8 +55,7 @@ from dfcli.kernels.ops import (
 from dfcli.kernels.threads import WorkerPool, barrier, take
 from dfcli.system.events import OnEvent
 
-WIDEST = 128  # channels: PyTorch's products of wider ones are faster than ours
-WIDEST_PLAIN = 64  # with LayerNorm: PyTorch has it fused, and at 128 channels was faster (`nano-cpu`, one thread)
+WIDEST = 128  # channels: with 192 PyTorch is as fast, with 384 by a fifth faster
 LONGEST = 512  # positions: the attention weights are kept, T x T for each head
 MOST_TABLES = 7  # a GPT has no more: for 2 to 8 ids
 BLOCK = 128  # positions of the products with weights, which come from memory once a block
@@ -626,8 +625,6 @@ def supports(c: GPTConfig) -> str | None:
         return f"the GPT kernel needs a multiple of {COLUMNS} channels a head"
     if c.channels > WIDEST or c.context > LONGEST:
         return f"the GPT kernel is for at most {WIDEST} channels and a context of {LONGEST}; beyond, PyTorch is faster"
-    if c.norm == "layernorm" and c.channels > WIDEST_PLAIN:
-        return f"with LayerNorm and more than {WIDEST_PLAIN} channels PyTorch is faster than the GPT kernel"
     return unsupported_cpu()
 
 
@@ -641,34 +638,34 @@ class _Linears:
         self.shifted = bool(self.norms) and self.norms[0].bias is not None
         self.sizes = [len(linears) * linears[0].weight.numel(), len(linears) * len(linears[0].weight)]
 
-    def folded(self) -> list[Tensor]:
-        """Weights [L, outputs, inputs] and biases [L, outputs], and what `gradients` needs."""
-        weights = self.weights = torch.stack([linear.weight for linear in self.linears])
-        biases = weights.new_zeros(weights.shape[:2])
+    def fold(self, weights: Tensor, biases: Tensor) -> None:
+        """Put the weights [L, outputs, inputs] and biases [L, outputs] into these flat places."""
+        L, (outputs, inputs) = len(self.linears), self.linears[0].weight.shape
+        weights, biases = weights.view(L, outputs, inputs), biases.view(L, outputs)
+        torch.stack([linear.weight for linear in self.linears], out=weights)
         if self.biased:
-            biases = torch.stack([linear.bias for linear in self.linears])
-        if self.norms:
-            self.gains = torch.stack([norm.weight for norm in self.norms])  # pyright: ignore[reportArgumentType, reportCallIssue]
-            weights = weights * self.gains[:, None]
+            torch.stack([linear.bias for linear in self.linears], out=biases)
+        else:
+            biases.zero_()
         if self.shifted:
-            self.shifts = torch.stack([norm.bias for norm in self.norms])  # pyright: ignore[reportArgumentType, reportCallIssue]
-            biases = biases + (self.weights @ self.shifts[..., None])[..., 0]
-        return [weights, biases]
+            shifts = torch.stack([norm.bias for norm in self.norms])  # pyright: ignore[reportArgumentType, reportCallIssue]
+            biases += (weights @ shifts[..., None])[..., 0]
+        for weight, norm in zip(weights, self.norms, strict=False):
+            weight *= norm.weight
 
     def gradients(self, weights: Tensor, biases: Tensor) -> list[tuple[Any, Tensor]]:
-        """From the gradients of `folded` those of the parameters."""
-        weights, biases = weights.view(self.weights.shape), biases.view(self.weights.shape[:2])
+        """From the gradients of what `fold` gives, which become others, those of the parameters."""
+        L, (outputs, inputs) = len(self.linears), self.linears[0].weight.shape
+        weights, biases = weights.view(L, outputs, inputs), biases.view(L, outputs)
         found: list[tuple[Any, Tensor]] = []
         if self.biased:
             found += [(x.bias, grad) for x, grad in zip(self.linears, biases, strict=True)]
-        if self.norms:
-            gains = (weights * self.weights).sum(1)
-            found += [(x.weight, grad) for x, grad in zip(self.norms, gains, strict=True)]
-            weights = weights * self.gains[:, None]
-        if self.shifted:
-            shifts = (self.weights.mT @ biases[..., None])[..., 0]
-            found += [(x.bias, grad) for x, grad in zip(self.norms, shifts, strict=True)]
-            weights = weights + biases[..., None] * self.shifts[:, None]
+        for x, norm, grad, bias in zip(self.linears, self.norms, weights, biases, strict=False):
+            found.append((norm.weight, (grad * x.weight).sum(0)))
+            grad *= norm.weight
+            if norm.bias is not None:
+                found.append((norm.bias, x.weight.T @ bias))
+                grad.addr_(bias, norm.bias)
         return found + [(x.weight, grad) for x, grad in zip(self.linears, weights, strict=True)]
 
 
@@ -744,7 +741,11 @@ class _Training:
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         core, (B, T), N = self.core, ids.shape, ids.numel()
         starts = (torch.arange(T).expand(B, T) if positions is None else positions).contiguous()
-        weights = [tensor.view(-1) for linear in self.linears for tensor in linear.folded()]
+        weights = torch.empty(self.places.total)
+        tokens, *parts = weights.split(self.sizes)
+        tokens.copy_(core.tokens.weight.view(-1))
+        for linear, weight, bias in zip(self.linears, parts[::2], parts[1::2], strict=True):
+            linear.fold(weight, bias)
         joined = self.joined(B, T)
         s, tables, nothing = self.shape(joined * T), self.tables(ids), torch.empty(0)
         groups = min(self.workers.count, B // joined)
@@ -755,7 +756,7 @@ class _Training:
         )
         batch = _Batch(
             ids.contiguous(), targets.contiguous(), starts, np.float32(1 / max(1, count)),
-            torch.cat([core.tokens.weight.view(-1), *weights]), nothing if s.rotary else core.positions.weight,
+            weights, nothing if s.rotary else core.positions.weight,
             core.cos[:T] if s.rotary else nothing, core.sin[:T] if s.rotary else nothing,
         )  # fmt: skip
         self.workers.run(_step, s, self.places, batch, tables, out, count=groups)
