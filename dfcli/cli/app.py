@@ -138,12 +138,13 @@ def _number_expected(error: Exception) -> tuple[str, str]:
 
 def _hint(error: Exception, message: str, program: str, arguments: list[str], commands: Container[str]) -> str:
     from dfcli.cli import guess
+    from dfcli.system.words import close
 
     context = getattr(error, "ctx", None)
     path = context.command_path.split()[1:] if context is not None else []
     rest = arguments[len(path) :]
     if "Did you mean" not in message:
-        line = ""
+        line, meant = "", ""
         one_dash = next((word for word in rest if re.match(r"-[a-z]{2}", word)), "")
         if message.startswith("No such option: -") and not message.startswith("No such option: --") and one_dash:
             line = shlex.join([program, *path, *(f"-{word}" if word == one_dash else word for word in rest)])
@@ -154,6 +155,12 @@ def _hint(error: Exception, message: str, program: str, arguments: list[str], co
             line = guess.command_line(program, "train", [bad[1], *rest[:at], *rest[at + 1 :]])
         elif path == ["train"] and message.startswith("Missing argument"):
             line = shlex.join([program, "train", "gpt", *rest])
+        elif bad := re.search(r": '(.+)' is not one of (.+)", message):
+            meant = close(bad[1], re.findall(r"'(.+?)'", bad[2]))
+        elif options := getattr(error, "possibilities", None):
+            meant = close(getattr(error, "option_name", ""), options)
+        if meant:
+            return f"did you mean `{meant}`?"
         if line and path:
             return f"type `{line}`"
         if line:

@@ -41,8 +41,8 @@ from numpy.typing import NDArray
 from dfcli.kernels.compile import inner
 
 COLUMNS = 16  # of one tile of `product`
-# Lanes of a vector, rows of the largest tile, and of a smaller one where those leave a part of 16 rows over. Two vectors
-# a row, two of b and one of a fit in 32 registers of 16 floats (AVX-512), or 16 of 8.
+# Lanes of a vector, rows of the largest tile, and of a smaller one where those leave a part of 16 rows over. Two
+# vectors a row, two of b and one of a fit in 32 registers of 16 floats (AVX-512), or in 16 of 8.
 LANES, ROWS, FEW = (16, 8, 0) if binding.get_host_cpu_features().get("avx512f") else (8, 6, 4)
 PANEL = 2 * LANES  # columns of the largest tile: COLUMNS, or a pair of them, which share what is read of a
 TILE = 32  # outputs of one tile of `multiply`, in vectors of WIDTH; channels are padded to multiples of it

@@ -633,7 +633,8 @@ class _Linears:
     in: W (g x + b) + c = (W g) x + (W b + c)."""
 
     def __init__(self, linears: list[nn.Linear], norms: list[Norm] | None = None) -> None:
-        self.linears, self.norms = linears, [] if norms is None or norms[0].weight is None else norms
+        self.linears = linears
+        self.norms: list[Any] = [] if norms is None or norms[0].weight is None else norms
         self.biased = linears[0].bias is not None
         self.shifted = bool(self.norms) and self.norms[0].bias is not None
         self.sizes = [len(linears) * linears[0].weight.numel(), len(linears) * len(linears[0].weight)]
@@ -648,10 +649,10 @@ class _Linears:
         else:
             biases.zero_()
         if self.shifted:
-            shifts = torch.stack([norm.bias for norm in self.norms])  # pyright: ignore[reportArgumentType, reportCallIssue]
+            shifts = torch.stack([before.bias for before in self.norms])
             biases += (weights @ shifts[..., None])[..., 0]
-        for weight, norm in zip(weights, self.norms, strict=False):
-            weight *= norm.weight
+        for weight, before in zip(weights, self.norms, strict=False):
+            weight *= before.weight
 
     def gradients(self, weights: Tensor, biases: Tensor) -> list[tuple[Any, Tensor]]:
         """From the gradients of what `fold` gives, which become others, those of the parameters."""
@@ -660,12 +661,12 @@ class _Linears:
         found: list[tuple[Any, Tensor]] = []
         if self.biased:
             found += [(x.bias, grad) for x, grad in zip(self.linears, biases, strict=True)]
-        for x, norm, grad, bias in zip(self.linears, self.norms, weights, biases, strict=False):
-            found.append((norm.weight, (grad * x.weight).sum(0)))
-            grad *= norm.weight
-            if norm.bias is not None:
-                found.append((norm.bias, x.weight.T @ bias))
-                grad.addr_(bias, norm.bias)
+        for x, before, grad, bias in zip(self.linears, self.norms, weights, biases, strict=False):
+            found.append((before.weight, (grad * x.weight).sum(0)))
+            grad *= before.weight
+            if before.bias is not None:
+                found.append((before.bias, x.weight.T @ bias))
+                grad.addr_(bias, before.bias)
         return found + [(x.weight, grad) for x, grad in zip(self.linears, weights, strict=True)]
 
 

@@ -152,21 +152,21 @@ class Turns:
     PAUSE = 2.0  # seconds of training between two products
     SIZE = 2048
 
-    def __init__(self, threads: int) -> None:
-        self.threads, self.seconds = threads, []  # of each product
+    def __init__(self, threads: int, now: Callable[[], float] = time.perf_counter) -> None:
+        self.threads, self.now, self.seconds = threads, now, []  # of each product
         self.paused, self.last = 0.0, -math.inf
 
     def clock(self) -> float:
-        return time.perf_counter() - self.paused
+        return self.now() - self.paused
 
     def stop(self) -> None:
         from dfcli.system.device import pytorch_threads
 
         if self.clock() - self.last >= self.PAUSE:
-            began = time.perf_counter()
+            began = self.now()
             with pytorch_threads(self.threads):
                 self.seconds.append(2 * self.SIZE**3 / product_rate(self.SIZE, rounds=1))
-            self.paused += time.perf_counter() - began
+            self.paused += self.now() - began
             self.last = self.clock()
 
     def rate(self, best: bool = False) -> float:
@@ -174,21 +174,25 @@ class Turns:
         return 2 * self.SIZE**3 / (min(self.seconds) if best else sum(self.seconds) / len(self.seconds))
 
 
-def trained(kind: str, data: str, minutes: float, **options: Any) -> tuple[str, dict[str, Any]]:
+def trained(
+    kind: str, data: str, minutes: float, *, cpu_time: bool = False, **options: Any
+) -> tuple[str, dict[str, Any]]:
     """A training in a process of its own, as `df train KIND --data DATA --minutes M` does it: the run's name, and its
-    speed and shares of the machine's rate for products, which are taken in turns with its steps."""
+    speed and shares of the machine's rate for products, which are taken in turns with its steps. By `cpu_time` the
+    minutes are the time that the processors work for it, which is that of the clock on one thread of a quiet machine.
+    """
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as `df` does
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return process.submit(_train, kind, data, minutes, options).result()
+        return process.submit(_train, kind, data, minutes, cpu_time, options).result()
 
 
-def _train(kind: str, data: str, minutes: float, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def _train(kind: str, data: str, minutes: float, cpu_time: bool, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     from dfcli import cores
     from dfcli.runs.run import Run
     from dfcli.system.device import resolve
     from dfcli.training.train import train
 
-    turns = Turns(resolve("cpu").threads)
+    turns = Turns(resolve("cpu").threads, time.process_time if cpu_time else time.perf_counter)
     result = train(kind, [data], minutes=minutes, device="cpu", seed=0, stop=turns.stop, clock=turns.clock, **options)
     product, run = turns.rate(), Run.open(result.run)
     core = run.info["core"]

@@ -7,7 +7,7 @@
 
 `--data` is a folder of recordings that are called DIGIT_SPEAKER_INDEX.wav, as the Free Spoken Digit Dataset's are. The
 indices 0 to 4 of each digit and speaker are held out, as that corpus defines its test. Every model is the default
-recipe, trained as `df train` does.
+recipe, trained as `df train` does. With `--cpu-time` the minutes are the CPUs' own, for a machine that others use.
 
 labels   bits per sample of the held-out recordings: with their labels, with the labels of others, and of a model
          without labels that was trained for the same time
@@ -67,9 +67,9 @@ def dataset(folder: Path, name: str, speaker: str = "", levels: int = 256) -> Da
     return prepare(train, val=held, label=RULE, levels=levels, name=name)
 
 
-def trained(data: Dataset, minutes: float, condition: str) -> tuple[str, dict[str, Any]]:
+def trained(data: Dataset, given: Any, condition: str) -> tuple[str, dict[str, Any]]:
     """The run's name, and what its training and evaluation found."""
-    run, figures = common.trained("wavenet", data.name, minutes, condition=condition)
+    run, figures = common.trained("wavenet", data.name, given.minutes, cpu_time=given.cpu_time, condition=condition)
     found = evaluate(run)
     kept = ("steps", "tokens_seen", "tokens_per_second", "parameters", "core", "share_of_product_rate")
     return run, {
@@ -93,9 +93,9 @@ def shuffled(run: str, data: Dataset) -> float:
 
 def labels(given: Any) -> dict[str, Any]:
     with dataset(given.data, "digits", levels=given.levels) as data:
-        run, told = trained(data, given.minutes, "labels")
+        run, told = trained(data, given, "labels")
         others = shuffled(run, data)
-        _, alone = trained(data, given.minutes, "none")
+        _, alone = trained(data, given, "none")
     return {
         "with_labels": told,
         "with_shuffled_labels": others,
@@ -180,7 +180,7 @@ def accuracy(net: Listener, frames: Tensor, answers: Tensor) -> dict[str, float]
 def heard(given: Any) -> dict[str, Any]:
     with dataset(given.data, "digits", levels=given.levels) as data:
         net, real = listener(data)
-        run, figures = trained(data, given.minutes, "labels")
+        run, figures = trained(data, given, "labels")
         generated = {str(t): listened(net, data, run, given.clips, t) for t in (1.0, 0.9, 0.8)}
     return {"held_out_recordings": real, "generated_by_temperature": generated, **figures}
 
@@ -206,13 +206,13 @@ def listened(net: Listener, data: Dataset, run: str, clips: int, temperature: fl
 
 def vocoder(given: Any) -> dict[str, Any]:
     with dataset(given.data, "digits", given.left_out, given.levels) as data:
-        run, told = trained(data, given.minutes, "mel")
+        run, told = trained(data, given, "mel")
         # At random: every n-th recording could be of one speaker.
         clips = np.random.default_rng(0).permutation(recordings(given.data, given.left_out)[1]).tolist()
         found = resynthesised(run, clips[: given.clips])
         figures = {"left_out": given.left_out or None, "mel": told, "distances": found}
         if not given.left_out:
-            _, alone = trained(data, given.minutes, "none")
+            _, alone = trained(data, given, "none")
             figures |= {"without": alone, "bits_below": alone["bits_per_sample"] - told["bits_per_sample"]}
     return figures
 
@@ -240,7 +240,7 @@ def levels(given: Any) -> dict[str, Any]:
     found = {}
     for count in sorted({256, given.levels}):
         with dataset(given.data, f"digits-{count}", levels=count) as data:
-            _, figures = trained(data, given.minutes, "none")
+            _, figures = trained(data, given, "none")
             found[str(count)] = figures | data.info["fidelity"]["val"]
     return found
 
@@ -259,6 +259,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("row", choices=ROWS)
     parser.add_argument("--data", required=True, type=Path, help="a folder of recordings DIGIT_SPEAKER_INDEX.wav")
     parser.add_argument("--minutes", type=float, help="of each training")
+    parser.add_argument("--cpu-time", action="store_true", help="minutes of the CPUs' own time: others use the machine")
     parser.add_argument("--clips", type=int, default=10, help="of each digit and speaker; of held-out recordings")
     parser.add_argument("--left-out", default="", metavar="SPEAKER", help="a speaker that the vocoder does not learn")
     parser.add_argument("--levels", type=int, help="of mu-law: 256; in the row `levels` 1024, compared with 256")
