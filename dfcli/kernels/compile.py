@@ -67,7 +67,7 @@ class Compiled:
             raise RuntimeError("NUMBA_DISABLE_JIT is set")
         if self._dispatcher is None:
             if not _sound(self.folder):
-                on_event(Note("compiling CPU kernels (once on this machine, 10 to 40 s)"))
+                on_event(Note("compiling CPU kernels (once on this machine, 10 to 60 s)"))
             self._keep = _usable(self.folder)
             self._dispatcher = self._dispatch(self._keep)
         try:
