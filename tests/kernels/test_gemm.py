@@ -16,7 +16,7 @@ def call_product(out, o_row, a, a_row, a_k, b, b_row, size):
 
 @njit(**OPTIONS)
 def call_panels(out, o_row, a, a_row, b, columns, size):
-    M, N, K = size
+    _, N, K = size
     packed = np.zeros(2 + K * N, np.float32)
     gemm.pack(packed, 2, b, 0, columns, 1, K, columns)
     gemm.panel_product(out, 3, o_row, a, 5, a_row, packed, 2, size)
