@@ -158,7 +158,8 @@ def _hint(error: Exception, message: str, program: str, arguments: list[str], co
         elif bad := re.search(r": '(.+)' is not one of (.+)", message):
             meant = close(bad[1], re.findall(r"'(.+?)'", bad[2]))
         elif options := getattr(error, "possibilities", None):
-            meant = close(getattr(error, "option_name", ""), options)
+            bare = {option.lstrip("-"): option for option in options}  # dashes would make all of them alike
+            meant = bare.get(close(getattr(error, "option_name", "").lstrip("-"), bare), "")
         if meant:
             return f"did you mean `{meant}`?"
         if line and path:

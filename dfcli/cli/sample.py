@@ -180,8 +180,8 @@ def _write_sound(run: Run, out: str | None, json: bool, listener: output.Listene
     for i, path in enumerate(result.samples):
         nats = f" ({result.nats_per_sample[i]:.3f} nats a sample)" if result.nats_per_sample else ""
         labels = result.labels[i].items() if result.labels else ()
-        heard = f": {', '.join(f'{label} {name}' for label, name in labels)}" if labels else ""
-        output.say(f"wrote {output.one_line(path)}{output.one_line(heard)}{nats}")
+        told = f": {', '.join(f'{label} {name}' for label, name in labels)}" if labels else ""
+        output.say(f"wrote {output.one_line(path)}{output.one_line(told)}{nats}")
     if result.leading_silence and max(result.leading_silence) >= 0.1:
         waits = ", ".join(f"{silent:.1f}" for silent in result.leading_silence)
         output.say(f"silent at first: {waits} s")

@@ -40,11 +40,11 @@ from numpy.typing import NDArray
 
 from dfcli.kernels.compile import inner
 
-COLUMNS = 16  # of one tile of `product`
-# Lanes of a vector, rows of the largest tile, and of a smaller one where those leave a part of 16 rows over. Two
+COLUMNS = 16  # of the narrowest tile of `product`
+# Lanes of a vector, rows of a tile, and of a second one for the 4 of 16 rows that tiles of 6 leave (0: none). Two
 # vectors a row, two of b and one of a fit in 32 registers of 16 floats (AVX-512), or in 16 of 8.
 LANES, ROWS, FEW = (16, 8, 0) if binding.get_host_cpu_features().get("avx512f") else (8, 6, 4)
-PANEL = 2 * LANES  # columns of the largest tile: COLUMNS, or a pair of them, which share what is read of a
+PANEL = 2 * LANES  # columns of the widest tile, two vectors
 TILE = 32  # outputs of one tile of `multiply`, in vectors of WIDTH; channels are padded to multiples of it
 WIDTH = 8
 _NEAR = 128  # inputs of such a tile whose weights take 16 KiB
@@ -238,7 +238,7 @@ def call(_context, function):
 
 @inner
 def _columns(pair, out, o, o_row, a, i, a_row, a_k, b, j, b_row, size):
-    """`product` for one tile's columns: COLUMNS of them, or a pair of tiles side by side."""
+    """`product` for the columns of one tile: COLUMNS of them, or, for a pair of vectors, PANEL."""
     M, _, K = size
     m = 0
     while m + ROWS <= M:
@@ -277,7 +277,7 @@ def product(out, o, o_row, a, i, a_row, a_k, b, j, b_row, size):
 @inner
 def panel_product(out, o, o_row, a, i, a_row, b, j, size):
     """`product` of the rows of `a` with a `b` that `pack` has put into panels: for one too large for the nearest
-    caches."""
+    caches. N is that of `pack`, rounded up to a multiple of COLUMNS."""
     _, N, K = size
     n = 0
     while n + PANEL <= N:
@@ -289,8 +289,8 @@ def panel_product(out, o, o_row, a, i, a_row, b, j, size):
 
 @inner
 def pack(out, o, x, i, x_row, x_column, K, N):
-    """The matrix x[i + k x_row + n x_column] of K rows and N columns as panels of PANEL columns, one after the other,
-    and one of COLUMNS where no more are left. Columns of `out` beyond N stay as they are."""
+    """The matrix x[i + k x_row + n x_column] of K rows and N columns as panels of PANEL columns, one after the other;
+    the last has COLUMNS if at most COLUMNS are left. Columns of `out` beyond N stay as they are."""
     n = 0
     while n < N:
         width = PANEL if N - n > COLUMNS else COLUMNS

@@ -55,7 +55,7 @@ from dfcli.kernels.ops import (
 from dfcli.kernels.threads import WorkerPool, barrier, take
 from dfcli.system.events import OnEvent
 
-WIDEST = 128  # channels: with 192 PyTorch is as fast, with 384 by a fifth faster
+WIDEST = 128  # channels: with 192 PyTorch is as fast, with 384 a fifth faster
 LONGEST = 512  # positions: the attention weights are kept, T x T for each head
 MOST_TABLES = 7  # a GPT has no more: for 2 to 8 ids
 BLOCK = 128  # positions of the products with weights, which come from memory once a block
@@ -624,7 +624,7 @@ def supports(c: GPTConfig) -> str | None:
     if c.channels // c.heads % COLUMNS:
         return f"the GPT kernel needs a multiple of {COLUMNS} channels a head"
     if c.channels > WIDEST or c.context > LONGEST:
-        return f"the GPT kernel is for at most {WIDEST} channels and a context of {LONGEST}; beyond, PyTorch is faster"
+        return f"the GPT kernel is for at most {WIDEST} channels and a context of {LONGEST}; beyond, PyTorch is as fast"
     return unsupported_cpu()
 
 
@@ -640,7 +640,8 @@ class _Linears:
         self.sizes = [len(linears) * linears[0].weight.numel(), len(linears) * len(linears[0].weight)]
 
     def fold(self, weights: Tensor, biases: Tensor) -> None:
-        """Put the weights [L, outputs, inputs] and biases [L, outputs] into these flat places."""
+        """Write the weights and biases of all layers, with the norms' gains and biases multiplied in, to `weights`
+        (flat, of [L, outputs, inputs]) and `biases` (flat, of [L, outputs])."""
         L, (outputs, inputs) = len(self.linears), self.linears[0].weight.shape
         weights, biases = weights.view(L, outputs, inputs), biases.view(L, outputs)
         torch.stack([linear.weight for linear in self.linears], out=weights)
@@ -649,24 +650,24 @@ class _Linears:
         else:
             biases.zero_()
         if self.shifted:
-            shifts = torch.stack([before.bias for before in self.norms])
+            shifts = torch.stack([each.bias for each in self.norms])
             biases += (weights @ shifts[..., None])[..., 0]
-        for weight, before in zip(weights, self.norms, strict=False):
-            weight *= before.weight
+        for weight, norm_before in zip(weights, self.norms, strict=False):
+            weight *= norm_before.weight
 
     def gradients(self, weights: Tensor, biases: Tensor) -> list[tuple[Any, Tensor]]:
-        """From the gradients of what `fold` gives, which become others, those of the parameters."""
+        """The gradients of the parameters, from those of the folded weights and biases. Overwrites `weights`."""
         L, (outputs, inputs) = len(self.linears), self.linears[0].weight.shape
         weights, biases = weights.view(L, outputs, inputs), biases.view(L, outputs)
         found: list[tuple[Any, Tensor]] = []
         if self.biased:
             found += [(x.bias, grad) for x, grad in zip(self.linears, biases, strict=True)]
-        for x, before, grad, bias in zip(self.linears, self.norms, weights, biases, strict=False):
-            found.append((before.weight, (grad * x.weight).sum(0)))
-            grad *= before.weight
-            if before.bias is not None:
-                found.append((before.bias, x.weight.T @ bias))
-                grad.addr_(bias, before.bias)
+        for x, norm_before, grad, bias in zip(self.linears, self.norms, weights, biases, strict=False):
+            found.append((norm_before.weight, (grad * x.weight).sum(0)))
+            grad *= norm_before.weight
+            if norm_before.bias is not None:
+                found.append((norm_before.bias, x.weight.T @ bias))
+                grad.addr_(bias, norm_before.bias)
         return found + [(x.weight, grad) for x, grad in zip(self.linears, weights, strict=True)]
 
 

@@ -11,7 +11,7 @@ from numpy import uintp
 from torch import Tensor
 
 from dfcli.kernels.compile import Compiled, inner
-from dfcli.kernels.gemm import COLUMNS, prefetch, product, row_stride, transposed
+from dfcli.kernels.gemm import COLUMNS, PANEL, prefetch, product, row_stride, transposed
 from dfcli.kernels.gpt_train import MOST_TABLES
 from dfcli.kernels.ops import ONE, ZERO, add_times, dot, fill
 from dfcli.kernels.threads import WorkerPool, take
@@ -29,10 +29,10 @@ _row_stride = inner(row_stride)
 def _times(out, a, b, m, S):
     """out = a b, [m, m] with rows S row_stride; for an `out` that is symmetric, so that half of it is computed."""
     fill(out, 0, m * S, ZERO)
-    for j in range(0, m, COLUMNS):
-        product(out, j, S, a, 0, S, 1, b, j, S, (j + COLUMNS, COLUMNS, m))
-        for i in range(0, j, COLUMNS):
-            transposed(out, j * S + i, S, out, i * S + j, S, COLUMNS, COLUMNS)
+    for j in range(0, m, PANEL):
+        n = min(PANEL, m - j)
+        product(out, j, S, a, 0, S, 1, b, j, S, (j + n, n, m))
+        transposed(out, j * S, S, out, j, S, j, n)
 
 
 def newton_schulz(worker, workers, flags, yielder, matrices, places, rows, columns, coefficients, out):

@@ -45,7 +45,8 @@ def same_option(cls: type, name: str, *, data: bool = False) -> Any:
 def check_device(name: str) -> None:
     """Raise UsageError where `name` is the word of no device. Whether this machine has it is seen when it is used."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,4})?", name):
-        meant = "cuda" if name.lower().startswith("gpu") else close(name, ("auto", "cpu", "mps", "cuda"))
+        gpu = re.fullmatch(r"gpu(:[0-9]{1,4})?", name.lower())
+        meant = f"cuda{gpu[1] or ''}" if gpu else close(name, ("auto", "cpu", "mps", "cuda"))
         hint = f"did you mean `{meant}`? " if meant else ""
         raise UsageError(f"`{name}` is no device", f"{hint}use auto, cpu, cuda, cuda:0 (a GPU's number) or mps")
 

@@ -2,7 +2,8 @@
 
     python -m tests.benchmarks.busy [JOB ...] [--rounds 6] [--seconds 3]
 
-Training of the default recipe's GPT and WaveNet and of the preset `nano-cpu`, in steps/s of random batches; and
+Training of the default recipe's GPT and WaveNet and of the preset `nano-cpu`, by the compiled kernels and by PyTorch
+(`pytorch`), in steps/s of random batches; and
 evaluation and sampling of a default GPT and WaveNet that were trained for one step. Run it on a machine that does
 nothing else.
 """
@@ -43,10 +44,12 @@ WAVENET = {
     "vocab_size": 256, "dilations": (1, 2, 4, 8, 16, 32, 64, 128), "cycles": 2, "residual": 32, "skip": 64,
     "head": 128, "norm": "rmsnorm",
 }  # fmt: skip
+NANO = preset("gpt", "nano-cpu")["config"] | {"vocab_size": 65}
 JOBS: dict[str, tuple[str, dict[str, Any], int, int]] = {  # core, config, sequences, positions
     "gpt": ("gpt", GPT, 24, 128),
     "wavenet": ("wavenet", WAVENET, 8, 1024),
-    "nano-cpu": ("gpt", preset("gpt", "nano-cpu")["config"] | {"vocab_size": 65}, 12, 64),
+    "nano-cpu": ("gpt", NANO, 12, 64),
+    "pytorch": ("gpt", NANO, 12, 64),
 }
 
 
@@ -127,7 +130,9 @@ def training_rates(name: str, rounds: int, seconds: float) -> tuple[list[float],
         began, first = time.perf_counter(), trainer.state.step
         return "all rounds are over" if len(found) > 2 * rounds else None
 
-    recipe = Recipe(steps=10**9, checkpoint_every=10**9, log_every=10**9, eval_every=10**9, batch_size=B)
+    compile = "off" if name == "pytorch" else "auto"
+    never = {"steps": 10**9, "checkpoint_every": 10**9, "log_every": 10**9, "eval_every": 10**9}
+    recipe = Recipe(**never, batch_size=B, compile=compile)
     trainer = Trainer(core, recipe, Rows(config["vocab_size"], B, T), Nowhere(), resolve("cpu"), pulse=Pulse(stop=turn))
     try:
         trainer.run()

@@ -178,9 +178,8 @@ def trained(
     kind: str, data: str, minutes: float, *, cpu_time: bool = False, **options: Any
 ) -> tuple[str, dict[str, Any]]:
     """A training in a process of its own, as `df train KIND --data DATA --minutes M` does it: the run's name, and its
-    speed and shares of the machine's rate for products, which are taken in turns with its steps. By `cpu_time` the
-    minutes are the time that the processors work for it, which is that of the clock on one thread of a quiet machine.
-    """
+    speed and shares of the machine's rate for products, which are taken in turns with its steps. With `cpu_time` the
+    minutes are the CPU time of all threads; the shares then mean nothing."""
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as `df` does
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(_train, kind, data, minutes, cpu_time, options).result()

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from tests.benchmarks import (
     byte_pairs,
@@ -106,12 +107,20 @@ def test_the_plain_wavenet_sees_what_the_config_says() -> None:
     assert changed.max() == 5 + config.context - 1
 
 
-def test_nano_cpu_ratio(printed: Callable[..., dict[str, Any]], text: Path) -> None:
+def test_nano_cpu_ratio(printed: Callable[..., dict[str, Any]], text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, loop = set[int](), common.nano_loop
+
+    def watched(dataset: Any) -> Any:
+        core, step = loop(dataset)
+        return core, lambda i: (seen.add(torch.get_num_threads()), step(i))
+
+    monkeypatch.setattr(common, "nano_loop", watched)
     figures = printed(nano_cpu_ratio.main, "--data", text, "--rounds", 2, "--steps", 1)
     speeds = figures["trainer_tokens_per_second"] / figures["plain_tokens_per_second"]
     low, high = figures["quartiles"]
     assert low <= figures["ratio"] <= high
     assert low / 2 < speeds < high * 2
+    assert seen == {figures["threads"]}
 
 
 def test_experiments(printed: Callable[..., dict[str, Any]], text: Path) -> None:
