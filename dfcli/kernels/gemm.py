@@ -137,43 +137,19 @@ def _tile(rows: int, columns: int, lanes: int, chains: int = 1) -> Any:
     return codegen
 
 
-def _tile_type(out: Any, a: Any, b: Any) -> Any:
-    return types.void(out, _size, _size, a, _size, _size, _size, b, _size, _size, _size)
+def _tile_function(rows: int, columns: int, lanes: int, chains: int = 1) -> Any:
+    """`_tile` of this size, to be called from compiled code."""
+
+    def tile(_context, out, o, o_row, a, i, a_row, a_k, b, j, b_row, K):
+        kind = types.void(out, _size, _size, a, _size, _size, _size, b, _size, _size, _size)
+        return kind, _tile(rows, columns, lanes, chains)
+
+    return _intrinsic(tile)
 
 
-@_intrinsic
-def _one_row(_context, out, o, o_row, a, i, a_row, a_k, b, j, b_row, K):
-    return _tile_type(out, a, b), _tile(1, COLUMNS, LANES)
-
-
-@_intrinsic
-def _few_rows(_context, out, o, o_row, a, i, a_row, a_k, b, j, b_row, K):
-    return _tile_type(out, a, b), _tile(FEW, COLUMNS, LANES)
-
-
-@_intrinsic
-def _rows(_context, out, o, o_row, a, i, a_row, a_k, b, j, b_row, K):
-    return _tile_type(out, a, b), _tile(ROWS, COLUMNS, LANES)
-
-
-@_intrinsic
-def _row_of_pair(_context, out, o, o_row, a, i, a_row, a_k, b, j, b_row, K):
-    return _tile_type(out, a, b), _tile(1, PANEL, LANES)
-
-
-@_intrinsic
-def _rows_of_pair(_context, out, o, o_row, a, i, a_row, a_k, b, j, b_row, K):
-    return _tile_type(out, a, b), _tile(ROWS, PANEL, LANES)
-
-
-@_intrinsic
-def _one_wide_row(_context, out, o, o_row, a, i, a_row, a_k, b, j, b_row, K):
-    return _tile_type(out, a, b), _tile(1, TILE, WIDTH, chains=2)
-
-
-@_intrinsic
-def _two_wide_rows(_context, out, o, o_row, a, i, a_row, a_k, b, j, b_row, K):
-    return _tile_type(out, a, b), _tile(2, TILE, WIDTH)
+_one_row, _few_rows, _rows = (_tile_function(rows, COLUMNS, LANES) for rows in (1, FEW, ROWS))
+_row_of_pair, _rows_of_pair = (_tile_function(rows, PANEL, LANES) for rows in (1, ROWS))
+_one_wide_row, _two_wide_rows = _tile_function(1, TILE, WIDTH, chains=2), _tile_function(2, TILE, WIDTH)
 
 
 @_intrinsic
