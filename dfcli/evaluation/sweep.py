@@ -65,6 +65,7 @@ def sweep(
     limit: int | None = None,
     first: int | None = None,
     conditioning: Conditioning | None = None,
+    most: int | None = None,
     processes: Processes = ALONE,
     on_event: OnEvent = ignore,
 ) -> Loss:
@@ -73,8 +74,8 @@ def sweep(
     `stride` (a GPT's only): from 1 to the context; each target then sees at least context - stride ids,
     where its document has them. `limit`: about this many targets instead of all, in whole windows spread
     evenly over the split, always the same. `first`: exactly that many targets from the start of the split.
-    `conditioning`: what the core is told beside the ids. Losses are summed in float64; the core is put into eval mode
-    and back.
+    `conditioning`: what the core is told beside the ids. `most`: positions of one forward pass. Losses are summed in
+    float64; the core is put into eval mode and back.
     Raises UsageError for a stride out of range, DfError if the split has nothing to score, CorruptError
     from the data.
     """
@@ -100,14 +101,15 @@ def sweep(
     if first is not None and limited:
         plan.targets = total = first
         chosen = np.arange(bisect.bisect_left(range(plan.count), first, key=plan.scored_before))
-    rows = _rows_at_once(config.vocab_size, device)
+    positions = positions_at_once(config.vocab_size, device)
+    positions = min(positions, most or positions)
     conditions = None if conditioning is None else Conditions(conditioning, dataset, split)
     nats, tokens = 0.0, 0
     training = core.training
     core.eval()
     try:
         with torch.no_grad(), device.autocast():  # FSDP cannot train a core that has run in inference mode
-            for ids, targets, documents, places in plan.batches(chosen[processes.rank :: processes.count], rows):
+            for ids, targets, documents, places in plan.batches(chosen[processes.rank :: processes.count], positions):
                 told = (
                     {}
                     if conditions is None
@@ -134,7 +136,7 @@ def _chunk(context: int, limit: int | None) -> int:
     return longest if limit is None else min(longest, max(context, limit // 8))
 
 
-def _rows_at_once(vocab_size: int, device: Device) -> int:
+def positions_at_once(vocab_size: int, device: Device) -> int:
     """Positions of one forward pass: many enough to fill the device, few enough for its memory (the logits
     in float32)."""
     most, logits = (2**13, 2**26) if device.kind == "cpu" else (2**16, 2**28)

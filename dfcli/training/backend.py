@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dfcli import cores
@@ -18,6 +19,8 @@ from dfcli.system.words import first_line
 from dfcli.training import optim, sharding
 from dfcli.training.loss import cross_entropy
 from dfcli.training.settings import Recipe
+
+ROOM = 1.25  # times as many rows of a condition as a batch has: most others have no more
 
 
 def choose(
@@ -89,13 +92,14 @@ class TorchBackend:
         self._core, self._forward, self._device = core, core, device
         self._recipe, self._last = recipe, recipe.packing == "last"
         self._graph: Any = None  # kernels.cuda.graph.Replayed of `_gradients`
+        self._room = 0  # rows that a condition is padded to for it
         self.threads = device.threads
         self._sharded = sharding.is_sharded(core)
         self.sparse = device.kind == "cpu" and not self._sharded  # saves writing and reading tables of megabytes
 
     def backward(self, ids: Tensor, targets: Tensor, positions: Tensor | None, condition: Any, count: int) -> Tensor:
-        if self._graph and condition is None:
-            arguments = self._arguments(ids, targets, positions, count)
+        if self._graph:
+            arguments = self._arguments(ids, targets, positions, condition, count)
             if self._graph.fits(arguments):
                 loss, *grads = self._graph(arguments)
                 for p, grad in zip(self._learning, grads, strict=True):
@@ -114,17 +118,26 @@ class TorchBackend:
             logits = self._forward(ids, positions, self._last, **more)
             return cross_entropy(logits, targets[:, -1:] if self._last else targets)
 
-    def _arguments(self, ids: Tensor, targets: Tensor, positions: Tensor | None, count: int) -> list[Tensor | None]:
-        """Of `_gradients`: the number of targets as a tensor too, which a graph can read."""
-        return [ids, targets, positions, torch.full((), max(1, count), dtype=torch.float32, device=ids.device)]
+    def _arguments(
+        self, ids: Tensor, targets: Tensor, positions: Tensor | None, condition: Any, count: int
+    ) -> list[Tensor | None]:
+        """Of `_gradients`, of the same shapes for each batch: a condition's rows, whose number changes, are padded. The
+        number of targets is a tensor too, which a graph can read."""
+        number = torch.full((), max(1, count), dtype=torch.float32, device=ids.device)
+        labels, series, index = condition or (None, None, None)
+        rows = [x if x is None else F.pad(x, (0, 0, 0, max(0, self._room - len(x)))) for x in (labels, series)]
+        return [ids, targets, positions, number, *rows, index]
 
-    def _gradients(self, ids: Tensor, targets: Tensor, positions: Tensor | None, count: Tensor) -> list[Tensor]:
+    def _gradients(self, ids: Any, targets: Any, positions: Any, count: Any, *parts: Any) -> list[Tensor]:
         """The summed loss, and the gradients of the mean's over `count` targets, of `_learning`."""
         self._core.zero_grad()
-        loss = self._loss(ids, targets, positions)
+        told = None if parts[-1] is None else cores.Condition(*parts)
+        loss = self._loss(ids, targets, positions, told)
         (loss / count).backward()
         self._learning = [p for p in self._core.parameters() if p.grad is not None]
-        return [loss.detach(), *(p.grad for p in self._learning if p.grad is not None)]
+        grads = [p.grad for p in self._learning if p.grad is not None]
+        self._core.zero_grad()  # nothing but what is returned is left of the pass
+        return [loss.detach(), *grads]
 
     def orthogonalise_all(self, matrices: list[Tensor]) -> list[Tensor]:
         if self._sharded:
@@ -141,15 +154,19 @@ class TorchBackend:
         if self._sharded:
             return
         buffers = {name: buffer.clone() for name, buffer in self._core.named_buffers()}  # BatchNorm's, which it moves
+        one = tensors(batch(), self._device)
+        if one[3] is not None:
+            self._room = round(ROOM * max(len(rows) for rows in one[3][:2] if rows is not None))
         try:
-            self._compile(batch, on_event)
-            self._record(batch, on_event)
+            example = self._arguments(*one, 1)
+            self._compile(example, on_event)
+            self._record(example, on_event)
         finally:
             self._core.zero_grad()
             for name, buffer in self._core.named_buffers():
                 buffer.copy_(buffers[name])
 
-    def _compile(self, batch: Callable[[], Batch], on_event: OnEvent) -> None:
+    def _compile(self, example: list[Tensor | None], on_event: OnEvent) -> None:
         """torch.compile where the recipe asks for it or it pays: on CUDA for budgets of more than two minutes or 2,000
         steps, because it takes half a minute in each process. On a CPU it has not been shown to pay."""
         r, kind = self._recipe, self._device.kind
@@ -158,22 +175,19 @@ class TorchBackend:
             return
         try:
             self._forward, self.sparse = torch.compile(self._core), False  # it cannot compile sparse gradients
-            self.backward(*tensors(batch(), self._device), 1)
+            self._gradients(*example)
         except Exception as error:  # whatever the compiler of this machine raises
             on_event(Note(f"torch.compile does not work here ({first_line(error)[:200]}); training uncompiled"))
             self._forward, self.sparse = self._core, kind == "cpu"
 
-    def _record(self, batch: Callable[[], Batch], on_event: OnEvent) -> None:
-        """A graph of the pass, except where the model is told a condition, whose shape changes with each batch."""
+    def _record(self, example: list[Tensor | None], on_event: OnEvent) -> None:
+        """A graph of the pass. A batch with more rows of a condition than it has room for is computed without it."""
         if self._device.kind != "cuda" or self._recipe.compile == "off":
-            return
-        ids, targets, positions, condition = tensors(batch(), self._device)
-        if condition is not None:
             return
         try:
             from dfcli.kernels.cuda.graph import Replayed
 
-            self._graph = Replayed(self._gradients, self._arguments(ids, targets, positions, 1))
+            self._graph = Replayed(self._gradients, example)
         except (ImportError, RuntimeError) as error:
             on_event(Note(f"without a CUDA graph, which is slower ({first_line(error)[:200]})"))
 

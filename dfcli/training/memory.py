@@ -12,6 +12,7 @@ import torch
 
 from dfcli import cores
 from dfcli.errors import DfError
+from dfcli.evaluation.sweep import positions_at_once
 from dfcli.runs.run import runs_home
 from dfcli.system import processes
 from dfcli.system.device import Device
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from dfcli.training.plan import Plan
 
 SHARE = 0.8  # of the memory that is free: what a training is planned to take
+LEAST_EVALUATED = 2**13  # positions: fewer do not fill a GPU
 MOST_SHARDS = 64  # devices that are advised
 
 
@@ -42,6 +44,8 @@ def estimate(core: str, config: cores.CoreConfig, recipe: Recipe, device: Device
         weights += 4 * config.parameters()  # gradients that are added to those which a CUDA graph writes
     if shards > 1:
         weights = _sharded(c, weights, device, shards)
+    if device.kind == "cuda":
+        weights += _evaluation(c, evaluated_together(config, recipe, device))
     if core == "gpt" and shards == 1 and backend.unsupported(config, recipe, device) is None:
         # Each thread: its gradients, the weights packed for both ways, what it keeps of one row. The n-grams' gradients
         # and places are the whole batch's.
@@ -68,6 +72,23 @@ def estimate(core: str, config: cores.CoreConfig, recipe: Recipe, device: Device
         kept = c.levels * 4 * c.hidden
         window = 1 if recipe.packing == "last" else window
     return weights + rows * window * (kept * (2 if half else 4) + 3 * 4 * c.vocab_size)
+
+
+def evaluated_together(config: cores.CoreConfig, recipe: Recipe, device: Device) -> int:
+    """Positions of one forward pass of an evaluation during training: about as many as a micro-batch has."""
+    trained = recipe.batch_size * (recipe.window or config.context)
+    return min(positions_at_once(config.vocab_size, device), max(LEAST_EVALUATED, trained))
+
+
+def _evaluation(config: cores.CoreConfig, positions: int) -> int:
+    """What an evaluation takes beside training, whose CUDA graph shares its memory with nothing."""
+    if isinstance(config, cores.GPTConfig):
+        kept = 48 * config.channels
+    elif isinstance(config, cores.WaveNetConfig):  # the gates and inputs of all layers
+        kept = 8 * config.layers * config.residual + 6 * (config.skip + config.head)
+    else:
+        kept = 12 * config.hidden
+    return positions * (kept + 12 * config.vocab_size)
 
 
 def _sharded(config: Any, weights: int, device: Device, shards: int) -> int:

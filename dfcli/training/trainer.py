@@ -90,7 +90,8 @@ class Trainer:
         self.backend = choose(self.core, self.recipe, self.device, self.on_event, self.processes)
         self.budget.beat()
         self.budget.start()
-        self.backend.warm_up(lambda: self.part(self.batches.at(self.state.step)), self.on_event)
+        # Of the first batch, also in a resumed training: what is recorded then computes the same bits.
+        self.backend.warm_up(lambda: self.part(self.batches.at(0)), self.on_event)
         dense, _ = self.processes.agree(int(not self.backend.sparse), 0.0)  # torch.compile may fail in one process
         self.backend.sparse = not dense
         self.optimizer.use(self.backend)

@@ -19,6 +19,7 @@ from dfcli.runs.run import Run
 from dfcli.system.device import Device
 from dfcli.system.events import OnEvent
 from dfcli.system.processes import Processes
+from dfcli.training.memory import evaluated_together
 from dfcli.training.plan import Plan
 from dfcli.training.sharding import scoring
 
@@ -45,9 +46,11 @@ def validation_of(
     if val is None or val.longest + dataset.lines < 2:
         return None
 
+    most = evaluated_together(core.config, plan.recipe, plan.device) if plan.device.kind == "cuda" else None
+
     def loss() -> float:
         return sweep(
-            core, dataset, "val", plan.device, limit=limit or None, conditioning=plan.told,
+            core, dataset, "val", plan.device, limit=limit or None, conditioning=plan.told, most=most,
             processes=scoring(core, processes), on_event=on_event,
         ).mean  # fmt: skip
 

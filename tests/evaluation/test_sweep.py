@@ -102,7 +102,7 @@ def test_few_positions_at_once_change_nothing(monkeypatch: pytest.MonkeyPatch) -
     core, held = gpt(), data("lines")
     whole = sweep(core, held, "val", resolve("cpu"))
     for positions in (1, 10, 40):
-        monkeypatch.setattr(room, "_rows_at_once", lambda vocab_size, device, positions=positions: positions)
+        monkeypatch.setattr(room, "positions_at_once", lambda vocab_size, device, positions=positions: positions)
         monkeypatch.setattr(room, "_BLOCK", 3)
         found = sweep(core, held, "val", resolve("cpu"))
         assert found.tokens == whole.tokens
@@ -110,7 +110,7 @@ def test_few_positions_at_once_change_nothing(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_batches_stay_within_their_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "_rows_at_once", lambda vocab_size, device: 20)
+    monkeypatch.setattr(room, "positions_at_once", lambda vocab_size, device: 20)
     core, seen = gpt(), []
     core.register_forward_hook(lambda module, args, out: seen.append(args[0].numel()))
     sweep(core, data("lines"), "val", resolve("cpu"))

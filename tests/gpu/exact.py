@@ -35,7 +35,8 @@ def agree(where: Where, note: Note) -> None:
         "config": {"cycles": 2, "residual": 64, "norm": "rmsnorm", "init": "zero"},
     }  # fmt: skip
     worst = {"logits": 0.0, "gradients": 0.0, "loss": 0.0, "loss_in_precision": 0.0}
-    for done, (name, entry) in enumerate(shapes.items(), 1):
+    small_first = sorted(shapes.items(), key=lambda shape: size(shape[1]))
+    for done, (name, entry) in enumerate(small_first, 1):
         figures = compare(entry, where)
         for key in worst:
             worst[key] = max(worst[key], figures[key])
@@ -44,6 +45,13 @@ def agree(where: Where, note: Note) -> None:
             note.check(figures[key] < most, f"{name}: {key} differ by {figures[key]:.2g}")
         text = ", ".join(f"{key.replace('_', ' ')} {value:.1e}" for key, value in worst.items())
         note(says={"": f"{done} of {len(shapes)} shapes; largest difference: {text}"})
+
+
+def size(entry: dict[str, Any]) -> int:
+    """Parameters of a shape."""
+    from dfcli import cores
+
+    return cores.config(entry["core"], {"vocab_size": entry["vocab_size"]} | entry["config"]).parameters()
 
 
 def compare(entry: dict[str, Any], where: Where) -> dict[str, Any]:

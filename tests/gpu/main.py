@@ -26,7 +26,7 @@ Part = Callable[[Where, Note], None]
 # name: (part, seconds at most, what it is about)
 PARTS: dict[str, tuple[Part, int, str]] = {
     "line": (training.line, 75, "df train gpt --data shakespeare.txt --device ..., Ctrl-C, and a sample"),
-    "agree": (exact.agree, 110, "CPU and device agree: logits, gradients, the loss after 20 steps, for each preset"),
+    "agree": (exact.agree, 150, "CPU and device agree: logits, gradients, the loss after 20 steps, for each preset"),
     "kernels": (exact.kernels, 120, "each kernel and graph against the plain step"),
     "resume": (training.resume, 60, "a stopped training goes on bit for bit"),
     "nano": (training.nano, 130, "preset nano: published validation loss 1.4697"),

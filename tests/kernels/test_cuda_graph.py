@@ -102,8 +102,31 @@ def test_documents_in_one_row(device: Device) -> None:
 
     graphed, plain = (backend(device, parted(0), compile=how) for how in ("auto", "off"))
     for seed in (1, 5):
-        assert graphed._graph.fits(graphed._arguments(*tensors(parted(seed), device)[:3], 1))
+        assert graphed._graph.fits(graphed._arguments(*tensors(parted(seed), device), 1))
         found, expected = (passes(made, device, [parted(seed)]) for made in (graphed, plain))
+        torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-7)
+
+
+def test_conditions_whose_number_of_rows_changes(device: Device) -> None:
+    """They are padded to one number; a batch with more is computed without the graph."""
+    config = cores.WaveNetConfig(11, (1, 2), 1, residual=8, skip=8, head=8, labels=(3,), condition=4, series=2)
+
+    def told(seed: int, rows: int) -> Batch:
+        torch.manual_seed(seed)
+        parts = torch.randint(3, (rows, 1)), torch.randn(rows, 2), torch.randint(rows, (3, 16))
+        return replace(batch(seed), condition=cores.Condition(*parts))
+
+    made = []
+    for how in ("auto", "off"):
+        torch.manual_seed(0)
+        core = cores.WaveNet(config).to(device.torch_device).train()
+        made.append(TorchBackend(core, change(Recipe(), {"compile": how}), device))
+        made[-1].warm_up(lambda: told(0, 8), print)
+    for seed, rows in ((1, 8), (2, 5), (3, 10), (4, 13), (5, 1)):
+        arguments = made[0]._arguments(*tensors(told(seed, rows), device), 1)
+        assert made[0]._graph.fits(arguments) == (rows <= 10)
+        found, expected = (passes(each, device, [told(seed, rows)]) for each in made)
+        assert found[0] == pytest.approx(expected[0], rel=1e-6)
         torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-7)
 
 

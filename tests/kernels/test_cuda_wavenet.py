@@ -30,9 +30,12 @@ def test_kernel(interpret: str) -> None:
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr
 
 
-@pytest.mark.parametrize(("M", "G", "picks"), [(1, 3, "sorts"), (16, 1, None), (1, 1, "greedy")])
+@pytest.mark.parametrize(
+    ("M", "G", "R", "picks"),
+    [(1, 3, 64, "sorts"), (16, 1, 64, ""), (1, 1, 64, "greedy"), (1, 3, 128, ""), (16, 1, 128, "")],
+)
 def test_it_compiles_for_a_gpu(
-    M: int, G: int, picks: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    M: int, G: int, R: int, picks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the interpreter lets pass and the compiler does not; it needs no GPU."""
     from triton.backends.compiler import GPUTarget
@@ -45,11 +48,13 @@ def test_it_compiles_for_a_gpu(
         "weights": Weights(*["*fp32"] * 8, "*i32"), "state": State(*["*fp32"] * 7, "*i32"),
         "chunk": Chunk("*fp64", "*fp32", "*i32", "*i64"), "picking": "*fp32",
     } | dict.fromkeys(("batch", "n", "clock"), "i32") | dict.fromkeys(("c", "TILE", "FLAGS"), "constexpr")  # fmt: skip
-    sizes = Sizes(256, 100, L=3, taps=2, R=64, P=64, S=256, H=256, W=256, normed=True, M=M, G=G)
+    stages = 2 if R == 64 else 1
+    sizes = Sizes(256, 100, L=3, taps=2, R=R, P=R, S=256, H=256, W=256, normed=True, M=M, G=G, stages=stages)
     sizes = sizes._replace(**{picks: True}) if picks else sizes
     source = ASTSource(_samples, kinds, {"c": sizes, "TILE": TILE, "FLAGS": FLAGS})
     code = triton.compile(source, target=GPUTarget("cuda", 80, 32), options={"num_warps": 8})
-    assert code.metadata.shared <= 99 * 1024  # what one program may use on the smallest GPU from Ampere on
+    # What one program may use on the smallest GPU from Ampere on; for many clips of wide layers, on an H100.
+    assert code.metadata.shared <= (227 if R * M > 1024 else 99) * 1024
     assert "atom" in code.asm["ptx"] or G == 1
 
 

@@ -16,8 +16,9 @@ left behind: the skip paths, and what the past taps put into each layer at the *
 
 Programs wait for each other three times a sample, each about 1.3 µs (a release and an acquire through L2); one that
 handed over after each layer, as in nv-wavenet, would wait 30 times. Expected for one clip on an H100: 25 (chain) + 4
-(waits) + 3 (2.) + 10 (head) + 3 (pick) = 45 µs or 22,000 samples/s. Measured on an H200: 200 µs, 5,006 samples/s, 31
-times the plain engine; 64 clips 397,193 samples/s. Which of these times is wrong is not known yet.
+(waits) + 3 (2.) + 10 (head) + 3 (pick) = 45 µs or 22,000 samples/s. Measured on an H200: 167 µs, 5,993 samples/s, 37
+times the plain engine; 64 clips 486,946 samples/s. A head that 32 programs share, and one product for both halves of a
+gate, left one clip as it was and made 64 slower, so most of the time is the chain's.
 
 Many clips: a program advances `ROWS` clips by tensor cores, each weight that it reads serves all of them, and once
 there are as many such programs as multiprocessors each works alone (G = 1), without waits. 132 programs that read
@@ -185,6 +186,7 @@ class Sizes(NamedTuple):
     normed: bool
     M: int  # clips of a program
     G: int  # programs that share them
+    stages: int = 2  # 2: a layer's weights are fetched while those before are used, if both fit into a multiprocessor
     greedy: bool = False  # how an id is picked; Triton 3.6 takes numbers here, no text
     sorts: bool = False
 
@@ -199,7 +201,7 @@ def _chain(weights, state, chunk, picking, clips, j, n, t, c: tl.constexpr):
     tl.store(chunk.ids + clips * n + j, picked)
     x = tl.load(weights.table + picked[:, None] * c.P + r)
     told = chunk.rows + tl.load(chunk.index + clips * n + j)[:, None].to(tl.int64) * (2 * c.L * c.P) + r
-    for layer in tl.range(0, c.L, num_stages=2):  # with the next layer's weights under way
+    for layer in tl.range(0, c.L, num_stages=c.stages):  # with the next layer's weights under way
         h = x
         if c.normed:
             h = x * tl.rsqrt(tl.sum(x * x, 1)[:, None] / c.R + 1.1920929e-07)  # as torch's: the step above 1
@@ -223,7 +225,7 @@ def _shares(weights, state, clips, program, batch, t, c: tl.constexpr, TILE: tl.
     square = tl.arange(0, c.P)[:, None] * c.P + r
     for start in range(0, c.S, TILE):
         total = _zeros(c.M, TILE)
-        for layer in tl.range(program, c.L, c.G, num_stages=2):
+        for layer in tl.range(program, c.L, c.G, num_stages=c.stages):
             gate = tl.load(state.gates + (rows * c.L + layer) * c.P + r)
             w = tl.load(weights.skip + (layer * c.P + tl.arange(0, c.P)[:, None]) * c.S + start + wide)
             total = _product(gate, w, total, c.M)
@@ -342,7 +344,9 @@ class Persistent:
         )
         floats = [tensor.float().contiguous() for tensor in weights[:-1]]
         self._weights = Weights(*floats, weights.layers.to(torch.int32).contiguous())
-        self._sizes = Sizes(c.vocab_size, int(places[-1]), L, K, R, P, S, H, W, normed=c.norm == "rmsnorm", M=1, G=1)
+        stages = 2 if P <= TILE else 1
+        normed = c.norm == "rmsnorm"
+        self._sizes = Sizes(c.vocab_size, int(places[-1]), L, K, R, P, S, H, W, normed, M=1, G=1, stages=stages)
 
     def start(self, batch: int) -> None:
         c, self._batch, self._clock = self._sizes, batch, 0
