@@ -42,12 +42,17 @@ def line(where: Where, note: Note) -> None:
     note.check(process.returncode == 130, f"Ctrl-C gave exit code {process.returncode}")
     steps = logged(runs, 1)
     made = dfcli.sample_text(prompt="ROMEO:" if shakespeare else "", tokens=60, device=where.device, seed=1)
-    note.check(made.checkpoint >= steps[-1]["step"], "the last checkpoint is older than the last line of the log")
+    measured = {step["step"]: step["val_loss"] for step in steps if step.get("val_loss") is not None}
+    if measured:
+        best = min(measured, key=lambda step: measured[step])
+        note.check(made.checkpoint == best, f"sampled from step {made.checkpoint}, and step {best} was the best")
+    else:  # then the last one is sampled from
+        note.check(made.checkpoint >= steps[-1]["step"], "the last checkpoint is older than the last line of the log")
     last = steps[-1]
     note(
-        steps=made.checkpoint, train_loss=last["train_loss"], tokens_per_second=last["tokens_per_second"],
-        sample=made.samples[0], engine=made.engine,
-        says={"": f"{made.checkpoint} steps, training loss {last['train_loss']:.3f}, "
+        steps=last["step"], checkpoint=made.checkpoint, train_loss=last["train_loss"],
+        tokens_per_second=last["tokens_per_second"], sample=made.samples[0], engine=made.engine,
+        says={"": f"{last['step']} steps, training loss {last['train_loss']:.3f}, "
                   f"{last['tokens_per_second']:,.0f} tokens/s"},
     )  # fmt: skip
 

@@ -33,14 +33,16 @@ def test_weights_are_shared_where_one_device_is_too_small_and_a_part_fits(monkey
     parts = [memory.estimate("gpt", CONFIG, RECIPE, gpu, count) for count in (1, 2, 4, 8)]
     assert parts[0] == whole
     assert parts == sorted(parts, reverse=True)
-    weights = 16 * CONFIG.parameters()
+    weights = memory.RESERVED * 16 * CONFIG.parameters()
     assert whole - parts[1] < weights / 2  # some are gathered, and autocast copies them
-    evaluation = 8192 * (48 * CONFIG.channels + 12 * CONFIG.vocab_size)  # 8,192 positions, which are not shared
+    evaluation = (
+        memory.RESERVED * 8192 * (48 * CONFIG.channels + 12 * CONFIG.vocab_size)
+    )  # 8,192 positions, which are not shared
     assert parts[3] - evaluation < 0.6 * weights
 
     def told(count: int, share: float) -> tuple[int, str]:
         processes(monkeypatch, count)
-        monkeypatch.setattr(Device, "memory_bytes", lambda self: (0, evaluation + int(share * weights)))
+        monkeypatch.setattr(Device, "memory_bytes", lambda self: (0, int(evaluation + share * weights)))
         shards, choices = memory.shards("gpt", CONFIG, RECIPE, gpu)
         return shards, " ".join(choice.value for choice in choices)
 
