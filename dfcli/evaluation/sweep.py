@@ -74,8 +74,8 @@ def sweep(
     `stride` (a GPT's only): from 1 to the context; each target then sees at least context - stride ids,
     where its document has them. `limit`: about this many targets instead of all, in whole windows spread
     evenly over the split, always the same. `first`: exactly that many targets from the start of the split.
-    `conditioning`: what the core is told beside the ids. `most`: positions of one forward pass. Losses are summed in
-    float64; the core is put into eval mode and back.
+    `conditioning`: what the core is told beside the ids. `most`: positions of one forward pass, or one window.
+    Losses are summed in float64; the core is put into eval mode and back.
     Raises UsageError for a stride out of range, DfError if the split has nothing to score, CorruptError
     from the data.
     """

@@ -20,7 +20,7 @@ from dfcli.training import optim, sharding
 from dfcli.training.loss import cross_entropy
 from dfcli.training.settings import Recipe
 
-ROOM = 1.25  # times as many rows of a condition as a batch has: most others have no more
+ROOM = 1.25  # times as many rows of a condition as the first batch has: few others have more
 
 
 def choose(
@@ -92,7 +92,8 @@ class TorchBackend:
         self._core, self._forward, self._device = core, core, device
         self._recipe, self._last = recipe, recipe.packing == "last"
         self._graph: Any = None  # kernels.cuda.graph.Replayed of `_gradients`
-        self._room = 0  # rows that a condition is padded to for it
+        self._learning: list[torch.nn.Parameter] = []  # the parameters of its gradients
+        self._room = 0  # rows that a condition is padded to for the graph
         self.threads = device.threads
         self._sharded = sharding.is_sharded(core)
         self.sparse = device.kind == "cpu" and not self._sharded  # saves writing and reading tables of megabytes
@@ -121,8 +122,8 @@ class TorchBackend:
     def _arguments(
         self, ids: Tensor, targets: Tensor, positions: Tensor | None, condition: Any, count: int
     ) -> list[Tensor | None]:
-        """Of `_gradients`, of the same shapes for each batch: a condition's rows, whose number changes, are padded. The
-        number of targets is a tensor too, which a graph can read."""
+        """Of `_gradients`, of the same shapes for each batch: a condition's rows, whose number changes, are padded to
+        `_room`. The number of targets is a tensor too, which a graph can read."""
         number = torch.full((), max(1, count), dtype=torch.float32, device=ids.device)
         labels, series, index = condition or (None, None, None)
         rows = [x if x is None else F.pad(x, (0, 0, 0, max(0, self._room - len(x)))) for x in (labels, series)]
@@ -151,7 +152,8 @@ class TorchBackend:
         """Make the pass faster where that is possible: torch.compile, and on CUDA a graph of all its kernels. Passes of
         a batch try it, and change nothing; where that fails it is told, and the pass stays as it was. Sharded weights
         are left alone: not tried on a GPU yet."""
-        if self._sharded:
+        on_cuda = self._device.kind == "cuda" and self._recipe.compile != "off"
+        if self._sharded or not (on_cuda or self._recipe.compile == "on"):
             return
         buffers = {name: buffer.clone() for name, buffer in self._core.named_buffers()}  # BatchNorm's, which it moves
         one = tensors(batch(), self._device)
@@ -181,7 +183,7 @@ class TorchBackend:
             self._forward, self.sparse = self._core, kind == "cpu"
 
     def _record(self, example: list[Tensor | None], on_event: OnEvent) -> None:
-        """A graph of the pass. A batch with more rows of a condition than it has room for is computed without it."""
+        """A graph of the pass. A batch with more rows of a condition than `_room` is computed without the graph."""
         if self._device.kind != "cuda" or self._recipe.compile == "off":
             return
         try:

@@ -77,13 +77,14 @@ def estimate(core: str, config: cores.CoreConfig, recipe: Recipe, device: Device
 
 
 def evaluated_together(config: cores.CoreConfig, recipe: Recipe, device: Device) -> int:
-    """Positions of one forward pass of an evaluation during training: about as many as a micro-batch has."""
+    """Positions of one forward pass of an evaluation during training on a GPU: about as many as a micro-batch has, from
+    LEAST_EVALUATED to what evaluations take at other times."""
     trained = recipe.batch_size * (recipe.window or config.context)
     return min(positions_at_once(config.vocab_size, device), max(LEAST_EVALUATED, trained))
 
 
 def _evaluation(config: cores.CoreConfig, positions: int) -> int:
-    """What an evaluation takes beside training, whose CUDA graph shares its memory with nothing."""
+    """The bytes that an evaluation takes beside training, whose CUDA graph keeps its memory to itself."""
     if isinstance(config, cores.GPTConfig):
         kept = 48 * config.channels
     elif isinstance(config, cores.WaveNetConfig):  # the gates and inputs of all layers

@@ -90,7 +90,7 @@ class Trainer:
         self.backend = choose(self.core, self.recipe, self.device, self.on_event, self.processes)
         self.budget.beat()
         self.budget.start()
-        # Of the first batch, also in a resumed training: what is recorded then computes the same bits.
+        # Of the first batch, also in a resumed training, so that the same graph is recorded: the same bits.
         self.backend.warm_up(lambda: self.part(self.batches.at(0)), self.on_event)
         dense, _ = self.processes.agree(int(not self.backend.sparse), 0.0)  # torch.compile may fail in one process
         self.backend.sparse = not dense

@@ -30,6 +30,7 @@ from dfcli.cores import Condition
 from dfcli.cores.gpt import GPT, GPTConfig, GPTState, rotate
 from dfcli.cores.protocols import Picking, prefill
 from dfcli.kernels.cuda.graph import recorded
+from dfcli.kernels.known import unknown
 from dfcli.system.device import Device
 from dfcli.system.events import Note, OnEvent, ignore
 from dfcli.system.words import first_line
@@ -98,7 +99,7 @@ def step(core: GPT, ids: Tensor, position: Tensor, state: GPTState, span: int) -
 
 def supports(config: GPTConfig, device: Device) -> str | None:
     """None where `build` takes a model of this config, else the reason, a clause."""
-    return None
+    return unknown(config)
 
 
 def build(core: nn.Module, device: Device, exact: bool = True, on_event: OnEvent = ignore) -> Graphed:
