@@ -162,7 +162,8 @@ class TorchBackend:
         try:
             example = self._arguments(*one, 1)
             self._compile(example, on_event)
-            self._record(example, on_event)
+            if on_cuda:
+                self._record(example, on_event)
         finally:
             self._core.zero_grad()
             for name, buffer in self._core.named_buffers():
@@ -184,8 +185,6 @@ class TorchBackend:
 
     def _record(self, example: list[Tensor | None], on_event: OnEvent) -> None:
         """A graph of the pass. A batch with more rows of a condition than `_room` is computed without the graph."""
-        if self._device.kind != "cuda" or self._recipe.compile == "off":
-            return
         try:
             from dfcli.kernels.cuda.graph import Replayed
 

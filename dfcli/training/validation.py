@@ -46,15 +46,18 @@ def validation_of(
     if val is None or val.longest + dataset.lines < 2:
         return None
 
-    most = evaluated_together(core.config, plan.recipe, plan.device) if plan.device.kind == "cuda" else None
-
     def loss() -> float:
         return sweep(
-            core, dataset, "val", plan.device, limit=limit or None, conditioning=plan.told, most=most,
+            core, dataset, "val", plan.device, limit=limit or None, conditioning=plan.told, most=_most(plan),
             processes=scoring(core, processes), on_event=on_event,
         ).mean  # fmt: skip
 
     return Validation(loss, min(limit or val.tokens_count, val.tokens_count), of_start=plan.init is not None)
+
+
+def _most(plan: Plan) -> int | None:
+    """Positions of a forward pass while a training takes its part of a GPU; None: as many as at other times."""
+    return evaluated_together(plan.config, plan.recipe, plan.device) if plan.device.kind == "cuda" else None
 
 
 def earlier_loss(plan: Plan, core: cores.Core, processes: Processes, on_event: OnEvent) -> float | None:
@@ -70,7 +73,7 @@ def earlier_loss(plan: Plan, core: cores.Core, processes: Processes, on_event: O
             return None
         limit = EARLIER_TOKENS
         return sweep(
-            core, old, "val", plan.device, limit=limit, conditioning=parent.conditioning,
+            core, old, "val", plan.device, limit=limit, conditioning=parent.conditioning, most=_most(plan),
             processes=scoring(core, processes), on_event=on_event,
         ).mean  # fmt: skip
 
