@@ -34,6 +34,8 @@ njit: Any = numba.njit  # its types differ between versions
 # Without the door for Python, which a second of compilation would go into, a call from there crashes.
 INNER: dict[str, Any] = {"forceinline": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 inner = njit(**OPTIONS, **INNER)
+# For those that stay a call, of which each machine code gives the same bits.
+called = njit(**OPTIONS | INNER | {"forceinline": False})
 
 _LIST = "checksums.json"
 _SHARED = ("compile.py", "gemm.py", "ops.py", "pick.py", "threads.py")  # what every entry point may be made of

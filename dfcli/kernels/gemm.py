@@ -24,13 +24,20 @@ One generator (`_tile`) serves two products:
   twice. The weights may be bfloat16 in pairs, half the bytes: a word shifted left is one float32, and the same word
   taken as a float32 is the other, whose lower 16 bits are then the first (`to_bfloat16`).
 
+Where a processor has AMX, tiles of 16 rows of 64 bytes with a unit that multiplies them, training takes bfloat16
+products with float32 sums, at 4 to 5 times the speed (`linear`, `outer`). A word of 32 bits holds two successive k:
+
+    tile of a, 16 rows m:  [ a[m, 0] a[m, 1] | a[m, 2] a[m, 3] | ... 16 words ]       sums[m, n] += sum over the words w
+    tile of b, 16 words w: [ b[2w, 0] b[2w + 1, 0] | b[2w, 1] b[2w + 1, 1] | ... ]    of a[m, w] . b[w, n]
+
 Arrays are flat float32. They come with the place where to begin, not as slices, because numba counts references to
 every slice by atomic operations. Indices are unsigned, because a look at their sign forbids vector code.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import binding, ir
@@ -38,7 +45,7 @@ from numba import extending, types
 from numpy import uintp
 from numpy.typing import NDArray
 
-from dfcli.kernels.compile import inner
+from dfcli.kernels.compile import called, inner
 
 COLUMNS = 16  # of the narrowest tile of `product`
 # Lanes of a vector, rows of a tile, and of a second one for the 4 of 16 rows that tiles of 6 leave (0: none). Two
@@ -48,8 +55,13 @@ PANEL = 2 * LANES  # columns of the widest tile, two vectors
 TILE = 32  # outputs of one tile of `multiply`, in vectors of WIDTH; channels are padded to multiples of it
 WIDTH = 8
 _NEAR = 128  # inputs of such a tile whose weights take 16 KiB
+AMX = sys.platform == "linux" and binding.get_host_cpu_features().get("amx-bf16", False)
+WORDS = 16  # of a row of an AMX tile, and its rows
+SIDE = 32  # rows and columns of the sums that four tiles hold; and the k of a tile
+# The tiles' sizes as a processor reads them: palette 1, 64 bytes a row from byte 16 on, 16 rows from byte 48 on.
+_TILES = np.array([1] + [0] * 15 + [64, 0] * 8 + [0] * 16 + [16] * 8 + [0] * 8, np.uint8)
 
-_I64, _I32 = ir.IntType(64), ir.IntType(32)
+_I64, _I32, _I8 = ir.IntType(64), ir.IntType(32), ir.IntType(8)
 _intrinsic: Any = extending.intrinsic
 _size = types.int64
 
@@ -209,6 +221,111 @@ def call(_context, function):
     return types.void(_size), codegen
 
 
+def _amx(builder: Any, name: str, *arguments: Any) -> None:
+    """Call one of LLVM's AMX functions; elsewhere nothing is made, and nothing may come here."""
+    if AMX:
+        kind = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
+        known = builder.module.globals.get(f"llvm.x86.{name}")
+        builder.call(known or ir.Function(builder.module, kind, f"llvm.x86.{name}"), arguments)
+
+
+@_intrinsic
+def _begin_tiles(_context, config):
+    """Give the tiles of this thread these sizes."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place = _pointer(context, builder, signature.args[0], arguments[0], _I64(0))
+        _amx(builder, "ldtilecfg", builder.bitcast(place, _I8.as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(config), codegen
+
+
+@_intrinsic
+def _end_tiles(_context):
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _amx(builder, "tilerelease")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@_intrinsic
+def _square(_context, out, o, o_row, a, i, a_row, b, j, b_row, K):
+    """The sums of SIDE rows m and SIDE columns n: out[o + m o_row + n] += sum over w < K / 2 of the two products of
+    a[i + m a_row + w] and b[j + w b_row + n], words of two bfloat16. K is a multiple of SIDE."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kinds = signature.args
+        out, o, o_row, a, i, a_row, b, j, b_row, K = arguments
+
+        def place(kind: Any, array: Any, offset: Any) -> Any:
+            return builder.bitcast(_pointer(context, builder, kind, array, offset), _I8.as_pointer())
+
+        def moved(pointer: Any, rows: int, stride: Any) -> Any:
+            return builder.gep(pointer, [builder.mul(stride, _I64(rows))])
+
+        out_step, a_step, b_step = (builder.mul(row, _I64(4)) for row in (o_row, a_row, b_row))
+        sums = [place(kinds[0], out, o)]
+        sums.append(builder.gep(sums[0], [_I64(64)]))
+        sums += [moved(pointer, 16, out_step) for pointer in sums]
+        for tile, pointer in enumerate(sums):
+            _amx(builder, "tileloadd64", _I8(tile), pointer, out_step)
+        starts = [_I64(0), place(kinds[3], a, i), place(kinds[6], b, j)]
+
+        before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        k, a, b = phis = [builder.phi(start.type) for start in starts]
+        for half in (0, 1):
+            _amx(builder, "tileloadd64", _I8(4 + half), moved(a, 16 * half, a_step), a_step)
+            _amx(builder, "tileloadd64", _I8(6 + half), builder.gep(b, [_I64(64 * half)]), b_step)
+        for tile in range(4):
+            _amx(builder, "tdpbf16ps", _I8(tile), _I8(4 + tile // 2), _I8(6 + tile % 2))
+        following = [builder.add(k, _I64(SIDE)), builder.gep(a, [_I64(64)]), moved(b, 16, b_step)]
+        for phi, start, value in zip(phis, starts, following, strict=True):
+            phi.add_incoming(start, before)
+            phi.add_incoming(value, loop)
+        builder.cbranch(builder.icmp_signed("<", following[0], K), loop, after)
+
+        builder.position_at_end(after)
+        for tile, pointer in enumerate(sums):
+            _amx(builder, "tilestored64", _I8(tile), pointer, out_step)
+        return context.get_dummy_value()
+
+    return types.void(out, _size, _size, a, _size, _size, b, _size, _size, _size), codegen
+
+
+@_intrinsic
+def _turn(_context, out, o, o_row, x, i, x_row):
+    """out[o + c o_row + r] = x[i + r x_row + c], for r and c < 16, of 32 bits each: in four rounds, each of which swaps
+    the off-diagonal quarters of squares half as large."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        out, o, o_row, x, i, x_row = arguments
+        kind = ir.VectorType(_I32, 16)
+
+        def row(array_kind: Any, array: Any, begin: Any, stride: Any, number: int) -> Any:
+            offset = builder.add(begin, builder.mul(stride, _I64(number)))
+            return builder.bitcast(_pointer(context, builder, array_kind, array, offset), kind.as_pointer())
+
+        rows = [builder.load(row(signature.args[3], x, i, x_row, r), align=4) for r in range(16)]
+        for side in (1, 2, 4, 8):
+            upper = [16 + c - side if c & side else c for c in range(16)]
+            lower = [16 + c if c & side else c + side for c in range(16)]
+            for r in range(16):
+                if not r & side:
+                    pair = rows[r], rows[r + side]
+                    rows[r] = builder.shuffle_vector(*pair, ir.Constant(kind, upper))
+                    rows[r + side] = builder.shuffle_vector(*pair, ir.Constant(kind, lower))
+        for r, value in enumerate(rows):
+            builder.store(value, row(signature.args[0], out, o, o_row, r), align=4)
+        return context.get_dummy_value()
+
+    return types.void(out, _size, _size, x, _size, _size), codegen
+
+
 # ---- compiled functions
 
 
@@ -282,6 +399,145 @@ def transposed(out, o, o_row, x, i, x_row, rows, columns):
     for r in range(rows):
         for c in range(columns):
             out[uintp(o + c * o_row + r)] = x[uintp(i + r * x_row + c)]
+
+
+class Rounding(NamedTuple):
+    """Of one thread: what products in bfloat16 take besides their arguments."""
+
+    on: bool  # False: products in float32, and nothing else here
+    words: Any  # uint32: of `a` [m, k / 2]
+    halves: Any  # uint16: the same memory
+    pairs: Any  # uint32: words of two successive rows [k / 2, n]
+    sums: Any  # [SIDE, SIDE]: what lies at an edge
+
+
+@inner
+def rounding(on, rows, width):
+    """Memory for products of up to so many `rows` and a matrix of up to `width` inputs and outputs, and tiles, until
+    `end_rounding`."""
+    if AMX and on:
+        _begin_tiles(_TILES)
+    size = (rows + SIDE) * (width + 3 * SIDE) if on else 0
+    words, pairs = np.zeros(size, np.uint32), np.zeros(size, np.uint32)
+    return Rounding(on, words, words.view(np.uint16), pairs, np.zeros(SIDE * SIDE, np.float32))
+
+
+@inner
+def end_rounding(rounding):
+    """This thread's tiles need not be kept by the system any longer."""
+    if AMX and rounding.on:
+        _end_tiles()
+
+
+@inner
+def _bits(x):
+    """The bits of a float32, its upper half rounded to the nearest bfloat16."""
+    bits = np.float32(x).view(np.uint32)
+    return np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
+
+
+@inner
+def _round_rows(halves, row, x, i, x_row, rows, columns):
+    """The rows of x as bfloat16, `row` words apart, with zeros up to a multiple of SIDE."""
+    for r in range(rows):
+        for c in range(columns):
+            halves[uintp(2 * r * row + c)] = np.uint16(_bits(x[uintp(i + r * x_row + c)]) >> np.uint32(16))
+        for c in range(columns, (columns + SIDE - 1) // SIDE * SIDE):
+            halves[uintp(2 * r * row + c)] = np.uint16(0)
+
+
+@inner
+def _round_pairs(words, o, row, x, i, x_row, rows, columns):
+    """Two successive rows of x as bfloat16 in one row of words, `row` apart, with zeros up to a multiple of SIDE rows."""
+    for r in range(0, (rows + SIDE - 1) // SIDE * SIDE, 2):
+        for c in range(columns):
+            low = _bits(x[uintp(i + r * x_row + c)]) >> np.uint32(16) if r < rows else np.uint32(0)
+            high = _bits(x[uintp(i + (r + 1) * x_row + c)]) & np.uint32(0xFFFF0000) if r + 1 < rows else np.uint32(0)
+            words[uintp(o + r // 2 * row + c)] = high | low
+
+
+@inner
+def _squares(rounding, out, o, o_row, a_row, b, j, b_row, b_next, size):
+    """out += the matrix in `rounding.words` times b, of which the next SIDE columns begin `b_next` words later."""
+    M, N, K = size
+    K = (K + SIDE - 1) // SIDE * SIDE
+    for n in range(0, N, SIDE):
+        begin = j + n // SIDE * b_next
+        for m in range(0, M, SIDE):
+            if m + SIDE <= M and n + SIDE <= N:
+                _square(out, o + m * o_row + n, o_row, rounding.words, m * a_row, a_row, b, begin, b_row, K)
+            else:
+                sums = rounding.sums
+                for k in range(SIDE * SIDE):
+                    sums[uintp(k)] = np.float32(0)
+                _square(sums, 0, SIDE, rounding.words, m * a_row, a_row, b, begin, b_row, K)
+                for r in range(min(SIDE, M - m)):
+                    for c in range(min(SIDE, N - n)):
+                        out[uintp(o + (m + r) * o_row + n + c)] += sums[uintp(r * SIDE + c)]
+
+
+@called
+def pack_pairs(rounding, out, o, x, i, x_row, x_column, K, N):
+    """`pack` for `linear` in bfloat16, where either x_row or x_column is 1: panels of SIDE columns, each of words of two
+    rows, K and N filled up to multiples of SIDE. `o` counts elements, two a word."""
+    size = (K + SIDE - 1) // SIDE * SIDE // 2 * SIDE
+    row = _words(K)
+    for n in range(0, N, SIDE):
+        columns, place = min(SIDE, N - n), o // 2 + n // SIDE * size
+        if x_column == 1:
+            _round_pairs(out, place, SIDE, x, i + n, x_row, K, columns)
+        else:
+            _round_rows(rounding.halves, row, x, i + n * x_column, x_column, columns, K)
+            for k in range(0, size // SIDE, WORDS):
+                for half in range(0, SIDE, WORDS):
+                    _turn(out, place + k * SIDE + half, SIDE, rounding.words, half * row + k, row)
+
+
+@called
+def _rounded_linear(rounding, out, o, o_row, a, i, a_row, b, j, size):
+    M, _, K = size
+    row = _words(K)
+    _round_rows(rounding.halves, row, a, i, a_row, M, K)
+    _squares(rounding, out, o, o_row, row, b, j // 2, SIDE, (K + SIDE - 1) // SIDE * SIDE // 2 * SIDE, size)
+
+
+@inner
+def linear(rounding, out, o, o_row, a, i, a_row, b, j, size):
+    """`panel_product`, in bfloat16 where `rounding` is on: b is then as `pack_pairs` has left it, and j counts its
+    elements."""
+    if AMX and rounding.on:
+        _rounded_linear(rounding, out, o, o_row, a, i, a_row, b, j, size)
+    else:
+        panel_product(out, o, o_row, a, i, a_row, b, j, size)
+
+
+@called
+def _rounded_outer(rounding, out, o, o_row, a, i, a_row, b, j, b_row, size):
+    M, N, K = size
+    row, wide = _words(K), (max(M, N) + WORDS - 1) // WORDS * WORDS
+    pairs = rounding.pairs
+    _round_pairs(pairs, 0, wide, a, i, a_row, K, M)
+    for k in range(0, (K + SIDE - 1) // SIDE * WORDS, WORDS):
+        for m in range(0, M, WORDS):
+            _turn(rounding.words, m * row + k, row, pairs, k * wide + m, wide)
+    _round_pairs(pairs, 0, wide, b, j, b_row, K, N)
+    _squares(rounding, out, o, o_row, row, pairs, 0, wide, SIDE, size)
+
+
+@inner
+def outer(rounding, out, o, o_row, a, i, a_row, b, j, b_row, size):
+    """`product` of the columns of `a`, out[o + m o_row + n] += sum over k < K of a[i + k a_row + m] * b[j + k b_row +
+    n]: a weight's gradient, over K positions. In bfloat16 where `rounding` is on."""
+    if AMX and rounding.on:
+        _rounded_outer(rounding, out, o, o_row, a, i, a_row, b, j, b_row, size)
+    else:
+        product(out, o, o_row, a, i, 1, a_row, b, j, b_row, size)
+
+
+@inner
+def _words(K):
+    """Words from one row of K bfloat16 to the next: see `row_stride`."""
+    return ((K + SIDE - 1) // SIDE | 1) * WORDS
 
 
 @inner

@@ -27,7 +27,22 @@ from torch import Tensor, nn
 from dfcli.cores.gpt import GPT, GPTConfig, NGrams, Norm
 from dfcli.cores.protocols import Pass
 from dfcli.kernels.compile import Compiled, inner, unsupported_cpu
-from dfcli.kernels.gemm import COLUMNS, pack, panel_product, prefetch, product, round_up, row_stride, transposed
+from dfcli.kernels.gemm import (
+    AMX,
+    COLUMNS,
+    SIDE,
+    end_rounding,
+    linear,
+    outer,
+    pack,
+    pack_pairs,
+    prefetch,
+    product,
+    round_up,
+    rounding,
+    row_stride,
+    transposed,
+)
 from dfcli.kernels.known import unknown
 from dfcli.kernels.ops import (
     ACTIVATIONS,
@@ -80,6 +95,7 @@ class _Shape(NamedTuple):
     dropout: float
     embedding_dropout: float
     seed: int  # of dropout
+    bfloat16: bool  # products with weights, and of their gradients; else all are in float32
 
 
 class _Places(NamedTuple):
@@ -163,6 +179,7 @@ class _Kept(NamedTuple):
 
 
 class _Scratch(NamedTuple):
+    rounding: Any
     stream: Any  # [T, Cs]: the residual stream, then the gradient with respect to it
     branch: Any  # [BLOCK, Cs]: what a branch adds to it, and its gradient
     dy: Any  # [T, Cs]
@@ -181,31 +198,34 @@ class _Scratch(NamedTuple):
 
 
 @inner
-def _both(forward, back, batch, begin, layer, outputs, inputs):
+def _both(rounding, forward, back, batch, begin, layer, outputs, inputs):
     """A layer's weight, [outputs, inputs] among all of its kind, packed both ways."""
     o = layer * outputs * inputs
-    pack(forward, o, batch.weights, begin + o, 1, inputs, inputs, outputs)
-    pack(back, o, batch.weights, begin + o, inputs, 1, outputs, inputs)
+    if rounding.on:
+        pack_pairs(rounding, forward.view(np.uint32), o, batch.weights, begin + o, 1, inputs, inputs, outputs)
+        pack_pairs(rounding, back.view(np.uint32), o, batch.weights, begin + o, inputs, 1, outputs, inputs)
+    else:
+        pack(forward, o, batch.weights, begin + o, 1, inputs, inputs, outputs)
+        pack(back, o, batch.weights, begin + o, inputs, 1, outputs, inputs)
 
 
 @inner
-def _panels(s, at, batch):
+def _panels(s, at, batch, rounding):
     C, F, L = s.C, 4 * s.C, s.L
 
     def matrices(outputs, inputs):
         return np.empty(L * outputs * inputs, np.float32)
 
     panels = _Panels(
-        np.zeros(C * _round_up(s.V), np.float32), np.empty(s.V * C, np.float32), matrices(3 * C, C), matrices(3 * C, C),
+        np.zeros(C * _round_up(s.V), np.float32), np.empty(_round_up(s.V) * C, np.float32), matrices(3 * C, C), matrices(3 * C, C),
         matrices(C, C), matrices(C, C), matrices(F, C), matrices(F, C), matrices(C, F), matrices(C, F),
     )  # fmt: skip
-    pack(panels.head, 0, batch.weights, at.head, 1, C, C, s.V)
-    pack(panels.head_back, 0, batch.weights, at.head, C, 1, s.V, C)
+    _both(rounding, panels.head, panels.head_back, batch, at.head, 0, s.V, C)
     for layer in range(L):
-        _both(panels.qkv, panels.qkv_back, batch, at.qkv, layer, 3 * C, C)
-        _both(panels.projection, panels.projection_back, batch, at.projection, layer, C, C)
-        _both(panels.expansion, panels.expansion_back, batch, at.expansion, layer, F, C)
-        _both(panels.contraction, panels.contraction_back, batch, at.contraction, layer, C, F)
+        _both(rounding, panels.qkv, panels.qkv_back, batch, at.qkv, layer, 3 * C, C)
+        _both(rounding, panels.projection, panels.projection_back, batch, at.projection, layer, C, C)
+        _both(rounding, panels.expansion, panels.expansion_back, batch, at.expansion, layer, F, C)
+        _both(rounding, panels.contraction, panels.contraction_back, batch, at.contraction, layer, C, F)
     return panels
 
 
@@ -223,14 +243,14 @@ def _kept(s):
 
 
 @inner
-def _scratch(s):
+def _scratch(s, rounding):
     Cs, Qs, Fs, Ts = _row_stride(s.C), _row_stride(3 * s.C), _row_stride(4 * s.C), _row_stride(s.T)
 
     def floats(size):
         return np.zeros(size, np.float32)
 
     return _Scratch(
-        floats(s.T * Cs), floats(BLOCK * Cs), floats(s.T * Cs), floats(s.T * Qs), floats(BLOCK * Fs),
+        rounding, floats(s.T * Cs), floats(BLOCK * Cs), floats(s.T * Cs), floats(s.T * Qs), floats(BLOCK * Fs),
         floats(BLOCK * Fs), floats(BLOCK * Cs), floats(BLOCK * _row_stride(s.V)), floats(s.C * Ts),
         floats(s.C // s.H * Ts), floats(QUERIES * Ts), floats(QUERIES * Ts),
     )  # fmt: skip
@@ -277,10 +297,10 @@ def _branch(s, work, layer, kind, b, t0, n, weights, bias, x, i, panels):
     if s.dropout == 0:
         for t in range(n if s.biased else 0):
             add(stream, (t0 + t) * Cs, weights, bias + layer * C, C)
-        panel_product(stream, t0 * Cs, Cs, x, i, _row_stride(inputs), panels, layer * C * inputs, (n, C, inputs))
+        linear(work.rounding, stream, t0 * Cs, Cs, x, i, _row_stride(inputs), panels, layer * C * inputs, (n, C, inputs))
         return
     set_rows(branch, 0, Cs, weights, bias + layer * C, n, C)
-    panel_product(branch, 0, Cs, x, i, _row_stride(inputs), panels, layer * C * inputs, (n, C, inputs))
+    linear(work.rounding, branch, 0, Cs, x, i, _row_stride(inputs), panels, layer * C * inputs, (n, C, inputs))
     _drop_rows(s, branch, 0, branch, 0, n, b * s.T + t0, 3 * layer + kind, s.dropout)
     for t in range(n):
         add(stream, (t0 + t) * Cs, branch, t * Cs, C)
@@ -475,7 +495,7 @@ def _attention(s, at, b, layer, batch, panels, kept, work):
         n, row = min(BLOCK, T - t0), first + t0
         _norms(s, kept.h1, row * Cs, kept.scale1, row, stream, t0 * Cs, n)
         set_rows(kept.qkv, row * Qs, Qs, weights, at.qkv_bias + layer * 3 * C, n, 3 * C)
-        panel_product(kept.qkv, row * Qs, Qs, kept.h1, row * Cs, Cs, panels.qkv, layer * 3 * C * C, (n, 3 * C, C))
+        linear(work.rounding, kept.qkv, row * Qs, Qs, kept.h1, row * Cs, Cs, panels.qkv, layer * 3 * C * C, (n, 3 * C, C))
         _place_queries(s, layer, t0, n, batch, kept)
         fill(kept.y, row * Cs, n * Cs, ZERO)
         for h in range(s.H):
@@ -497,8 +517,8 @@ def _attention_back(s, at, b, layer, batch, panels, kept, work, grads, own):
         branch, i = _branch_back(s, work, layer, 2, b, t0, n)
         _bias_gradient(s, grads, own + at.projection_bias + layer * C, branch, i, Cs, n, C)
         place = own + at.projection + layer * C * C
-        product(grads, place, C, branch, i, 1, Cs, kept.y, row * Cs, Cs, (C, C, n))
-        panel_product(dy, t0 * Cs, Cs, branch, i, Cs, panels.projection_back, layer * C * C, (n, C, C))
+        outer(work.rounding, grads, place, C, branch, i, Cs, kept.y, row * Cs, Cs, (C, C, n))
+        linear(work.rounding, dy, t0 * Cs, Cs, branch, i, Cs, panels.projection_back, layer * C * C, (n, C, C))
     fill(d_qkv, 0, T * Qs, ZERO)
     for h in range(s.H):
         transposed(work.values, 0, Ts, kept.qkv, first * Qs + 2 * C + h * D, Qs, T, D)
@@ -509,9 +529,9 @@ def _attention_back(s, at, b, layer, batch, panels, kept, work, grads, own):
         n, row = min(BLOCK, T - t0), first + t0
         _bias_gradient(s, grads, own + at.qkv_bias + layer * 3 * C, d_qkv, t0 * Qs, Qs, n, 3 * C)
         place = own + at.qkv + layer * 3 * C * C
-        product(grads, place, C, d_qkv, t0 * Qs, 1, Qs, kept.h1, row * Cs, Cs, (3 * C, C, n))
+        outer(work.rounding, grads, place, C, d_qkv, t0 * Qs, Qs, kept.h1, row * Cs, Cs, (3 * C, C, n))
         fill(dh, 0, n * Cs, ZERO)
-        panel_product(dh, 0, Cs, d_qkv, t0 * Qs, Qs, panels.qkv_back, layer * 3 * C * C, (n, C, 3 * C))
+        linear(work.rounding, dh, 0, Cs, d_qkv, t0 * Qs, Qs, panels.qkv_back, layer * 3 * C * C, (n, C, 3 * C))
         _norms_back(s, stream, t0 * Cs, dh, kept.h1, row * Cs, kept.scale1, row, n)
 
 
@@ -524,7 +544,7 @@ def _mlp(s, at, b, layer, batch, panels, kept, work):
         n, row = min(BLOCK, T - t0), layer * T + t0
         _norms(s, kept.h2, row * Cs, kept.scale2, row, work.stream, t0 * Cs, n)
         set_rows(kept.inside, row * Fs, Fs, weights, at.expansion_bias + layer * F, n, F)
-        panel_product(kept.inside, row * Fs, Fs, kept.h2, row * Cs, Cs, panels.expansion, layer * C * F, (n, F, C))
+        linear(work.rounding, kept.inside, row * Fs, Fs, kept.h2, row * Cs, Cs, panels.expansion, layer * C * F, (n, F, C))
         for t in range(n):
             activate(work.active, t * Fs, kept.inside, (row + t) * Fs, F, s.activation)
         _branch(s, work, layer, 3, b, t0, n, weights, at.contraction_bias, work.active, 0, panels.contraction)
@@ -540,16 +560,16 @@ def _mlp_back(s, at, b, layer, panels, kept, work, grads, own):
         branch, i = _branch_back(s, work, layer, 3, b, t0, n)
         _bias_gradient(s, grads, own + at.contraction_bias + layer * C, branch, i, Cs, n, C)
         fill(d_inside, 0, n * Fs, ZERO)
-        panel_product(d_inside, 0, Fs, branch, i, Cs, panels.contraction_back, layer * C * F, (n, F, C))
+        linear(work.rounding, d_inside, 0, Fs, branch, i, Cs, panels.contraction_back, layer * C * F, (n, F, C))
         for t in range(n):
             activate_back(d_inside, t * Fs, active, t * Fs, kept.inside, (row + t) * Fs, F, s.activation)
         place = own + at.contraction + layer * C * F
-        product(grads, place, F, branch, i, 1, Cs, active, 0, Fs, (C, F, n))
+        outer(work.rounding, grads, place, F, branch, i, Cs, active, 0, Fs, (C, F, n))
         _bias_gradient(s, grads, own + at.expansion_bias + layer * F, d_inside, 0, Fs, n, F)
         place = own + at.expansion + layer * F * C
-        product(grads, place, C, d_inside, 0, 1, Fs, kept.h2, row * Cs, Cs, (F, C, n))
+        outer(work.rounding, grads, place, C, d_inside, 0, Fs, kept.h2, row * Cs, Cs, (F, C, n))
         fill(dh, 0, n * Cs, ZERO)
-        panel_product(dh, 0, Cs, d_inside, 0, Fs, panels.expansion_back, layer * C * F, (n, C, F))
+        linear(work.rounding, dh, 0, Cs, d_inside, 0, Fs, panels.expansion_back, layer * C * F, (n, C, F))
         _norms_back(s, stream, t0 * Cs, dh, kept.h2, row * Cs, kept.scale2, row, n)
 
 
@@ -564,7 +584,7 @@ def _head(s, at, b, batch, panels, kept, work, grads, own):
         _norms(s, out, i, kept.out_scale, t0, stream, i, n)
         fill(logits, 0, n * Vs, ZERO)
         set_rows(logits, 0, Vs, batch.weights, at.head_bias, n, V)
-        panel_product(logits, 0, Vs, out, i, Cs, panels.head, 0, (n, _round_up(V), C))
+        linear(work.rounding, logits, 0, Vs, out, i, Cs, panels.head, 0, (n, _round_up(V), C))
         for t in range(n):
             target = batch.targets[uintp(b * T + t0 + t)]
             if target < 0:
@@ -572,9 +592,9 @@ def _head(s, at, b, batch, panels, kept, work, grads, own):
             else:
                 nats += cross_entropy(logits, t * Vs, V, target, batch.per_target)
         _bias_gradient(s, grads, own + at.head_bias, logits, 0, Vs, n, V)
-        product(grads, own + at.head, C, logits, 0, 1, Vs, out, i, Cs, (V, C, n))
+        outer(work.rounding, grads, own + at.head, C, logits, 0, Vs, out, i, Cs, (V, C, n))
         fill(dh, 0, n * Cs, ZERO)
-        panel_product(dh, 0, Cs, logits, 0, Vs, panels.head_back, 0, (n, C, V))
+        linear(work.rounding, dh, 0, Cs, logits, 0, Vs, panels.head_back, 0, (n, C, V))
         fill(stream, i, n * Cs, ZERO)
         _norms_back(s, stream, i, dh, out, i, kept.out_scale, t0, n)
     return nats
@@ -586,7 +606,8 @@ def gpt_step(worker, workers, flags, yielder, s, at, batch, tables, out):
     if N == 0:
         return
     B, grads = N // s.T, out.grads
-    panels, kept, work = _panels(s, at, batch), _kept(s), _scratch(s)
+    rounded = rounding(s.bfloat16, BLOCK, max(4 * s.C, s.V))
+    panels, kept, work = _panels(s, at, batch, rounded), _kept(s), _scratch(s, rounded)
     group = take(flags, workers, 0)
     while group < groups:
         own, nats = group * total, 0.0
@@ -603,6 +624,7 @@ def gpt_step(worker, workers, flags, yielder, s, at, batch, tables, out):
             _embed_back(s, at, b, batch, out, own, work.stream)
         out.nats[uintp(group)] = nats
         group = take(flags, workers, 0)
+    end_rounding(rounded)
     if not barrier(flags, worker, workers, 1, yielder):
         return
     begin, end = worker * total // workers, (worker + 1) * total // workers
@@ -682,7 +704,7 @@ def _nothing() -> tuple[_Shape, _Places, _Batch, _Tables, _Out]:
     """Arguments that make a step do nothing."""
     none, floats = np.zeros(0, np.int64), np.zeros(0, np.float32)
     return (
-        _Shape(1, 1, 1, 1, 16, True, True, True, True, 0, 0.0, 0.0, 0),
+        _Shape(1, 1, 1, 1, 16, True, True, True, True, 0, 0.0, 0.0, 0, False),
         _Places(*[0] * 12),
         _Batch(none, none, none, ZERO, floats, floats, floats, floats),
         _Tables((floats,) * MOST_TABLES, none, floats, none, none, none, none, floats),
@@ -690,18 +712,19 @@ def _nothing() -> tuple[_Shape, _Places, _Batch, _Tables, _Out]:
     )
 
 
-def build(core: nn.Module, workers: WorkerPool, on_event: OnEvent) -> Pass:
+def build(core: nn.Module, workers: WorkerPool, on_event: OnEvent, precision: str = "float32") -> Pass:
     """The pass of a core that `supports` accepts. Raises what numba raises where it cannot compile."""
     assert isinstance(core, GPT)
     workers.load(on_event, (_step, _nothing()))
-    return _Training(core, workers).backward
+    return _Training(core, workers, precision).backward
 
 
 class _Training:
     """A core's parameters in the layout of `gpt_step`, and its gradients back."""
 
-    def __init__(self, core: GPT, workers: WorkerPool) -> None:
+    def __init__(self, core: GPT, workers: WorkerPool, precision: str) -> None:
         self.core, self.workers, blocks = core, workers, core.blocks
+        self.bfloat16 = precision == "bfloat16" and AMX and core.config.channels % SIDE == 0
         self.embeddings = list(core.ngrams.tables) if core.config.ngrams > 1 else []
         self.linears = [
             _Linears([core.head], [core.norm]),
@@ -720,7 +743,7 @@ class _Training:
         seed = int(torch.randint(2**62, ())) if p else 0
         biased = any(linear.biased or linear.norms for linear in self.linears)
         kinds = biased, c.norm == "rmsnorm", c.qk_norm, c.position == "rotary", ACTIVATIONS.index(c.activation)
-        return _Shape(T, c.vocab_size, c.layers, c.heads, c.channels, *kinds, p, p * c.embedding_dropout, seed)
+        return _Shape(T, c.vocab_size, c.layers, c.heads, c.channels, *kinds, p, p * c.embedding_dropout, seed, self.bfloat16)
 
     def joined(self, B: int, T: int) -> int:
         """How many short sequences are computed as one with several documents, so that the weights are read from memory

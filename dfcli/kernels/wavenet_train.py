@@ -35,7 +35,19 @@ from torch import Tensor, nn
 from dfcli.cores.protocols import Pass
 from dfcli.cores.wavenet import Condition, WaveNet, WaveNetConfig
 from dfcli.kernels.compile import Compiled, inner, unsupported_cpu
-from dfcli.kernels.gemm import COLUMNS, PANEL, fetch_add, panel_product, product, round_up, row_stride
+from dfcli.kernels.gemm import (
+    AMX,
+    COLUMNS,
+    PANEL,
+    SIDE,
+    end_rounding,
+    fetch_add,
+    linear,
+    outer,
+    round_up,
+    rounding,
+    row_stride,
+)
 from dfcli.kernels.known import unknown
 from dfcli.kernels.ops import ONE, TWO, ZERO, add, clamp, copy, cross_entropy, exp, fill, norm, norm_back
 from dfcli.kernels.threads import WorkerPool, barrier
@@ -58,6 +70,7 @@ class Shape(NamedTuple):
     head: int
     ids: int
     normed: bool
+    bfloat16: bool  # the products; else they are in float32
 
 
 class Matrices(NamedTuple):
@@ -126,6 +139,7 @@ class Gradients(NamedTuple):
 class Scratch(NamedTuple):
     """Of one thread, for `BLOCK` positions."""
 
+    rounding: Any
     sums: Any  # [BLOCK, 2 R]
     narrow: Any  # [BLOCK, R]
     taps: Any  # [BLOCK, 2 R]: positions at another tap
@@ -235,18 +249,18 @@ def _layer(layer, t, n, model, batch, buffers, scratch):
     for tap in range(K):
         back, m = (K - 1 - tap) * shape.dilations[layer], (layer * K + tap) * R * 2 * R
         if back == 0:
-            panel_product(sums, 0, 2 * R, h, z, R, w.dilated, m, (n, 2 * R, R))
+            linear(scratch.rounding, sums, 0, 2 * R, h, z, R, w.dilated, m, (n, 2 * R, R))
         else:
             _shifted(taps, h, first, t, -back, positions, n, R)
-            panel_product(sums, 0, 2 * R, taps, 0, R, w.dilated, m, (n, 2 * R, R))
+            linear(scratch.rounding, sums, 0, 2 * R, taps, 0, R, w.dilated, m, (n, 2 * R, R))
     for r in range(n):
         _gate(gates, sigmoids, z + r * R, sums, r * 2 * R, R)
-    panel_product(skips, t * Ss, Ss, gates, z, R, w.skip, layer * R * S, (n, S, R))
+    linear(scratch.rounding, skips, t * Ss, Ss, gates, z, R, w.skip, layer * R * S, (n, S, R))
     if layer + 1 < L:
         bias = model.biases.residual
         for r in range(n):
             add(stream, (t + r) * R, bias, layer * R, R)
-        panel_product(stream, t * R, R, gates, z, R, w.residual, layer * R * R, (n, R, R))
+        linear(scratch.rounding, stream, t * R, R, gates, z, R, w.residual, layer * R * R, (n, R, R))
         for r in range(n):
             _norm(h, z + (N + r) * R, scales, (layer + 1) * N + t + r, stream, (t + r) * R, R, normed)
 
@@ -261,11 +275,11 @@ def _layer_back(layer, t, n, model, batch, buffers, scratch, gradients):
     Ss, first, sums = _row_stride(S), layer * N * R, (layer % 2 * N + t) * 2 * R
     z, rows = first + t * R, layer * (d_rows.size // (L * 2 * R))
     fill(dz, 0, n * R, ZERO)
-    panel_product(dz, 0, R, skips, t * Ss, Ss, w.skip, layer * S * R, (n, R, S))
-    product(g.skip, layer * R, L * R, skips, t * Ss, 1, Ss, gates, z, R, (S, R, n))
+    linear(scratch.rounding, dz, 0, R, skips, t * Ss, Ss, w.skip, layer * S * R, (n, R, S))
+    outer(scratch.rounding, g.skip, layer * R, L * R, skips, t * Ss, Ss, gates, z, R, (S, R, n))
     if layer + 1 < L:
-        panel_product(dz, 0, R, stream, t * R, R, w.residual, layer * R * R, (n, R, R))
-        product(g.residual, layer * R * R, R, stream, t * R, 1, R, gates, z, R, (R, R, n))
+        linear(scratch.rounding, dz, 0, R, stream, t * R, R, w.residual, layer * R * R, (n, R, R))
+        outer(scratch.rounding, g.residual, layer * R * R, R, stream, t * R, R, gates, z, R, (R, R, n))
         bias = gradients.biases.residual
         for r in range(n):
             add(bias, layer * R, stream, (t + r) * R, R)
@@ -275,10 +289,10 @@ def _layer_back(layer, t, n, model, batch, buffers, scratch, gradients):
     for tap in range(K):
         back, d = (K - 1 - tap) * shape.dilations[layer], layer * 2 * R * K * R + tap * R
         if back == 0:
-            product(g.dilated, d, K * R, d_sums, sums, 1, 2 * R, h, z, R, (2 * R, R, n))
+            outer(scratch.rounding, g.dilated, d, K * R, d_sums, sums, 2 * R, h, z, R, (2 * R, R, n))
         else:
             _shifted(taps, h, first, t, -back, positions, n, R)
-            product(g.dilated, d, K * R, d_sums, sums, 1, 2 * R, taps, 0, R, (2 * R, R, n))
+            outer(scratch.rounding, g.dilated, d, K * R, d_sums, sums, 2 * R, taps, 0, R, (2 * R, R, n))
 
 
 @inner
@@ -292,10 +306,10 @@ def _taps_back(layer, t, n, model, batch, buffers, scratch):
     for tap in range(K):
         back, m = (K - 1 - tap) * shape.dilations[layer], (layer * K + tap) * 2 * R * R
         if back == 0:
-            panel_product(dh, 0, R, d_sums, sums + t * 2 * R, 2 * R, w, m, (n, R, 2 * R))
+            linear(scratch.rounding, dh, 0, R, d_sums, sums + t * 2 * R, 2 * R, w, m, (n, R, 2 * R))
         else:
             _shifted(taps, d_sums, sums, t, back, positions, n, 2 * R)
-            panel_product(dh, 0, R, taps, 0, 2 * R, w, m, (n, R, 2 * R))
+            linear(scratch.rounding, dh, 0, R, taps, 0, 2 * R, w, m, (n, R, 2 * R))
     for r in range(t, t + n):
         _norm_back(stream, r * R, dh, (r - t) * R, h, (first + r) * R, scales[uintp(first + r)], R, normed)
 
@@ -313,9 +327,9 @@ def _head(t, n, model, batch, buffers, scratch):
     for r in range(n):
         copy(hidden, r * Hs, bias1, 0, H)
         copy(logits, r * Vs, bias2, 0, V)
-    panel_product(hidden, 0, Hs, inputs, 0, Ss, model.forward.head1, 0, (n, H, S))
+    linear(scratch.rounding, hidden, 0, Hs, inputs, 0, Ss, model.forward.head1, 0, (n, H, S))
     _relu(hidden, 0, hidden, 0, n * Hs)
-    panel_product(logits, 0, Vs, hidden, 0, Hs, model.forward.head2, 0, (n, _round_up(V), H))
+    linear(scratch.rounding, logits, 0, Vs, hidden, 0, Hs, model.forward.head2, 0, (n, _round_up(V), H))
     total = 0.0
     for r in range(n):
         target = targets[uintp(t + r)]
@@ -333,13 +347,13 @@ def _head_back(t, n, model, buffers, scratch, gradients):
     Ss, Hs, Vs, hidden, d_hidden = _row_stride(S), _row_stride(H), _row_stride(V), scratch.hidden, scratch.d_hidden
     logits, inputs, skips, w = scratch.logits, scratch.inputs, buffers.skips, model.backward
     d_bias1, d_bias2, d_skip_bias = biases.head1, biases.head2, biases.skip
-    product(g.head2, 0, H, logits, 0, 1, Vs, hidden, 0, Hs, (V, H, n))
+    outer(scratch.rounding, g.head2, 0, H, logits, 0, Vs, hidden, 0, Hs, (V, H, n))
     fill(d_hidden, 0, n * Hs, ZERO)
-    panel_product(d_hidden, 0, Hs, logits, 0, Vs, w.head2, 0, (n, H, V))
+    linear(scratch.rounding, d_hidden, 0, Hs, logits, 0, Vs, w.head2, 0, (n, H, V))
     _relu_back(d_hidden, 0, hidden, 0, n * Hs)
-    product(g.head1, 0, S, d_hidden, 0, 1, Hs, inputs, 0, Ss, (H, S, n))
+    outer(scratch.rounding, g.head1, 0, S, d_hidden, 0, Hs, inputs, 0, Ss, (H, S, n))
     fill(skips, t * Ss, n * Ss, ZERO)
-    panel_product(skips, t * Ss, Ss, d_hidden, 0, Hs, w.head1, 0, (n, S, H))
+    linear(scratch.rounding, skips, t * Ss, Ss, d_hidden, 0, Hs, w.head1, 0, (n, S, H))
     _relu_back(skips, t * Ss, inputs, 0, n * Ss)
     for r in range(n):
         add(d_bias2, 0, logits, r * Vs, V)
@@ -415,8 +429,9 @@ def _own_batch(b, first, last, R):
 @inner
 def _scratch(shape):
     R, Ss, Hs, Vs = shape.residual, _row_stride(shape.skip), _row_stride(shape.head), _row_stride(shape.ids)
+    rounded = rounding(shape.bfloat16, BLOCK, max(2 * R, shape.skip, shape.head, shape.ids))
     return Scratch(
-        np.empty(BLOCK * 2 * R, np.float32), np.empty(BLOCK * R, np.float32), np.empty(BLOCK * 2 * R, np.float32),
+        rounded, np.empty(BLOCK * 2 * R, np.float32), np.empty(BLOCK * R, np.float32), np.empty(BLOCK * 2 * R, np.float32),
         np.empty(BLOCK * Ss, np.float32), np.empty(BLOCK * Hs, np.float32), np.empty(BLOCK * Hs, np.float32),
         np.zeros(BLOCK * Vs, np.float32),
     )  # fmt: skip
@@ -450,6 +465,7 @@ def wavenet_pass(worker, workers, flags, yielder, model, batch, buffers, gradien
     slot = np.int64(worker) if together else fetch_add(batch.next_slot, 0)
     while slot < slots and _slot(slot, team, model, batch, own, scratch, gradients):
         slot = np.int64(slots) if together else fetch_add(batch.next_slot, 0)
+    end_rounding(scratch.rounding)
 
 
 # ---- from PyTorch
@@ -500,8 +516,14 @@ def _parameters(core: WaveNet) -> _Parameters:
     )
 
 
-def _panels(matrices: Tensor) -> Tensor:
-    """Matrices [..., K, N] as `gemm.pack` puts each, filled up with zeros to a multiple of COLUMNS: [..., K N]."""
+def _panels(matrices: Tensor, bfloat16: bool) -> Tensor:
+    """Matrices [..., K, N] as `gemm.pack` puts each, filled up with zeros to a multiple of COLUMNS: [..., K N]; or as
+    `gemm.pack_pairs`, filled up to multiples of SIDE: [..., K N / 2]."""
+    if bfloat16:
+        K, N = matrices.shape[-2:]
+        matrices = F.pad(matrices, (0, -N % SIDE, 0, -K % SIDE)).bfloat16()
+        pairs = matrices.unflatten(-1, (-1, SIDE)).unflatten(-3, (-1, 2))  # [..., K / 2, 2, N / SIDE, SIDE]
+        return pairs.movedim(-2, -4).transpose(-1, -2).flatten(-4).contiguous().view(torch.float32)
     matrices = F.pad(matrices, (0, round_up(matrices.shape[-1]) - matrices.shape[-1]))
     whole = matrices.shape[-1] // PANEL * PANEL
     panels = matrices[..., :whole].unflatten(-1, (-1, PANEL)).transpose(-3, -2)
@@ -516,7 +538,7 @@ def _model(core: WaveNet, shape: Shape, parameters: _Parameters, gate_rows: Tens
     by_layer = skip.unflatten(1, (-1, shape.residual))  # [S, L, R]
     forward = (by_tap.permute(0, 2, 3, 1), residual.mT, by_layer.permute(1, 2, 0), head1.T, head2.T)
     backward = (by_tap.transpose(1, 2), residual, by_layer.transpose(0, 1), head1, head2)
-    panels = Matrices(*map(_panels, forward)), Matrices(*map(_panels, backward))
+    panels = (Matrices(*(_panels(each, shape.bfloat16) for each in way)) for way in (forward, backward))
     return Model(shape, core.table.weight, *panels, Biases(residual_bias, *biases), gate_rows)
 
 
@@ -571,12 +593,13 @@ def _nothing(shape: Shape) -> tuple[Any, ...]:
 _pass = Compiled(wavenet_pass, [__file__])
 
 
-def build(core: nn.Module, workers: WorkerPool, on_event: OnEvent) -> Pass:
+def build(core: nn.Module, workers: WorkerPool, on_event: OnEvent, precision: str = "float32") -> Pass:
     """The pass of a core that `supports` accepts. Raises what numba raises where it cannot compile."""
     assert isinstance(core, WaveNet)
     c, parameters = core.config, _parameters(core)
     dilations, normed = np.array(c.all_dilations), c.norm == "rmsnorm"
-    shape = Shape(dilations, c.kernel, c.residual, c.skip, c.head, c.vocab_size, normed)
+    bfloat16 = precision == "bfloat16" and AMX and not any(size % SIDE for size in (c.residual, c.skip, c.head))
+    shape = Shape(dilations, c.kernel, c.residual, c.skip, c.head, c.vocab_size, normed, bfloat16)
     workers.load(on_event, (_pass, _nothing(shape)))
 
     def run(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -34,6 +36,8 @@ _PEAK_FLOAT32 = {"V100": 15.7e12, "T4": 8.1e12, "P100": 9.3e12}
 
 # The oldest driver that runs programs of a CUDA version (CUDA release notes, "minor version compatibility").
 _DRIVERS = {13: 580, 12: 525, 11: 450}
+# The call by which a process on x86-64 Linux may use the state of AMX tiles (arch/x86/include/uapi/asm/prctl.h).
+_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILEDATA = 158, 0x1023, 18
 _IN_USE = 2**30  # bytes: a GPU with more in use is busy
 
 _USE_AUTO = "use `--device auto` to take what this machine has"
@@ -51,9 +55,10 @@ class Device:
     threads: int  # of the CPU, for one operation
 
     @contextmanager
-    def autocast(self) -> Iterator[None]:
-        """Matrix products in `precision` inside the block."""
-        if self.precision == "float32":
+    def autocast(self, training: bool = False) -> Iterator[None]:
+        """Matrix products in `precision` inside the block; on a CPU in training alone: its evaluations are in float32,
+        the same on every CPU."""
+        if self.precision == "float32" or (self.kind == "cpu" and not training):
             yield
         else:
             with torch.autocast(self.kind, getattr(torch, self.precision)):
@@ -94,7 +99,7 @@ class Device:
     def peak_flops(self) -> float | None:
         """FLOP/s of dense matrix products at best, in `precision`: from data sheets, measured for a CPU."""
         if self.kind == "cpu":
-            return _measured_flops(torch.get_num_threads())
+            return _measured_flops(torch.get_num_threads(), self.precision)
         table = _PEAK_BFLOAT16 if self.precision == "bfloat16" else _PEAK_FLOAT32
         words = f" {self.name.replace('-', ' ')} "  # so that "A100" is not found in "RTX A1000"
         if " Laptop " in words or " MIG " in words:  # a slower chip of the same name; a part of the chip
@@ -174,9 +179,20 @@ def pytorch_threads(count: int) -> Iterator[None]:
 
 def _cpu(threads: int, reason: str) -> Device:
     # bfloat16 without units for it is emulated, about 300 times slower, and most CPUs have none.
-    why = f"{reason}; float32, which every CPU computes at full speed"
+    if _has_amx():
+        precision, why = "bfloat16", "bfloat16 in training, for which it has units (AMX)"
+    else:
+        precision, why = "float32", "float32, which every CPU computes at full speed"
     name = f"CPU, {counted(threads, 'thread')}"
-    return Device(torch.device("cpu"), "cpu", name, "float32", why, threads)
+    return Device(torch.device("cpu"), "cpu", name, precision, f"{reason}; {why}", threads)
+
+
+@cache
+def _has_amx() -> bool:
+    """Whether this process may use a unit for products of bfloat16 tiles, and asks the system for it."""
+    if sys.platform != "linux" or not torch.cpu.get_capabilities().get("amx_bf16"):
+        return False
+    return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILEDATA) == 0
 
 
 def _mps(threads: int, reason: str) -> Device:
@@ -259,11 +275,11 @@ def _cuda_problem() -> tuple[str, str] | None:
 
 
 @cache
-def _measured_flops(threads: int) -> float:
-    """FLOP/s of the best of a few float32 products of 1024 x 1024 matrices; about 0.1 s on two cores."""
-    n = 1024
-    a, b = torch.ones(n, n), torch.ones(n, n)
-    out = torch.empty(n, n)
+def _measured_flops(threads: int, precision: str) -> float:
+    """FLOP/s of the best of a few products of 1024 x 1024 matrices; about 0.1 s on two cores in float32."""
+    n, dtype = 1024, getattr(torch, precision)
+    a, b = torch.ones(n, n, dtype=dtype), torch.ones(n, n, dtype=dtype)
+    out = torch.empty(n, n, dtype=dtype)
     best = float("inf")
     for _ in range(6):  # the first warms the caches and the thread pool
         start = time.perf_counter()

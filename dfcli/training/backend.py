@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ def choose(
 ) -> Backend:
     """The backend for a core on its device, its kernels compiled: the same in each process, whose weights would drift
     apart otherwise. The choice is told; where kernels fail, training goes on with PyTorch alone."""
+    device = in_precision(device, core.config, recipe)
     sharded = "the weights are in parts over several processes" if sharding.is_sharded(core) else None
     reason, compiled = sharded or unsupported(core.config, recipe, device), None
     if reason is None:
@@ -37,10 +39,18 @@ def choose(
             reason = f"the compiled kernels do not work here ({first_line(error)[:200]})"
     missing, _ = processes.agree(int(compiled is None), 0.0)
     if compiled is not None and not missing:
-        on_event(Choice("backend", "compiled", "kernels for this model on this CPU"))
+        on_event(Choice("backend", "compiled", f"kernels for this model on this CPU, in {device.precision}"))
         return compiled
     on_event(Choice("backend", "PyTorch", reason or "the compiled kernels do not work in every process"))
     return TorchBackend(core, recipe, device)
+
+
+def in_precision(device: Device, config: cores.CoreConfig, recipe: Recipe) -> Device:
+    """The device with the precision of a training's products: its own, except where the recipe asks for float32 or a
+    CPU computes that faster: small models without kernels, whose conversions cost more than the products."""
+    wide = isinstance(config, cores.WaveNetConfig) or (isinstance(config, cores.GPTConfig) and config.channels >= 256)
+    slower = device.kind == "cpu" and not wide and unsupported(config, recipe, device) is not None
+    return replace(device, precision="float32") if slower or recipe.precision == "float32" else device
 
 
 def unsupported(config: cores.CoreConfig, recipe: Recipe, device: Device) -> str | None:
@@ -114,7 +124,7 @@ class TorchBackend:
         return loss.detach()
 
     def _loss(self, ids: Tensor, targets: Tensor, positions: Tensor | None, condition: Any = None) -> Tensor:
-        with self._device.autocast():
+        with self._device.autocast(training=True):
             more = {} if condition is None else {"condition": condition}
             logits = self._forward(ids, positions, self._last, **more)
             return cross_entropy(logits, targets[:, -1:] if self._last else targets)
@@ -204,7 +214,7 @@ class CompiledBackend(TorchBackend):
 
         super().__init__(core, recipe, device)
         workers = WorkerPool(device.threads)
-        self._pass: Pass = _kernel(core.config).build(core, workers, on_event)
+        self._pass: Pass = _kernel(core.config).build(core, workers, on_event, device.precision)
         self._kernels = OptimizerKernels(workers, lambda _: None)
         self.threads = 1  # what is left to PyTorch is too short to be worth waking threads for
 

@@ -28,6 +28,7 @@ from dfcli.system.events import Choice, OnEvent, ignore
 from dfcli.system.files import same_name
 from dfcli.system.words import counted
 from dfcli.training import memory, recipes
+from dfcli.training.backend import in_precision
 from dfcli.training.presets import preset
 from dfcli.training.request import Request, corpus_file
 from dfcli.training.settings import Given, Recipe, change, config_of, given_by
@@ -58,6 +59,9 @@ class Plan:
     told: Conditioning | None = None  # the conditions of a WaveNet
     stem: str | None = None  # of a name that nobody asked for
     shards: int = 1  # parts of the weights, in as many processes; 1: each process has them whole
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "device", in_precision(self.device, self.config, self.recipe))
 
     @property
     def entry(self) -> dict[str, Any]:

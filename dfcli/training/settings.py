@@ -16,6 +16,7 @@ SCHEDULES = ("constant", "cosine", "linear", "step", "plateau")
 PACKINGS = ("packed", "documents", "last")
 DECAYS = ("matrices", "all")
 COMPILES = ("auto", "on", "off")
+PRECISIONS = ("auto", "float32")
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Recipe:
     checkpoint_every: int = 0  # steps between checkpoints beside those of better evaluations; 0: by time
     on_nonfinite: str = "stop"  # stop | skip the batch whose loss or gradient is not finite
     skip_limit: int = 10  # batches that may be skipped
+    precision: str = "auto"  # of matrix products. auto: bfloat16 where the device has units for it | float32
     compile: str = "auto"  # auto: what pays here | on: torch.compile too | off: PyTorch, kernel by kernel
 
     @classmethod
@@ -81,7 +83,7 @@ class Recipe:
             raise ValueError(f"betas must be two numbers from 0 to below 1, not {self.betas}")
         for name, choices in (
             ("packing", PACKINGS), ("optimizer", OPTIMIZERS), ("decay", DECAYS), ("schedule", SCHEDULES),
-            ("on_nonfinite", ("stop", "skip")), ("compile", COMPILES),
+            ("on_nonfinite", ("stop", "skip")), ("compile", COMPILES), ("precision", PRECISIONS),
         ):  # fmt: skip
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not `{getattr(self, name)}`")
