@@ -380,7 +380,7 @@ def panel_product(out, o, o_row, a, i, a_row, b, j, size):
         _columns(False, out, o + n, o_row, a, i, a_row, 1, b, j + n * K, COLUMNS, size)
 
 
-@inner
+@called
 def pack(out, o, x, i, x_row, x_column, K, N):
     """The matrix x[i + k x_row + n x_column] of K rows and N columns as panels of PANEL columns, one after the other;
     the last has COLUMNS if at most COLUMNS are left. Columns of `out` beyond N stay as they are."""
@@ -404,11 +404,8 @@ def transposed(out, o, o_row, x, i, x_row, rows, columns):
 class Rounding(NamedTuple):
     """Of one thread: what products in bfloat16 take besides their arguments."""
 
-    on: bool  # False: products in float32, and nothing else here
-    words: Any  # uint32: of `a` [m, k / 2]
-    halves: Any  # uint16: the same memory
-    pairs: Any  # uint32: words of two successive rows [k / 2, n]
-    sums: Any  # [SIDE, SIDE]: what lies at an edge
+    on: bool  # False: products in float32, and no memory
+    words: Any  # uint32: first the rows of `a` in words [m, k / 2], behind its middle two rows a word [k / 2, n]
 
 
 @inner
@@ -417,9 +414,7 @@ def rounding(on, rows, width):
     `end_rounding`."""
     if AMX and on:
         _begin_tiles(_TILES)
-    size = (rows + SIDE) * (width + 3 * SIDE) if on else 0
-    words, pairs = np.zeros(size, np.uint32), np.zeros(size, np.uint32)
-    return Rounding(on, words, words.view(np.uint16), pairs, np.zeros(SIDE * SIDE, np.float32))
+    return Rounding(on, np.zeros(2 * (rows + SIDE) * (width + 3 * SIDE) if on else 0, np.uint32))
 
 
 @inner
@@ -437,8 +432,9 @@ def _bits(x):
 
 
 @inner
-def _round_rows(halves, row, x, i, x_row, rows, columns):
+def _round_rows(words, row, x, i, x_row, rows, columns):
     """The rows of x as bfloat16, `row` words apart, with zeros up to a multiple of SIDE."""
+    halves = words.view(np.uint16)
     for r in range(rows):
         for c in range(columns):
             halves[uintp(2 * r * row + c)] = np.uint16(_bits(x[uintp(i + r * x_row + c)]) >> np.uint32(16))
@@ -448,7 +444,7 @@ def _round_rows(halves, row, x, i, x_row, rows, columns):
 
 @inner
 def _round_pairs(words, o, row, x, i, x_row, rows, columns):
-    """Two successive rows of x as bfloat16 in one row of words, `row` apart, with zeros up to a multiple of SIDE rows."""
+    """Two successive rows of x as bfloat16 in one row of words, `row` apart, with zeros up to a multiple of SIDE."""
     for r in range(0, (rows + SIDE - 1) // SIDE * SIDE, 2):
         for c in range(columns):
             low = _bits(x[uintp(i + r * x_row + c)]) >> np.uint32(16) if r < rows else np.uint32(0)
@@ -457,20 +453,19 @@ def _round_pairs(words, o, row, x, i, x_row, rows, columns):
 
 
 @inner
-def _squares(rounding, out, o, o_row, a_row, b, j, b_row, b_next, size):
-    """out += the matrix in `rounding.words` times b, of which the next SIDE columns begin `b_next` words later."""
+def _squares(words, out, o, o_row, a_row, b, j, b_row, b_next, size):
+    """out += the matrix in `words` times b, of which the next SIDE columns begin `b_next` words later."""
     M, N, K = size
+    sums = np.empty(SIDE * SIDE, np.float32)  # of a square at the edge
     K = (K + SIDE - 1) // SIDE * SIDE
     for n in range(0, N, SIDE):
         begin = j + n // SIDE * b_next
         for m in range(0, M, SIDE):
             if m + SIDE <= M and n + SIDE <= N:
-                _square(out, o + m * o_row + n, o_row, rounding.words, m * a_row, a_row, b, begin, b_row, K)
+                _square(out, o + m * o_row + n, o_row, words, m * a_row, a_row, b, begin, b_row, K)
             else:
-                sums = rounding.sums
-                for k in range(SIDE * SIDE):
-                    sums[uintp(k)] = np.float32(0)
-                _square(sums, 0, SIDE, rounding.words, m * a_row, a_row, b, begin, b_row, K)
+                sums[:] = 0
+                _square(sums, 0, SIDE, words, m * a_row, a_row, b, begin, b_row, K)
                 for r in range(min(SIDE, M - m)):
                     for c in range(min(SIDE, N - n)):
                         out[uintp(o + (m + r) * o_row + n + c)] += sums[uintp(r * SIDE + c)]
@@ -478,8 +473,8 @@ def _squares(rounding, out, o, o_row, a_row, b, j, b_row, b_next, size):
 
 @called
 def pack_pairs(rounding, out, o, x, i, x_row, x_column, K, N):
-    """`pack` for `linear` in bfloat16, where either x_row or x_column is 1: panels of SIDE columns, each of words of two
-    rows, K and N filled up to multiples of SIDE. `o` counts elements, two a word."""
+    """`pack` for `linear` in bfloat16, where either x_row or x_column is 1: panels of SIDE columns, each of words of
+    two rows, K and N filled up to multiples of SIDE. `o` counts elements, two a word."""
     size = (K + SIDE - 1) // SIDE * SIDE // 2 * SIDE
     row = _words(K)
     for n in range(0, N, SIDE):
@@ -487,49 +482,39 @@ def pack_pairs(rounding, out, o, x, i, x_row, x_column, K, N):
         if x_column == 1:
             _round_pairs(out, place, SIDE, x, i + n, x_row, K, columns)
         else:
-            _round_rows(rounding.halves, row, x, i + n * x_column, x_column, columns, K)
+            _round_rows(rounding.words, row, x, i + n * x_column, x_column, columns, K)
             for k in range(0, size // SIDE, WORDS):
                 for half in range(0, SIDE, WORDS):
                     _turn(out, place + k * SIDE + half, SIDE, rounding.words, half * row + k, row)
 
 
 @called
-def _rounded_linear(rounding, out, o, o_row, a, i, a_row, b, j, size):
-    M, _, K = size
-    row = _words(K)
-    _round_rows(rounding.halves, row, a, i, a_row, M, K)
-    _squares(rounding, out, o, o_row, row, b, j // 2, SIDE, (K + SIDE - 1) // SIDE * SIDE // 2 * SIDE, size)
-
-
-@inner
 def linear(rounding, out, o, o_row, a, i, a_row, b, j, size):
     """`panel_product`, in bfloat16 where `rounding` is on: b is then as `pack_pairs` has left it, and j counts its
     elements."""
+    M, _, K = size
     if AMX and rounding.on:
-        _rounded_linear(rounding, out, o, o_row, a, i, a_row, b, j, size)
+        row = _words(K)
+        _round_rows(rounding.words, row, a, i, a_row, M, K)
+        _squares(rounding.words, out, o, o_row, row, b, j // 2, SIDE, (K + SIDE - 1) // SIDE * WORDS * SIDE, size)
     else:
         panel_product(out, o, o_row, a, i, a_row, b, j, size)
 
 
 @called
-def _rounded_outer(rounding, out, o, o_row, a, i, a_row, b, j, b_row, size):
-    M, N, K = size
-    row, wide = _words(K), (max(M, N) + WORDS - 1) // WORDS * WORDS
-    pairs = rounding.pairs
-    _round_pairs(pairs, 0, wide, a, i, a_row, K, M)
-    for k in range(0, (K + SIDE - 1) // SIDE * WORDS, WORDS):
-        for m in range(0, M, WORDS):
-            _turn(rounding.words, m * row + k, row, pairs, k * wide + m, wide)
-    _round_pairs(pairs, 0, wide, b, j, b_row, K, N)
-    _squares(rounding, out, o, o_row, row, pairs, 0, wide, SIDE, size)
-
-
-@inner
 def outer(rounding, out, o, o_row, a, i, a_row, b, j, b_row, size):
     """`product` of the columns of `a`, out[o + m o_row + n] += sum over k < K of a[i + k a_row + m] * b[j + k b_row +
     n]: a weight's gradient, over K positions. In bfloat16 where `rounding` is on."""
+    M, N, K = size
     if AMX and rounding.on:
-        _rounded_outer(rounding, out, o, o_row, a, i, a_row, b, j, b_row, size)
+        row, wide = _words(K), (max(M, N) + WORDS - 1) // WORDS * WORDS
+        pairs, half = rounding.words, rounding.words.size // 2
+        _round_pairs(pairs, half, wide, a, i, a_row, K, M)
+        for k in range(0, (K + SIDE - 1) // SIDE * WORDS, WORDS):
+            for m in range(0, M, WORDS):
+                _turn(rounding.words, m * row + k, row, pairs, half + k * wide + m, wide)
+        _round_pairs(pairs, half, wide, b, j, b_row, K, N)
+        _squares(rounding.words, out, o, o_row, row, pairs, half, wide, SIDE, size)
     else:
         product(out, o, o_row, a, i, 1, a_row, b, j, b_row, size)
 

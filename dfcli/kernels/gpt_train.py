@@ -217,8 +217,9 @@ def _panels(s, at, batch, rounding):
         return np.empty(L * outputs * inputs, np.float32)
 
     panels = _Panels(
-        np.zeros(C * _round_up(s.V), np.float32), np.empty(_round_up(s.V) * C, np.float32), matrices(3 * C, C), matrices(3 * C, C),
-        matrices(C, C), matrices(C, C), matrices(F, C), matrices(F, C), matrices(C, F), matrices(C, F),
+        np.zeros(C * _round_up(s.V), np.float32), np.empty(_round_up(s.V) * C, np.float32),
+        matrices(3 * C, C), matrices(3 * C, C), matrices(C, C), matrices(C, C),
+        matrices(F, C), matrices(F, C), matrices(C, F), matrices(C, F),
     )  # fmt: skip
     _both(rounding, panels.head, panels.head_back, batch, at.head, 0, s.V, C)
     for layer in range(L):
@@ -297,7 +298,9 @@ def _branch(s, work, layer, kind, b, t0, n, weights, bias, x, i, panels):
     if s.dropout == 0:
         for t in range(n if s.biased else 0):
             add(stream, (t0 + t) * Cs, weights, bias + layer * C, C)
-        linear(work.rounding, stream, t0 * Cs, Cs, x, i, _row_stride(inputs), panels, layer * C * inputs, (n, C, inputs))
+        linear(
+            work.rounding, stream, t0 * Cs, Cs, x, i, _row_stride(inputs), panels, layer * C * inputs, (n, C, inputs)
+        )
         return
     set_rows(branch, 0, Cs, weights, bias + layer * C, n, C)
     linear(work.rounding, branch, 0, Cs, x, i, _row_stride(inputs), panels, layer * C * inputs, (n, C, inputs))
@@ -495,7 +498,9 @@ def _attention(s, at, b, layer, batch, panels, kept, work):
         n, row = min(BLOCK, T - t0), first + t0
         _norms(s, kept.h1, row * Cs, kept.scale1, row, stream, t0 * Cs, n)
         set_rows(kept.qkv, row * Qs, Qs, weights, at.qkv_bias + layer * 3 * C, n, 3 * C)
-        linear(work.rounding, kept.qkv, row * Qs, Qs, kept.h1, row * Cs, Cs, panels.qkv, layer * 3 * C * C, (n, 3 * C, C))
+        linear(
+            work.rounding, kept.qkv, row * Qs, Qs, kept.h1, row * Cs, Cs, panels.qkv, layer * 3 * C * C, (n, 3 * C, C)
+        )
         _place_queries(s, layer, t0, n, batch, kept)
         fill(kept.y, row * Cs, n * Cs, ZERO)
         for h in range(s.H):
@@ -544,7 +549,9 @@ def _mlp(s, at, b, layer, batch, panels, kept, work):
         n, row = min(BLOCK, T - t0), layer * T + t0
         _norms(s, kept.h2, row * Cs, kept.scale2, row, work.stream, t0 * Cs, n)
         set_rows(kept.inside, row * Fs, Fs, weights, at.expansion_bias + layer * F, n, F)
-        linear(work.rounding, kept.inside, row * Fs, Fs, kept.h2, row * Cs, Cs, panels.expansion, layer * C * F, (n, F, C))
+        linear(
+            work.rounding, kept.inside, row * Fs, Fs, kept.h2, row * Cs, Cs, panels.expansion, layer * C * F, (n, F, C)
+        )
         for t in range(n):
             activate(work.active, t * Fs, kept.inside, (row + t) * Fs, F, s.activation)
         _branch(s, work, layer, 3, b, t0, n, weights, at.contraction_bias, work.active, 0, panels.contraction)
@@ -743,7 +750,9 @@ class _Training:
         seed = int(torch.randint(2**62, ())) if p else 0
         biased = any(linear.biased or linear.norms for linear in self.linears)
         kinds = biased, c.norm == "rmsnorm", c.qk_norm, c.position == "rotary", ACTIVATIONS.index(c.activation)
-        return _Shape(T, c.vocab_size, c.layers, c.heads, c.channels, *kinds, p, p * c.embedding_dropout, seed, self.bfloat16)
+        return _Shape(
+            T, c.vocab_size, c.layers, c.heads, c.channels, *kinds, p, p * c.embedding_dropout, seed, self.bfloat16
+        )
 
     def joined(self, B: int, T: int) -> int:
         """How many short sequences are computed as one with several documents, so that the weights are read from memory
@@ -769,8 +778,8 @@ class _Training:
         weights = torch.empty(self.places.total)
         tokens, *parts = weights.split(self.sizes)
         tokens.copy_(core.tokens.weight.view(-1))
-        for linear, weight, bias in zip(self.linears, parts[::2], parts[1::2], strict=True):
-            linear.fold(weight, bias)
+        for layers, weight, bias in zip(self.linears, parts[::2], parts[1::2], strict=True):
+            layers.fold(weight, bias)
         joined = self.joined(B, T)
         s, tables, nothing = self.shape(joined * T), self.tables(ids), torch.empty(0)
         groups = min(self.workers.count, B // joined)
@@ -787,8 +796,8 @@ class _Training:
         self.workers.run(_step, s, self.places, batch, tables, out, count=groups)
         tokens, *grads = out.grads[0].split(self.sizes)
         found: list[tuple[Tensor, Tensor]] = [(core.tokens.weight, tokens.view(core.tokens.weight.shape))]
-        for linear, weight, bias in zip(self.linears, grads[::2], grads[1::2], strict=True):
-            found += linear.gradients(weight, bias)
+        for layers, weight, bias in zip(self.linears, grads[::2], grads[1::2], strict=True):
+            found += layers.gradients(weight, bias)
         if not s.rotary:
             table = core.positions.weight
             found.append((table, torch.zeros_like(table).index_add_(0, starts.flatten(), out.dx)))

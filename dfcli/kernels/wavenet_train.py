@@ -53,7 +53,7 @@ from dfcli.kernels.ops import ONE, TWO, ZERO, add, clamp, copy, cross_entropy, e
 from dfcli.kernels.threads import WorkerPool, barrier
 from dfcli.system.events import OnEvent
 
-BLOCK = 64  # positions
+BLOCK = 128  # positions
 SLOTS = 8  # for each thread: many, so that a thread that is held up delays little work
 WIDEST = 128  # residual channels: PyTorch's products of wider ones are faster than ours
 
@@ -431,7 +431,8 @@ def _scratch(shape):
     R, Ss, Hs, Vs = shape.residual, _row_stride(shape.skip), _row_stride(shape.head), _row_stride(shape.ids)
     rounded = rounding(shape.bfloat16, BLOCK, max(2 * R, shape.skip, shape.head, shape.ids))
     return Scratch(
-        rounded, np.empty(BLOCK * 2 * R, np.float32), np.empty(BLOCK * R, np.float32), np.empty(BLOCK * 2 * R, np.float32),
+        rounded,
+        np.empty(BLOCK * 2 * R, np.float32), np.empty(BLOCK * R, np.float32), np.empty(BLOCK * 2 * R, np.float32),
         np.empty(BLOCK * Ss, np.float32), np.empty(BLOCK * Hs, np.float32), np.empty(BLOCK * Hs, np.float32),
         np.zeros(BLOCK * Vs, np.float32),
     )  # fmt: skip

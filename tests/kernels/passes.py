@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from dfcli.cores.protocols import Pass as Kernel
+from dfcli.system.device import resolve
 from dfcli.training.loss import cross_entropy
 
+needs_amx = pytest.mark.skipif(resolve("cpu").precision != "bfloat16", reason="for processors with AMX")
 Pass = tuple[Tensor, dict[str, Tensor]]  # the loss, and the gradients of the parameters that have one
 
 
@@ -24,6 +27,21 @@ def plain(core: nn.Module) -> Kernel:
         return loss.detach(), [(p, grad) for p, grad in zip(ps, grads, strict=True) if grad is not None]
 
     return backward
+
+
+def autocast(core: nn.Module) -> Kernel:
+    """By the core's own `forward` with products in bfloat16."""
+
+    def backward(*given: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return plain(core)(*given)
+
+    return backward
+
+
+def both(core: nn.Module) -> tuple[Kernel, Kernel]:
+    """By PyTorch in float32 and in bfloat16."""
+    return plain(core), autocast(core)
 
 
 def one(
@@ -69,3 +87,13 @@ def assert_same_bits(core: nn.Module, kernel: Kernel, ids: Tensor, targets: Tens
         again = one(core, kernel, ids, targets)
         assert torch.equal(first[0], again[0])
         assert all(torch.equal(first[1][name], again[1][name]) for name in first[1])
+
+
+def assert_rounded(found: Pass, expected: Pass, autocast: Pass) -> None:
+    """`found` is not `expected`, but no farther from it than twice what PyTorch's products in bfloat16 are, all in all
+    and in each parameter, where the least error that counts is a thousandth of the norm."""
+    assert found[0] != expected[0]
+    assert abs(found[0] - expected[0]) <= 2 * abs(autocast[0] - expected[0]) + 1e-3 * expected[0]
+    for name, grad in expected[1].items():
+        error, usual = ((each[1][name] - grad).norm() for each in (found, autocast))
+        assert error <= 2 * usual + 1e-3 * grad.norm(), name

@@ -68,6 +68,20 @@ def test_loss_and_gradients_are_the_cores(
     passes.assert_alike(found, expected, 1e-5)
 
 
+@passes.needs_amx
+@pytest.mark.parametrize(("config", "B", "T", "threads"), CASES)
+def test_in_bfloat16_they_are_near(config: dict[str, Any], B: int, T: int, threads: int) -> None:
+    core = model(**config)
+    given = batch(core, B, T, True)
+    kernel = build(core, WorkerPool(threads), ignore, "bfloat16")
+    found, expected, autocast = (passes.one(core, each, *given) for each in (kernel, *passes.both(core)))
+    if core.config.channels % 32:  # is left in float32
+        passes.assert_alike(found, expected, 1e-5)
+    else:
+        passes.assert_rounded(found, expected, autocast)
+    passes.assert_same_bits(core, kernel, given[0], given[0])
+
+
 def test_random_configs() -> None:
     chance = random.Random(7)
     for seed in range(12):

@@ -64,6 +64,18 @@ def test_loss_and_gradients_are_the_cores(
     passes.assert_alike(found, expected, 1e-5)
 
 
+@passes.needs_amx
+@pytest.mark.parametrize(("config", "B", "T", "threads"), CASES)
+def test_in_bfloat16_they_are_near(config: dict[str, Any], B: int, T: int, threads: int) -> None:
+    core = model(**CONDITIONS | {"residual": 32, "skip": 64, "head": 96} | {"kernel": config.get("kernel", 2)})
+    ids, condition = torch.randint(20, (B, T)), rows(B, T)
+    given = ids, ids, passes.starts(B, T), condition
+    kernel = build(core, WorkerPool(threads), ignore, "bfloat16")
+    found, expected, autocast = (passes.one(core, each, *given) for each in (kernel, *passes.both(core)))
+    passes.assert_rounded(found, expected, autocast)
+    passes.assert_alike(found, passes.one(core, kernel, *given), 0)
+
+
 @pytest.mark.parametrize("sequences", [1, 4, 40])
 def test_the_memory_estimate_is_what_a_pass_takes(sequences: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the largest tensors that it makes: right within a tenth."""

@@ -17,11 +17,25 @@ def gpu(name: str, precision: str = "bfloat16") -> devices.Device:
     return devices.Device(torch.device("cuda", 0), "cuda", name, precision, "", 1)
 
 
-def test_cpu_is_float32_and_says_why():
+@pytest.mark.parametrize(("units", "precision"), [(False, "float32"), (True, "bfloat16")])
+def test_a_cpu_has_the_precision_it_has_units_for_and_says_why(units: bool, precision: str, monkeypatch: Any):
+    monkeypatch.setattr(devices, "_has_amx", lambda: units)
     cpu = devices.resolve("cpu")
-    assert (cpu.kind, cpu.precision, cpu.torch_device) == ("cpu", "float32", torch.device("cpu"))
-    assert "float32" in cpu.reason
+    assert (cpu.kind, cpu.precision, cpu.torch_device) == ("cpu", precision, torch.device("cpu"))
+    assert precision in cpu.reason
     assert f"{cpu.threads} thread" in cpu.name
+
+
+@pytest.mark.parametrize(("unit", "answer"), [(False, 0), (True, -1)])
+def test_a_unit_that_is_missing_or_not_allowed_is_not_used(unit: bool, answer: int, monkeypatch: Any):
+    class Library:
+        def syscall(self, *arguments: int) -> int:
+            return answer
+
+    monkeypatch.setattr(devices.sys, "platform", "linux")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": unit})
+    monkeypatch.setattr(devices.ctypes, "CDLL", lambda name: Library())
+    assert not devices._has_amx.__wrapped__()
 
 
 def test_auto_takes_the_best_device_there_is():
@@ -197,10 +211,11 @@ def test_peak_rate_of_a_cpu_is_measured_once():
 def test_autocast_follows_the_precision():
     cpu = devices.resolve("cpu")
     a = torch.ones(4, 4)
-    with cpu.autocast():
-        assert (a @ a).dtype == torch.float32
-    with dataclasses.replace(cpu, precision="bfloat16").autocast():
-        assert (a @ a).dtype == torch.bfloat16
+    for precision, training, dtype in (
+        ("float32", True, torch.float32), ("bfloat16", False, torch.float32), ("bfloat16", True, torch.bfloat16)
+    ):  # fmt: skip
+        with dataclasses.replace(cpu, precision=precision).autocast(training):
+            assert (a @ a).dtype == dtype
     assert (a @ a).dtype == torch.float32
 
 
