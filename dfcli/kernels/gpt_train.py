@@ -657,6 +657,11 @@ def supports(c: GPTConfig) -> str | None:
     return unsupported_cpu()
 
 
+def rounds(c: GPTConfig) -> bool:
+    """Whether `build` can take products in bfloat16 for a model of this config, on this processor."""
+    return AMX and c.channels % SIDE == 0
+
+
 class _Linears:
     """The linear layers of one kind, [L, outputs, inputs], each with the gain and bias of the norm before it multiplied
     in: W (g x + b) + c = (W g) x + (W b + c)."""
@@ -731,7 +736,7 @@ class _Training:
 
     def __init__(self, core: GPT, workers: WorkerPool, precision: str) -> None:
         self.core, self.workers, blocks = core, workers, core.blocks
-        self.bfloat16 = precision == "bfloat16" and AMX and core.config.channels % SIDE == 0
+        self.bfloat16 = precision == "bfloat16" and rounds(core.config)
         self.embeddings = list(core.ngrams.tables) if core.config.ngrams > 1 else []
         self.linears = [
             _Linears([core.head], [core.norm]),

@@ -485,6 +485,11 @@ def supports(c: WaveNetConfig) -> str | None:
     return unsupported_cpu()
 
 
+def rounds(c: WaveNetConfig) -> bool:
+    """Whether `build` can take products in bfloat16 for a model of this config, on this processor."""
+    return AMX and not any(width % SIDE for width in (c.residual, c.skip, c.head))
+
+
 def slot_bounds(sequences: int, length: int, threads: int) -> tuple[list[int], bool]:
     """Where the slots of so many sequences begin, with the end, and whether the threads share the sequences."""
     N = sequences * length
@@ -539,8 +544,8 @@ def _model(core: WaveNet, shape: Shape, parameters: _Parameters, gate_rows: Tens
     by_layer = skip.unflatten(1, (-1, shape.residual))  # [S, L, R]
     forward = (by_tap.permute(0, 2, 3, 1), residual.mT, by_layer.permute(1, 2, 0), head1.T, head2.T)
     backward = (by_tap.transpose(1, 2), residual, by_layer.transpose(0, 1), head1, head2)
-    panels = (Matrices(*(_panels(each, shape.bfloat16) for each in way)) for way in (forward, backward))
-    return Model(shape, core.table.weight, *panels, Biases(residual_bias, *biases), gate_rows)
+    there, back = (Matrices(*(_panels(each, shape.bfloat16) for each in way)) for way in (forward, backward))
+    return Model(shape, core.table.weight, there, back, Biases(residual_bias, *biases), gate_rows)
 
 
 def _runs(index: Tensor | None, bounds: list[int]) -> tuple[Tensor, Tensor]:
@@ -599,7 +604,7 @@ def build(core: nn.Module, workers: WorkerPool, on_event: OnEvent, precision: st
     assert isinstance(core, WaveNet)
     c, parameters = core.config, _parameters(core)
     dilations, normed = np.array(c.all_dilations), c.norm == "rmsnorm"
-    bfloat16 = precision == "bfloat16" and AMX and not any(size % SIDE for size in (c.residual, c.skip, c.head))
+    bfloat16 = precision == "bfloat16" and rounds(c)
     shape = Shape(dilations, c.kernel, c.residual, c.skip, c.head, c.vocab_size, normed, bfloat16)
     workers.load(on_event, (_pass, _nothing(shape)))
 

@@ -21,6 +21,7 @@ from dfcli.training import optim, sharding
 from dfcli.training.loss import cross_entropy
 from dfcli.training.settings import Recipe
 
+WIDE = 256  # channels of a GPT from which on PyTorch is faster in bfloat16 on a CPU with units for it
 ROOM = 1.25  # times as many rows of a condition as the first batch has: few others have more
 
 
@@ -29,7 +30,6 @@ def choose(
 ) -> Backend:
     """The backend for a core on its device, its kernels compiled: the same in each process, whose weights would drift
     apart otherwise. The choice is told; where kernels fail, training goes on with PyTorch alone."""
-    device = in_precision(device, core.config, recipe)
     sharded = "the weights are in parts over several processes" if sharding.is_sharded(core) else None
     reason, compiled = sharded or unsupported(core.config, recipe, device), None
     if reason is None:
@@ -39,18 +39,24 @@ def choose(
             reason = f"the compiled kernels do not work here ({first_line(error)[:200]})"
     missing, _ = processes.agree(int(compiled is None), 0.0)
     if compiled is not None and not missing:
-        on_event(Choice("backend", "compiled", f"kernels for this model on this CPU, in {device.precision}"))
+        on_event(Choice("backend", "compiled", f"kernels for this model on this CPU, in {compiled.device.precision}"))
         return compiled
     on_event(Choice("backend", "PyTorch", reason or "the compiled kernels do not work in every process"))
     return TorchBackend(core, recipe, device)
 
 
-def in_precision(device: Device, config: cores.CoreConfig, recipe: Recipe) -> Device:
+def in_precision(device: Device, config: cores.CoreConfig, recipe: Recipe, compiled: bool = True) -> Device:
     """The device with the precision of a training's products: its own, except where the recipe asks for float32 or a
-    CPU computes that faster: small models without kernels, whose conversions cost more than the products."""
-    wide = isinstance(config, cores.WaveNetConfig) or (isinstance(config, cores.GPTConfig) and config.channels >= 256)
-    slower = device.kind == "cpu" and not wide and unsupported(config, recipe, device) is not None
-    return replace(device, precision="float32") if slower or recipe.precision == "float32" else device
+    CPU computes that faster. Kernels take bfloat16 for some widths; by PyTorch, of a small model (or where kernels are
+    not to be `compiled`), the conversions cost more than the products."""
+    wide = isinstance(config, cores.WaveNetConfig) or (isinstance(config, cores.GPTConfig) and config.channels >= WIDE)
+    if recipe.precision == "float32":
+        rounded = False
+    elif device.kind == "cpu" and compiled and unsupported(config, recipe, device) is None:
+        rounded = _kernel(config).rounds(config)
+    else:
+        rounded = device.kind != "cpu" or wide
+    return device if rounded else replace(device, precision="float32")
 
 
 def unsupported(config: cores.CoreConfig, recipe: Recipe, device: Device) -> str | None:
@@ -99,7 +105,8 @@ class TorchBackend:
     name = "torch"
 
     def __init__(self, core: cores.Core, recipe: Recipe, device: Device) -> None:
-        self._core, self._forward, self._device = core, core, device
+        self._core, self._forward = core, core
+        self.device = in_precision(device, core.config, recipe, self.name == "compiled")
         self._recipe, self._last = recipe, recipe.packing == "last"
         self._graph: Any = None  # kernels.cuda.graph.Replayed of `_gradients`
         self._learning: list[torch.nn.Parameter] = []  # the parameters of its gradients
@@ -124,7 +131,7 @@ class TorchBackend:
         return loss.detach()
 
     def _loss(self, ids: Tensor, targets: Tensor, positions: Tensor | None, condition: Any = None) -> Tensor:
-        with self._device.autocast(training=True):
+        with self.device.autocast(training=True):
             more = {} if condition is None else {"condition": condition}
             logits = self._forward(ids, positions, self._last, **more)
             return cross_entropy(logits, targets[:, -1:] if self._last else targets)
@@ -162,11 +169,11 @@ class TorchBackend:
         """Make the pass faster where that is possible: torch.compile, and on CUDA a graph of all its kernels. Passes of
         a batch try it, and change nothing; where that fails it is told, and the pass stays as it was. Sharded weights
         are left alone: not tried on a GPU yet."""
-        on_cuda = self._device.kind == "cuda" and self._recipe.compile != "off"
+        on_cuda = self.device.kind == "cuda" and self._recipe.compile != "off"
         if self._sharded or not (on_cuda or self._recipe.compile == "on"):
             return
         buffers = {name: buffer.clone() for name, buffer in self._core.named_buffers()}  # BatchNorm's, which it moves
-        one = tensors(batch(), self._device)
+        one = tensors(batch(), self.device)
         if one[3] is not None:
             self._room = round(ROOM * max(len(rows) for rows in one[3][:2] if rows is not None))
         try:
@@ -182,7 +189,7 @@ class TorchBackend:
     def _compile(self, example: list[Tensor | None], on_event: OnEvent) -> None:
         """torch.compile where the recipe asks for it or it pays: on CUDA for budgets of more than two minutes or 2,000
         steps, because it takes half a minute in each process. On a CPU it has not been shown to pay."""
-        r, kind = self._recipe, self._device.kind
+        r, kind = self._recipe, self.device.kind
         wanted = r.compile == "auto" and kind == "cuda" and (r.minutes > 2 or r.steps > 2000)
         if not (r.compile == "on" or wanted):
             return
@@ -214,7 +221,7 @@ class CompiledBackend(TorchBackend):
 
         super().__init__(core, recipe, device)
         workers = WorkerPool(device.threads)
-        self._pass: Pass = _kernel(core.config).build(core, workers, on_event, device.precision)
+        self._pass: Pass = _kernel(core.config).build(core, workers, on_event, self.device.precision)
         self._kernels = OptimizerKernels(workers, lambda _: None)
         self.threads = 1  # what is left to PyTorch is too short to be worth waking threads for
 

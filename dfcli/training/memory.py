@@ -35,6 +35,7 @@ def estimate(core: str, config: cores.CoreConfig, recipe: Recipe, device: Device
     """About how much memory training takes in each process, in bytes: weights, gradients and optimiser state in
     float32, in `shards` parts, and what a micro-batch keeps for its backward pass, counted from the tensors that each
     layer saves."""
+    device = backend.in_precision(device, config, recipe)
     optimizer = {"sgd": int(recipe.momentum > 0), "adamw": 2, "muon": 2}[recipe.optimizer]
     half = device.precision == "bfloat16"  # what stays in float32 there, such as norms, counts twice
     c: Any = config
@@ -50,6 +51,7 @@ def estimate(core: str, config: cores.CoreConfig, recipe: Recipe, device: Device
     if core == "gpt" and shards == 1 and backend.unsupported(config, recipe, device) is None:
         # Each thread: its gradients, the weights packed for both ways, what it keeps of one row. The n-grams' gradients
         # and places are the whole batch's.
+        half = False  # what is kept is in float32
         weights += 3 * 4 * device.threads * (config.parameters() - tables)
         weights += rows * window * c.ngrams * (4 * c.channels + 24)
         kept = c.layers * (10 * c.channels + c.heads * window)

@@ -148,13 +148,16 @@ def test_compiled_training_ends_as_training_without_it(
         torch.manual_seed(0)
         core, events = cores.build(core_name, values), []
         asked = "off" if compile == "off" else "auto"
-        recipe = Recipe(steps=3, batch_size=3, accumulate=2, optimizer=optimizer, lr=0.01, clip=1.0, compile=asked)
+        recipe = Recipe(
+            steps=3, batch_size=3, accumulate=2, optimizer=optimizer, lr=0.01, clip=1.0, compile=asked,
+            precision="float32",
+        )  # fmt: skip
         made = trainer(core, recipe, Memory(), on_event=events.append)
         assert made.run() is None
         assert (made.backend.name == "torch") == (compile != "auto")
         weights.append(core.state_dict())
         reasons += [event.reason for event in events if isinstance(event, Choice)]
-    assert reasons[0] == "kernels for this model on this CPU"
+    assert reasons[0] == "kernels for this model on this CPU, in float32"
     assert reasons[1] == "`compile` is off"
     assert reasons[2].startswith("the compiled kernels do not work here (ZeroDivisionError")
     for name, weight in weights[1].items():

@@ -144,7 +144,10 @@ def test_accumulated_micro_batches_equal_one_batch() -> None:
             return Batch(torch.cat([p.ids for p in parts]), torch.cat([p.targets for p in parts]), None)
 
     grads = []
-    for recipe, source in ((Recipe(batch_size=2, accumulate=3), Rows(2)), (Recipe(batch_size=6), Whole(6))):
+    for recipe, source in (
+        (Recipe(batch_size=2, accumulate=3, precision="float32"), Rows(2)),
+        (Recipe(batch_size=6, precision="float32"), Whole(6)),
+    ):
         core = build("wavenet")
         one = trainer(core, recipe, Memory(), source=source)
         nats, tokens, norm = one.gradients(0)
@@ -158,7 +161,7 @@ def test_accumulated_micro_batches_equal_one_batch() -> None:
 
 def test_the_gradient_is_that_of_the_mean_loss() -> None:
     core = build("wavenet")
-    nats, tokens, norm = trainer(core, Recipe(batch_size=4), Memory()).gradients(3)
+    nats, tokens, norm = trainer(core, Recipe(batch_size=4, precision="float32"), Memory()).gradients(3)
     found = [p.grad.clone() for p in core.parameters() if p.grad is not None]
     core.zero_grad()
     batch = Rows(4).at(3)
@@ -391,7 +394,8 @@ def test_batches_drawn_while_a_gpu_computes_are_those_of_their_steps(monkeypatch
     """A CPU that is said to be a GPU: the same weights, and each batch is drawn one step ahead."""
     ends, asked = [], []
     for device in (DEVICE, dataclasses.replace(DEVICE, kind="cuda")):
-        core, recipe = build("wavenet"), Recipe(batch_size=2, accumulate=2, steps=3, compile="off")
+        core = build("wavenet")
+        recipe = Recipe(batch_size=2, accumulate=2, steps=3, compile="off", precision="float32")
         one = Trainer(core, recipe, Rows(2), Memory(), device, seed=5)
         drawn: list[int] = []
         monkeypatch.setattr(
