@@ -55,7 +55,7 @@ from dfcli.system.events import OnEvent
 
 BLOCK = 128  # positions
 SLOTS = 8  # for each thread: many, so that a thread that is held up delays little work
-WIDEST = 128  # residual channels: PyTorch's products of wider ones are faster than ours
+WIDEST = {"float32": 128, "bfloat16": 256}  # residual channels: beyond, PyTorch is faster or was not compared
 
 _row_stride, _round_up = inner(row_stride), inner(round_up)
 
@@ -472,16 +472,17 @@ def wavenet_pass(worker, workers, flags, yielder, model, batch, buffers, gradien
 # ---- from PyTorch
 
 
-def supports(c: WaveNetConfig) -> str | None:
-    """None where `build` takes a model of this config, else the reason, a clause."""
+def supports(c: WaveNetConfig, precision: str = "float32") -> str | None:
+    """None where `build` takes a model of this config on a CPU of this precision, else the reason, a clause."""
+    widest = WIDEST[precision if rounds(c) else "float32"]
     if reason := unknown(c):
         return reason
     if not c.bias or c.layers < 2 or c.embedding or c.decoder:
         return "the WaveNet kernel needs biases, two layers or more, and no separate embedding or decoder"
     if any(width % COLUMNS for width in (c.residual, c.skip, c.head)):
         return f"the WaveNet kernel needs channels in multiples of {COLUMNS}"
-    if c.residual > WIDEST:
-        return f"the WaveNet kernel is for at most {WIDEST} residual channels; beyond, PyTorch is faster"
+    if c.residual > widest:
+        return f"the WaveNet kernel is for at most {widest} residual channels; beyond, PyTorch is faster"
     return unsupported_cpu()
 
 

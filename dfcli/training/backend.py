@@ -67,9 +67,10 @@ def unsupported(config: cores.CoreConfig, recipe: Recipe, device: Device) -> str
         return "the compiled kernels are for a CPU"
     if recipe.packing == "last":
         return "the compiled kernels score every position"
+    precision = "float32" if recipe.precision == "float32" else device.precision
     try:
         kernel = _kernel(config)
-        return "there are no kernels for this core" if kernel is None else kernel.supports(config)
+        return "there are no kernels for this core" if kernel is None else kernel.supports(config, precision)
     except Exception as error:  # a missing or broken numba raises ImportError, OSError and others
         return f"the compiled kernels cannot be imported ({first_line(error)[:200]})"
 

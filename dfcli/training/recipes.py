@@ -42,6 +42,7 @@ NGRAM_TOKENS = (20_000, 100_000, 500_000, 500_000, 500_000)  # from so many ids 
 GOING_ON = 0.3  # of the earlier peak rates, for weights that are trained already
 PRETRAINED_LR = 5e-5  # AdamW, for weights trained elsewhere
 EFFICIENCY = 0.45  # the share of a device's peak rate that a small model's training usually reaches,
+ROUNDED_EFFICIENCY = 0.13  # or of a CPU's in bfloat16: conversions, attention and sums take no part in that rate;
 # and on a GPU at most so many FLOP/s, about what an H200 reached: small models cannot fill it.
 MOST_ON_GPU = {"gpt": 1e14, "wavenet": 2e13}
 
@@ -111,7 +112,8 @@ class Draft:
         peak = self.device.peak_flops()
         if peak is None:
             return None
-        return min(EFFICIENCY * peak, MOST_ON_GPU.get(self.core, peak) if self.on_gpu else peak) * processes.count()
+        share = EFFICIENCY if self.on_gpu or self.device.precision == "float32" else ROUNDED_EFFICIENCY
+        return min(share * peak, MOST_ON_GPU.get(self.core, peak) if self.on_gpu else peak) * processes.count()
 
     def tell(self, what: str, value: str, reason: str) -> None:
         """Note the reason of a choice."""

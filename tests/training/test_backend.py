@@ -27,8 +27,8 @@ GPT = {
 WAVENET = {"vocab_size": 11, "dilations": (1, 2), "cycles": 1, "residual": 16, "skip": 16, "head": 16}
 
 
-def reason(core: str, values: dict[str, Any], **others: Any) -> str | None:
-    return unsupported(cores.config(core, values | others), Recipe(), resolve("cpu"))
+def reason(core: str, values: dict[str, Any], recipe: Recipe = Recipe(), **others: Any) -> str | None:  # noqa: B008
+    return unsupported(cores.config(core, values | others), recipe, resolve("cpu"))
 
 
 @pytest.fixture(autouse=True)
@@ -38,12 +38,12 @@ def processor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_whom_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason("gpt", GPT) is None
-    for other in ({"channels": 24}, {"channels": 192}, {"context": 1024}):
+    for other in ({"channels": 24}, {"channels": 416}, {"context": 1024}):
         assert reason("gpt", GPT, **other), other
     assert reason("wavenet", WAVENET) is None
     for other in (
         {"residual": 20},
-        {"residual": 256},
+        {"residual": 288},
         {"skip": 24},
         {"head": 24},
         {"bias": False},
@@ -52,6 +52,11 @@ def test_whom_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
         {"dilations": (3,)},
     ):
         assert reason("wavenet", WAVENET, **other), other
+    for values in (GPT | {"channels": 384}, WAVENET | {"residual": 256, "skip": 32, "head": 32}):
+        core = "gpt" if "channels" in values else "wavenet"
+        units = resolve("cpu").precision == "bfloat16"
+        assert (reason(core, values) is None) == units  # wide ones pay in bfloat16 alone
+        assert reason(core, values, recipe=Recipe(precision="float32"))
     assert reason("charwavenet", {"vocab_size": 11})
     monkeypatch.setattr(platform, "machine", lambda: "arm64")
     assert reason("gpt", GPT)
