@@ -87,9 +87,9 @@ class TextCodec(Codec):
         """A fresh decoder for ids that arrive one by one."""
 
     @property
+    @abstractmethod
     def id_of_newline(self) -> int | None:
         """The id of a line break alone, or None where the vocabulary has none."""
-        raise NotImplementedError
 
 
 def checked_ids(ids: Iterable[int] | np.ndarray, vocab_size: int) -> np.ndarray:
