@@ -94,7 +94,7 @@ class GPTConfig:
     def parameters(self) -> int:
         """Trainable parameters: tied weights once, position and n-gram tables included."""
         C, V = self.channels, self.vocab_size
-        norm = 0 if self.norm == "rmsnorm" else C * (1 + self.bias)
+        norm = {"layernorm": C * (1 + self.bias), "rmsnorm": 0}[self.norm]
         attention = 3 * C * (C + self.qkv_bias) + C * (C + self.bias)
         mlp = 4 * C * (C + self.bias) + C * (4 * C + self.bias)
         positions = self.context * C if self.position == "learned" else 0
@@ -116,7 +116,7 @@ class Norm(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.channels = config.channels
-        self.rms = config.norm == "rmsnorm"
+        self.rms = {"layernorm": False, "rmsnorm": True}[config.norm]
         self.weight = None if self.rms else nn.Parameter(torch.ones(config.channels))
         self.bias = nn.Parameter(torch.zeros(config.channels)) if config.bias and not self.rms else None
 

@@ -150,7 +150,7 @@ class Layer(nn.Module):
         self.kernel, self.dilation = config.kernel, dilation
         self.past = (config.kernel - 1) * dilation
         self.channels = config.residual
-        self.normed = config.norm == "rmsnorm"
+        self.normed = {"none": False, "rmsnorm": True}[config.norm]
         self.dilated = nn.Linear(config.kernel * config.residual, 2 * config.residual, bias=config.bias)
         self.residual = nn.Linear(config.residual, config.residual, bias=config.bias)
         self.condition = nn.Linear(config.row, 2 * config.residual, bias=False) if config.row else None

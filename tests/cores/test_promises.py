@@ -172,3 +172,11 @@ def test_config_survives_json(name: str) -> None:
 def test_bounds(name: str, values: dict, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         cores.config(name, values)
+
+
+@pytest.mark.parametrize("name", ["nano", "paper"])
+def test_a_norm_that_only_the_check_knows_is_not_taken_for_the_default(name: str) -> None:
+    config = small(name).config
+    object.__setattr__(config, "norm", "tanhnorm")
+    with pytest.raises(KeyError, match="tanhnorm"):
+        cores.GPT(config) if isinstance(config, cores.GPTConfig) else cores.WaveNet(config)  # pyright: ignore[reportArgumentType]
