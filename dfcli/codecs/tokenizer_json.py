@@ -6,17 +6,27 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from dfcli.codecs.base import TextCodec
+from dfcli.codecs.base import Codec, TextCodec
 from dfcli.codecs.bpe import BPE, FILE, parts_of
 from dfcli.codecs.bytelevel import END_OF_TEXT, printable_to_byte
 from dfcli.codecs.gpt2 import GPT2
 from dfcli.codecs.text import Bytes, Chars
+from dfcli.errors import UsageError
 from dfcli.system.files import strict_json
 
 
+def check_exportable(codec: Codec) -> None:
+    """Raise UsageError where `tokenizer_json` has no case for a codec."""
+    if not isinstance(codec, BPE | Bytes | Chars | GPT2):
+        raise UsageError(
+            f"a model with the codec {codec.name} cannot be exported: there is no tokenizer.json for this codec",
+            "train one on text with `--codec chars`, `bytes`, `gpt2` or `bpe`",
+        )
+
+
 def tokenizer_json(codec: TextCodec) -> bytes:
-    """The content of tokenizer.json for a codec; of a BPE its own file, byte for byte. A character that the alphabet
-    lacks is an error there too."""
+    """The content of tokenizer.json for a codec that `check_exportable` accepts; of a BPE its own file, byte for byte.
+    A character that the alphabet lacks is an error there too."""
     if isinstance(codec, BPE):
         return codec.files[FILE]
     parts: dict[str, Any]

@@ -19,7 +19,7 @@ from typing import Any
 from dfcli.codecs import TextCodec
 from dfcli.codecs.bpe import FILE as TOKENIZER
 from dfcli.codecs.bytelevel import END_OF_TEXT
-from dfcli.codecs.tokenizer_json import tokenizer_json, with_beginning
+from dfcli.codecs.tokenizer_json import check_exportable, tokenizer_json, with_beginning
 from dfcli.errors import UsageError
 from dfcli.runs import layouts
 from dfcli.runs.huggingface import CONFIG, WEIGHTS
@@ -72,8 +72,8 @@ def _refuse(field: str, value: object, what: str, instead: str) -> None:
 def export(run: Run, folder: Path, checkpoint: str | int = "best") -> Exported:
     """Write a checkpoint of a run and its codec into a new folder, whole or not at all.
 
-    UsageError where the model cannot be exported, naming the field, or the folder exists; DfError where it cannot be
-    written; CorruptError for a damaged checkpoint.
+    UsageError where the model cannot be exported, naming the field or the codec, or the folder exists; DfError where it
+    cannot be written; CorruptError for a damaged checkpoint.
     """
     from dfcli import cores
     from dfcli.runs import tensors
@@ -82,6 +82,7 @@ def export(run: Run, folder: Path, checkpoint: str | int = "best") -> Exported:
     config: Any = cores.config(description["name"], description["config"])
     form = architecture(description["name"], config)
     codec = run.codec
+    check_exportable(codec)
     assert isinstance(codec, TextCodec)
     saved = run.load(checkpoint)
     ends = {"bos_token_id": run.dataset["boundary"], "eos_token_id": _end(run, codec), "pad_token_id": None}

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from dfcli import cores
 from dfcli.codecs import MuLaw
+from dfcli.codecs.tokenizer_json import check_exportable
 from dfcli.data.conditions import Conditioning, conditioning
 from dfcli.data.dataset import Dataset, reopen
 from dfcli.errors import UsageError
@@ -97,6 +98,8 @@ class Plan:
         """The architecture that `df runs export` would write, or None, and a sentence about it."""
         try:
             form = architecture(self.core, self.config)
+            if self.dataset:
+                check_exportable(self.dataset.codec)
         except UsageError as error:
             return None, f"no: {error.message}" + (f"; {error.hint}" if error.hint else "")
         return form, f"as {form} of transformers: `df runs export`"

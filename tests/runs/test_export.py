@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from dfcli import cores
-from dfcli.codecs import BPE, GPT2, Bytes, Chars, TextCodec
+from dfcli.codecs import BPE, GPT2, Bytes, Chars, Codec, MuLaw, TextCodec
 from dfcli.codecs.tokenizer_json import beginning, tokenizer_json, with_beginning
 from dfcli.cores import GPTConfig
 from dfcli.errors import DfError, UsageError
@@ -210,6 +210,26 @@ def test_what_cannot_go_is_refused_with_the_way_round_it(tmp_path: Path, case: t
     assert architecture("gpt", GPTConfig(256, 32, 2, 2, 24, **changed))  # the way round it leads somewhere
     with pytest.raises(UsageError, match="a wavenet cannot be exported"):
         architecture("wavenet", cores.WaveNetConfig(256))
+
+
+class Later(TextCodec):
+    """A codec that is added later, and that the exporter has no case for."""
+
+    name, vocab_size = "later", 256
+    encode, decode, decoder, id_of_newline = Bytes.encode, Bytes.decode, Bytes.decoder, Bytes.id_of_newline
+    to_json, from_json = Bytes.to_json, Bytes.from_json
+
+
+@pytest.mark.parametrize("codec", [Later(), MuLaw(8000)])
+def test_a_codec_without_a_tokenizer_json_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: Codec
+) -> None:
+    run = make_run(Bytes())
+    monkeypatch.setattr(Run, "codec", codec)
+    with pytest.raises(UsageError, match=f"a model with the codec {codec.name} cannot be exported") as caught:
+        export(run, tmp_path / "hf")
+    assert "--codec chars" in caught.value.hint
+    assert not (tmp_path / "hf").exists()
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
