@@ -34,7 +34,7 @@ from dfcli.cores.wavenet import Condition, WaveNet, WaveNetConfig
 from dfcli.kernels.compile import Compiled, inner
 from dfcli.kernels.gemm import join, multiply, pad, padded, tiles, to_bfloat16
 from dfcli.kernels.known import unknown
-from dfcli.kernels.ops import ZERO, add, copy, copy_to_rows, fill, relu, tanh_sigmoid
+from dfcli.kernels.ops import ZERO, add, copy, copy_to_rows, fill, norm, relu, tanh_sigmoid
 from dfcli.kernels.pick import pick
 from dfcli.kernels.threads import ThreadedEngine
 from dfcli.system.device import Device
@@ -82,17 +82,6 @@ class _State(NamedTuple):
 
 
 @inner
-def _norm(out, x, o, channels, R):
-    """RMSNorm without gain, as torch's, of x[o : o + R] into `out`: x / sqrt(mean square + smallest step above 1)."""
-    total = np.float32(0)
-    for i in range(channels):
-        total += x[uintp(o + i)] * x[uintp(o + i)]
-    scale = np.float32(1 / np.sqrt(total / np.float32(channels) + np.float32(2**-23)))
-    for i in range(R):
-        out[uintp(o + i)] = x[uintp(o + i)] * scale
-
-
-@inner
 def _gate(out, o, sums, s, bias, b, R):
     """out[o : o + R] = tanh of R sums times sigmoid of the next R, each with its bias."""
     for i in range(R):
@@ -115,7 +104,7 @@ def _step(model, state, told, j, B):
         queue, block = layers[layer, 3] * B * R, layers[layer, 4] * B * 2 * R
         if model.normed:
             for b in range(B):
-                _norm(inputs, stream, b * R, model.channels, R)
+                norm(inputs, b * R, stream, b * R, model.channels)  # the padding stays zero
         else:
             copy(inputs, 0, stream, 0, B * R)
         if t % ahead == 0:
