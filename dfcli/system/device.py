@@ -166,6 +166,15 @@ def set_threads() -> int:
     return threads
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a device or on the machine."""
+    # Of the CPU's allocator; of cuBLAS, cuDNN and the driver; of MPS.
+    said = ("can't allocate memory", "not enough memory", "ALLOC_FAILED", "out of memory")
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in said)
+
+
 @contextmanager
 def pytorch_threads(count: int) -> Iterator[None]:
     """Inside the block an operation of PyTorch uses so many threads of the CPU."""

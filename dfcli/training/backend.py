@@ -13,7 +13,7 @@ from torch import Tensor
 from dfcli import cores
 from dfcli.cores.protocols import Backend, Pass
 from dfcli.data.batches import Batch
-from dfcli.system.device import Device
+from dfcli.system.device import Device, out_of_memory
 from dfcli.system.events import Choice, Note, OnEvent
 from dfcli.system.processes import ALONE, Processes
 from dfcli.system.words import first_line
@@ -169,7 +169,9 @@ class TorchBackend:
     def warm_up(self, batch: Callable[[], Batch], on_event: OnEvent) -> None:
         """Make the pass faster where that is possible: torch.compile, and on CUDA a graph of all its kernels. Passes of
         a batch try it, and change nothing; where that fails it is told, and the pass stays as it was. Sharded weights
-        are left alone: not tried on a GPU yet."""
+        are left alone: not tried on a GPU yet. Raises what PyTorch raises where memory runs out."""
+        if self._sharded and self._recipe.compile == "on":
+            on_event(Note("`compile=on` has no effect: weights in parts over several processes are trained uncompiled"))
         on_cuda = self.device.kind == "cuda" and self._recipe.compile != "off"
         if self._sharded or not (on_cuda or self._recipe.compile == "on"):
             return
@@ -198,6 +200,8 @@ class TorchBackend:
             self._forward, self.sparse = torch.compile(self._core), False  # it cannot compile sparse gradients
             self._gradients(*example)
         except Exception as error:  # whatever the compiler of this machine raises
+            if out_of_memory(error):  # `memory.explained` says what to lower
+                raise
             on_event(Note(f"torch.compile does not work here ({first_line(error)[:200]}); training uncompiled"))
             self._forward, self.sparse = self._core, kind == "cpu"
 
@@ -208,6 +212,8 @@ class TorchBackend:
 
             self._graph = Replayed(self._gradients, example)
         except (ImportError, RuntimeError) as error:
+            if out_of_memory(error):
+                raise
             on_event(Note(f"without a CUDA graph, which is slower ({first_line(error)[:200]})"))
 
 

@@ -8,14 +8,12 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from dfcli import cores
 from dfcli.errors import DfError
 from dfcli.evaluation.sweep import positions_at_once
 from dfcli.runs.run import runs_home
 from dfcli.system import processes
-from dfcli.system.device import Device
+from dfcli.system.device import Device, out_of_memory
 from dfcli.system.events import Choice, Note, OnEvent
 from dfcli.system.files import free_bytes
 from dfcli.system.words import size
@@ -166,10 +164,8 @@ def explained(plan: Plan) -> Iterator[None]:
     """Say what to lower where memory runs out in the block: DfError."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        # Of the CPU's allocator; of cuBLAS, cuDNN and the driver; of MPS.
-        said = ("can't allocate memory", "not enough memory", "ALLOC_FAILED", "out of memory")
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(part in str(error) for part in said):
+    except Exception as error:
+        if not out_of_memory(error):
             raise
         message = f"there is not enough memory on {plan.device.name} for this training"
         raise DfError(message, advice(plan)) from None

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from dfcli import cores, kernels
 from dfcli.kernels import gpt_train, wavenet_train
+from dfcli.kernels.cuda import graph
 from dfcli.system.device import resolve
 from dfcli.system.events import Choice, Note
-from dfcli.training import presets, recipes
-from dfcli.training.backend import unsupported
+from dfcli.training import presets, recipes, sharding
+from dfcli.training.backend import TorchBackend, unsupported
 from dfcli.training.settings import Recipe
 from dfcli.training.state import State
-from tests.training.test_trainer import Memory, trainer
+from tests.training.test_trainer import Memory, Rows, trainer
 
 GPT = {
     "vocab_size": 11, "context": 16, "layers": 1, "heads": 2, "channels": 32, "position": "rotary", "norm": "rmsnorm",
@@ -106,6 +107,38 @@ def test_a_machine_without_a_compiler_trains_anyway(monkeypatch: pytest.MonkeyPa
     assert len(notes) == 1
     assert "torch.compile does not work here (RuntimeError: no compiler found)" in notes[0]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+class Exhausted:
+    """A compiled core, or a recorded graph, for which there is not enough memory."""
+
+    def __init__(self, *_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def test_memory_that_runs_out_is_no_missing_compiler_and_no_missing_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[object] = []
+    core = cores.build("charwavenet", {"vocab_size": 11, "levels": 3, "embedding": 4, "hidden": 6})
+    backend = TorchBackend(core, Recipe(steps=3, compile="on"), resolve("cpu"))
+    monkeypatch.setattr(torch, "compile", lambda _: Exhausted)
+    monkeypatch.setattr(graph, "Replayed", Exhausted)
+    with pytest.raises(torch.OutOfMemoryError):
+        backend.warm_up(lambda: Rows(2).at(0), events.append)
+    with pytest.raises(torch.OutOfMemoryError):
+        backend._record([], events.append)
+    assert events == []
+
+
+def test_that_weights_in_parts_are_not_compiled_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharding, "is_sharded", lambda _: True)
+    core = cores.build("gpt", GPT)
+    for compile, told in (("auto", 0), ("off", 0), ("on", 1)):
+        events: list[object] = []
+        backend = TorchBackend(core, Recipe(steps=3, compile=compile), resolve("cpu"))
+        backend.warm_up(lambda: pytest.fail("no batch is needed"), events.append)
+        assert len(events) == told
+    assert isinstance(events[0], Note)
+    assert "`compile=on` has no effect" in events[0].text
 
 
 @pytest.mark.parametrize(("core_name", "values"), [("gpt", GPT | {"ngrams": 3}), ("wavenet", WAVENET)])
