@@ -136,6 +136,12 @@ def _chunk(context: int, limit: int | None) -> int:
     return longest if limit is None else min(longest, max(context, limit // 8))
 
 
+def longest_window(config: Any, limit: int | None) -> int:
+    """Positions of a window of a sweep over about `limit` targets, where the document is as long."""
+    context: int = config.context
+    return context if isinstance(config, GPTConfig) else _chunk(context, limit) + context - 1
+
+
 def positions_at_once(vocab_size: int, device: Device) -> int:
     """Positions of one forward pass: many enough to fill the device, few enough for its memory (the logits
     in float32)."""

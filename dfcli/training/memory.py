@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dfcli import cores
 from dfcli.errors import DfError
-from dfcli.evaluation.sweep import positions_at_once
+from dfcli.evaluation.sweep import longest_window, positions_at_once
 from dfcli.runs.run import runs_home
 from dfcli.system import processes
 from dfcli.system.device import Device, out_of_memory
@@ -38,20 +38,20 @@ def estimate(core: str, config: cores.CoreConfig, recipe: Recipe, device: Device
     half = device.precision == "bfloat16"  # what stays in float32 there, such as norms, counts twice
     c: Any = config
     tables = c.channels * sum(c.ngram_rows) if core == "gpt" and recipe.optimizer == "muon" else 0  # see optim.Rows
-    weights = 4 * ((config.parameters() - tables) * (2 + optimizer) + 2 * tables)
+    memory = 4 * ((config.parameters() - tables) * (2 + optimizer) + 2 * tables)
     window, rows = recipe.window or config.context, -(-recipe.batch_size // max(shards, processes.count()))
     if device.kind == "cuda" and recipe.accumulate > 1:
-        weights += 4 * config.parameters()  # gradients that are added to those which a CUDA graph writes
+        memory += 4 * config.parameters()  # gradients that are added to those which a CUDA graph writes
     if shards > 1:
-        weights = _sharded(c, weights, device, shards)
+        memory = _sharded(c, memory, device, shards)
     if device.kind == "cuda":
-        weights += _evaluation(c, evaluated_together(config, recipe, device))
+        memory += _evaluation(c, recipe, device)
     if core == "gpt" and shards == 1 and backend.unsupported(config, recipe, device) is None:
         # Each thread: its gradients, the weights packed for both ways, what it keeps of one row. The n-grams' gradients
         # and places are the whole batch's.
         half = False  # what is kept is in float32
-        weights += 3 * 4 * device.threads * (config.parameters() - tables)
-        weights += rows * window * c.ngrams * (4 * c.channels + 24)
+        memory += 3 * 4 * device.threads * (config.parameters() - tables)
+        memory += rows * window * c.ngrams * (4 * c.channels + 24)
         kept = c.layers * (10 * c.channels + c.heads * window)
         rows = min(rows, device.threads)
     elif core == "gpt":
@@ -63,35 +63,45 @@ def estimate(core: str, config: cores.CoreConfig, recipe: Recipe, device: Device
         from dfcli.kernels.wavenet_train import slot_bounds  # numba is there, or the kernels would be unsupported
 
         bounds, together = slot_bounds(rows, window, device.threads)
-        weights += 4 * (len(bounds) + 1) * config.parameters()  # each slot's gradients, and weights packed both ways
+        memory += 4 * (len(bounds) + 1) * config.parameters()  # each slot's gradients, and weights packed both ways
         kept = c.layers * (3 * c.residual + 1) + 4 * c.residual + c.skip
         positions = rows * window if together else device.threads * max(b - a for a, b in pairwise(bounds))
-        return weights + 4 * (positions * kept + rows * window * c.residual)
+        return memory + 4 * (positions * kept + rows * window * c.residual)
     elif core == "wavenet":
         kept = c.layers * c.residual * (6 + 2 * half + c.kernel + (c.norm != "none")) + c.skip + c.head
     else:
         kept = c.levels * 4 * c.hidden
         window = 1 if recipe.packing == "last" else window
-    memory = weights + rows * window * (kept * (2 if half else 4) + 3 * 4 * c.vocab_size)
+    memory += rows * window * (kept * (2 if half else 4) + 3 * 4 * c.vocab_size)
     return round(RESERVED * memory) if device.kind == "cuda" else memory
 
 
 def evaluated_together(config: cores.CoreConfig, recipe: Recipe, device: Device) -> int:
     """Positions of one forward pass of an evaluation during training on a GPU: about as many as a micro-batch has, from
-    LEAST_EVALUATED to what evaluations take at other times."""
+    LEAST_EVALUATED to what evaluations take at other times. A window that is longer is a pass of its own."""
     trained = recipe.batch_size * (recipe.window or config.context)
     return min(positions_at_once(config.vocab_size, device), max(LEAST_EVALUATED, trained))
 
 
-def _evaluation(config: cores.CoreConfig, positions: int) -> int:
-    """The bytes that an evaluation takes beside training, whose CUDA graph keeps its memory to itself."""
+def _evaluation(config: cores.CoreConfig, recipe: Recipe, device: Device) -> int:
+    """The bytes that an evaluation takes beside training, whose CUDA graph keeps its memory to itself: the most that a
+    forward pass holds at one time. A number that a matrix product gives takes `width` bytes; the stream, a norm and
+    what a layer reads take 4."""
+    c: Any = config
+    width = 2 if device.precision == "bfloat16" else 4
     if isinstance(config, cores.GPTConfig):
-        kept = 48 * config.channels
-    elif isinstance(config, cores.WaveNetConfig):  # the gates and inputs of all layers
-        kept = 8 * config.layers * config.residual + 6 * (config.skip + config.head)
+        # In an MLP: the stream before and after attention, the norm; the product, its relu and the square, each 4 C.
+        kept = c.channels * (3 * 4 + 3 * 4 * width)
+    elif isinstance(config, cores.WaveNetConfig):
+        # Of every layer its input, its gate twice (alone, and beside the others') and the condition's bias of 2 R; of
+        # one layer the stream, the taps and the sums of 2 R; in the head two products, each with its relu.
+        kept = c.layers * c.residual * (4 + 2 * width + 2 * width * (c.row > 0))
+        kept += c.residual * (4 + 4 * c.kernel + 2 * width) + 2 * width * (c.skip + c.head)
     else:
-        kept = 12 * config.hidden
-    return positions * (kept + 12 * config.vocab_size)
+        kept = 6 * width * c.hidden  # the input, the pairs of 2 C, the product, its norm and tanh
+    # The logits stand beside the above; then beside a copy in float32 and their log-softmax.
+    kept = max(kept + width * c.vocab_size, 3 * 4 * c.vocab_size)
+    return kept * max(evaluated_together(config, recipe, device), longest_window(config, recipe.eval_tokens or None))
 
 
 def _sharded(config: Any, weights: int, device: Device, shards: int) -> int:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from dfcli.cores import GPT, CharWaveNet, CharWaveNetConfig, GPTConfig, WaveNet, WaveNetConfig
 from dfcli.errors import DfError, UsageError
 from dfcli.evaluation import sweep as room
-from dfcli.evaluation.sweep import sweep
+from dfcli.evaluation.sweep import longest_window, sweep
 from dfcli.system.device import resolve
 from dfcli.system.events import Progress
 from tests.evaluation.memory import dataset, sequences
@@ -115,6 +115,15 @@ def test_batches_stay_within_their_bound(monkeypatch: pytest.MonkeyPatch) -> Non
     core.register_forward_hook(lambda module, args, out: seen.append(args[0].numel()))
     sweep(core, data("lines"), "val", resolve("cpu"))
     assert max(seen) <= 20
+
+
+@pytest.mark.parametrize("limit", [None, 400])
+@pytest.mark.parametrize("make", [gpt, wavenet])
+def test_a_window_that_is_longer_than_the_bound_goes_alone(make: Any, limit: int | None) -> None:
+    core, seen = make(), []
+    core.register_forward_hook(lambda module, args, out: seen.append(args[0].numel()))
+    sweep(core, dataset(V, texts([20_000])), "val", resolve("cpu"), limit=limit, most=5)
+    assert max(seen) == longest_window(core.config, limit) > 5
 
 
 def test_it_repeats_itself_and_leaves_the_model_as_it_was() -> None:
