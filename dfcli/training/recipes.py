@@ -42,7 +42,7 @@ NGRAM_TOKENS = (20_000, 100_000, 500_000, 500_000, 500_000)  # from so many ids 
 GOING_ON = 0.3  # of the earlier peak rates, for weights that are trained already
 PRETRAINED_LR = 5e-5  # AdamW, for weights trained elsewhere
 EFFICIENCY = 0.45  # the share of a device's peak rate that a small model's training usually reaches,
-ROUNDED_EFFICIENCY = 0.13  # or of a CPU's in bfloat16: conversions, attention and sums take no part in that rate;
+ROUNDED_EFFICIENCY = 0.08  # or of a CPU's in bfloat16: conversions, attention and sums take no part in that rate;
 # and on a GPU at most so many FLOP/s, about what an H200 reached: small models cannot fill it.
 MOST_ON_GPU = {"gpt": 1e14, "wavenet": 2e13}
 
