@@ -212,9 +212,8 @@ class TorchBackend:
 
             self._graph = Replayed(self._gradients, example)
         except (ImportError, RuntimeError) as error:
-            if out_of_memory(error):
-                raise
-            on_event(Note(f"without a CUDA graph, which is slower ({first_line(error)[:200]})"))
+            why = "there is too little memory for one" if out_of_memory(error) else first_line(error)[:200]
+            on_event(Note(f"without a CUDA graph, which is slower ({why})"))
 
 
 class CompiledBackend(TorchBackend):

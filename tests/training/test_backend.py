@@ -124,9 +124,11 @@ def test_memory_that_runs_out_is_no_missing_compiler_and_no_missing_graph(monkey
     monkeypatch.setattr(graph, "Replayed", Exhausted)
     with pytest.raises(torch.OutOfMemoryError):
         backend.warm_up(lambda: Rows(2).at(0), events.append)
-    with pytest.raises(torch.OutOfMemoryError):
-        backend._record([], events.append)
     assert events == []
+    backend._record([], events.append)  # a pass without a graph may fit
+    assert [getattr(event, "text", "") for event in events] == [
+        "without a CUDA graph, which is slower (there is too little memory for one)"
+    ]
 
 
 def test_that_weights_in_parts_are_not_compiled_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
