@@ -1,10 +1,12 @@
 """The trainer on the `nano-cpu` preset beside a plain eager loop of the same model: tokens/s over tokens/s.
 
-    python -m tests.benchmarks.nano_cpu_ratio --data shakespeare.txt [--rounds 15] [--steps 40] [--compile on]
+    python -m tests.benchmarks.nano_cpu_ratio --data shakespeare.txt [--rounds 15] [--steps 40]
+        [--compile on] [--precision float32]
 
 Both take turns in one process, so that what else the machine does disturbs both alike; the ratio is the median over the
 rounds. A faithful preset must not be slower than the loop that it repeats: the ratio should be at least 1. With
-`--compile on` the trainer takes torch.compile instead of the compiled kernels.
+`--compile on` the trainer takes torch.compile instead of the compiled kernels. The loop computes in float32, the
+trainer in what this CPU has units for, unless `--precision` is float32.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ class Nowhere:
         return Path()
 
 
-def turns(dataset: Dataset, rounds: int, steps: int, compile: str) -> tuple[list[float], list[float]]:
+def turns(dataset: Dataset, rounds: int, steps: int, **recipe: str) -> tuple[list[float], list[float]]:
     """Seconds that the plain loop and the trainer take for `steps` steps, of each round."""
     entry: dict[str, Any] = preset("gpt", "nano-cpu")
     plain: list[float] = []
@@ -65,7 +67,7 @@ def turns(dataset: Dataset, rounds: int, steps: int, compile: str) -> tuple[list
 
     torch.manual_seed(entry["seed"])
     core = cores.build("gpt", entry["config"] | {"vocab_size": dataset.codec.vocab_size})
-    long = {"steps": 10**9, "checkpoint_every": 10**9, "compile": compile}
+    long = {"steps": 10**9, "checkpoint_every": 10**9} | recipe
     recipe = Recipe(**entry["recipe"] | long)
     batches = Batches(dataset.splits["train"], batch_size=recipe.batch_size, window=core.context, seed=entry["seed"])
     trainer = Trainer(core, recipe, batches, Nowhere(), resolve("cpu"), seed=entry["seed"], pulse=Pulse(stop=other))
@@ -79,10 +81,11 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=40, help="of each in a round")
     parser.add_argument("--compile", choices=("auto", "on"), default="auto", help="the trainer's; the loop is eager")
+    parser.add_argument("--precision", choices=("auto", "float32"), default="auto", help="the trainer's")
     given = parser.parse_args(words)
     resolve("cpu")
     with common.home(), prepare([given.data], codec="chars") as dataset:
-        plain, ours = turns(dataset, given.rounds, given.steps, given.compile)
+        plain, ours = turns(dataset, given.rounds, given.steps, compile=given.compile, precision=given.precision)
     entry = preset("gpt", "nano-cpu")
     tokens = given.steps * entry["recipe"]["batch_size"] * entry["config"]["context"]
     ratios = sorted(a / b for a, b in zip(plain, ours, strict=True))
@@ -96,6 +99,7 @@ def main(words: Sequence[str] | None = None) -> None:
             "rounds": given.rounds,
             "steps_a_round": given.steps,
             "compile": given.compile,
+            "precision": given.precision,
         }
     )
 
