@@ -189,7 +189,7 @@ def pytorch_threads(count: int) -> Iterator[None]:
 def _cpu(threads: int, reason: str) -> Device:
     # bfloat16 without units for it is emulated, about 300 times slower, and most CPUs have none.
     if _has_amx():
-        precision, why = "bfloat16", "bfloat16 in training, for which it has units (AMX)"
+        precision, why = "bfloat16", "it has units for bfloat16 (AMX), which training uses where that is faster"
     else:
         precision, why = "float32", "float32, which every CPU computes at full speed"
     name = f"CPU, {counted(threads, 'thread')}"
