@@ -46,6 +46,7 @@ from numpy import uintp
 from numpy.typing import NDArray
 
 from dfcli.kernels.compile import called, inner
+from dfcli.kernels.ops import ZERO, add, fill
 
 COLUMNS = 16  # of the narrowest tile of `product`
 # Lanes of a vector, rows of a tile, and of a second one for the 4 of 16 rows that tiles of 6 leave (0: none). Two
@@ -425,6 +426,18 @@ def end_rounding(rounding):
 
 
 @inner
+def _filled(n):
+    """n rounded up to a multiple of SIDE."""
+    return (n + SIDE - 1) // SIDE * SIDE
+
+
+@inner
+def _words(K):
+    """Words from one row of K bfloat16 to the next."""
+    return _row_stride(_filled(K) // 2)
+
+
+@inner
 def _bits(x):
     """The bits of a float32, its upper half rounded to the nearest bfloat16."""
     bits = np.float32(x).view(np.uint32)
@@ -438,14 +451,13 @@ def _round_rows(words, row, x, i, x_row, rows, columns):
     for r in range(rows):
         for c in range(columns):
             halves[uintp(2 * r * row + c)] = np.uint16(_bits(x[uintp(i + r * x_row + c)]) >> np.uint32(16))
-        for c in range(columns, (columns + SIDE - 1) // SIDE * SIDE):
-            halves[uintp(2 * r * row + c)] = np.uint16(0)
+        fill(halves, 2 * r * row + columns, _filled(columns) - columns, np.uint16(0))
 
 
 @inner
 def _round_pairs(words, o, row, x, i, x_row, rows, columns):
     """Two successive rows of x as bfloat16 in one row of words, `row` apart, with zeros up to a multiple of SIDE."""
-    for r in range(0, (rows + SIDE - 1) // SIDE * SIDE, 2):
+    for r in range(0, _filled(rows), 2):
         for c in range(columns):
             low = _bits(x[uintp(i + r * x_row + c)]) >> np.uint32(16) if r < rows else np.uint32(0)
             high = _bits(x[uintp(i + (r + 1) * x_row + c)]) & np.uint32(0xFFFF0000) if r + 1 < rows else np.uint32(0)
@@ -456,27 +468,24 @@ def _round_pairs(words, o, row, x, i, x_row, rows, columns):
 def _squares(words, out, o, o_row, a_row, b, j, b_row, b_next, size):
     """out += the matrix in `words` times b, of which the next SIDE columns begin `b_next` words later."""
     M, N, K = size
-    sums = np.empty(SIDE * SIDE, np.float32)  # of a square at the edge
-    K = (K + SIDE - 1) // SIDE * SIDE
+    sums, K = np.empty(SIDE * SIDE, np.float32), _filled(K)  # the sums of a square at the edge
     for n in range(0, N, SIDE):
         begin = j + n // SIDE * b_next
         for m in range(0, M, SIDE):
             if m + SIDE <= M and n + SIDE <= N:
                 _square(out, o + m * o_row + n, o_row, words, m * a_row, a_row, b, begin, b_row, K)
             else:
-                sums[:] = 0
+                fill(sums, 0, SIDE * SIDE, ZERO)
                 _square(sums, 0, SIDE, words, m * a_row, a_row, b, begin, b_row, K)
                 for r in range(min(SIDE, M - m)):
-                    for c in range(min(SIDE, N - n)):
-                        out[uintp(o + (m + r) * o_row + n + c)] += sums[uintp(r * SIDE + c)]
+                    add(out, o + (m + r) * o_row + n, sums, r * SIDE, min(SIDE, N - n))
 
 
 @called
 def pack_pairs(rounding, out, o, x, i, x_row, x_column, K, N):
     """`pack` for `linear` in bfloat16, where either x_row or x_column is 1: panels of SIDE columns, each of words of
     two rows, K and N filled up to multiples of SIDE. `o` counts elements, two a word."""
-    size = (K + SIDE - 1) // SIDE * SIDE // 2 * SIDE
-    row = _words(K)
+    size, row = _filled(K) // 2 * SIDE, _words(K)
     for n in range(0, N, SIDE):
         columns, place = min(SIDE, N - n), o // 2 + n // SIDE * size
         if x_column == 1:
@@ -496,7 +505,7 @@ def linear(rounding, out, o, o_row, a, i, a_row, b, j, size):
     if AMX and rounding.on:
         row = _words(K)
         _round_rows(rounding.words, row, a, i, a_row, M, K)
-        _squares(rounding.words, out, o, o_row, row, b, j // 2, SIDE, (K + SIDE - 1) // SIDE * WORDS * SIDE, size)
+        _squares(rounding.words, out, o, o_row, row, b, j // 2, SIDE, _filled(K) // 2 * SIDE, size)
     else:
         panel_product(out, o, o_row, a, i, a_row, b, j, size)
 
@@ -507,22 +516,16 @@ def outer(rounding, out, o, o_row, a, i, a_row, b, j, b_row, size):
     n]: a weight's gradient, over K positions. In bfloat16 where `rounding` is on."""
     M, N, K = size
     if AMX and rounding.on:
-        row, wide = _words(K), (max(M, N) + WORDS - 1) // WORDS * WORDS
+        row, wide = _words(K), _round_up(max(M, N))
         pairs, half = rounding.words, rounding.words.size // 2
         _round_pairs(pairs, half, wide, a, i, a_row, K, M)
-        for k in range(0, (K + SIDE - 1) // SIDE * WORDS, WORDS):
+        for k in range(0, _filled(K) // 2, WORDS):
             for m in range(0, M, WORDS):
                 _turn(rounding.words, m * row + k, row, pairs, half + k * wide + m, wide)
         _round_pairs(pairs, half, wide, b, j, b_row, K, N)
         _squares(rounding.words, out, o, o_row, row, pairs, half, wide, SIDE, size)
     else:
         product(out, o, o_row, a, i, 1, a_row, b, j, b_row, size)
-
-
-@inner
-def _words(K):
-    """Words from one row of K bfloat16 to the next: see `row_stride`."""
-    return ((K + SIDE - 1) // SIDE | 1) * WORDS
 
 
 @inner
@@ -568,6 +571,9 @@ def row_stride(width: int) -> int:
     COLUMNS: an odd number of cache lines, so that rows use all the sets of the nearest cache. Rows of 128 floats would
     share 8 of its 64 sets."""
     return ((width + COLUMNS - 1) // COLUMNS | 1) * COLUMNS
+
+
+_round_up, _row_stride = inner(round_up), inner(row_stride)
 
 
 def padded(size: int) -> int:
