@@ -56,9 +56,14 @@ def estimate(core: str, config: cores.CoreConfig, recipe: Recipe, device: Device
         rows = min(rows, device.threads)
     elif core == "gpt":
         kept = c.layers * c.channels * (18 + (6 if half else 2) * c.qk_norm + 3 * (c.dropout > 0))
+        rounded = half and device.kind == "cpu"
+        wide = 2 if rounded else 1  # times `half`'s bytes: what a CPU's autocast leaves in float32
         if c.dropout and device.kind == "cpu":  # without fused attention PyTorch keeps the weights, before and after
-            kept += c.layers * 3 * c.heads * window
-        kept += 12 * c.channels  # the gradients of one layer's widest tensors, on the way back
+            kept += wide * c.layers * 3 * (c.heads * window + c.channels * rounded)
+        # The gradients of one layer's widest tensors, on the way back; there in both precisions.
+        kept += (36 if rounded else 12) * c.channels
+        if rounded:
+            memory += 2 * (config.parameters() - tables)  # the weights once more
     elif core == "wavenet" and backend.unsupported(config, recipe, device) is None:
         from dfcli.kernels.wavenet_train import slot_bounds  # numba is there, or the kernels would be unsupported
 
