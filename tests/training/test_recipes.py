@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -22,19 +22,18 @@ SPEECH = Corpus(
 )
 
 
+@dataclass(frozen=True)
 class Machine(Device):
-    """A CPU of a given rate."""
+    """A device of a given rate in float32, and of four times that in bfloat16."""
 
-    rate: float | None = 100e9
+    rate: float | None = None
 
     def peak_flops(self) -> float | None:
-        return self.rate
+        return self.rate and self.rate * (4 if self.precision == "bfloat16" else 1)
 
 
-def machine(rate: float | None = 100e9, kind: str = "cpu") -> Device:
-    device = Machine(torch.device("cpu"), kind, "test", "float32", "", 2)
-    object.__setattr__(device, "rate", rate)
-    return device
+def machine(rate: float | None = 100e9, kind: str = "cpu", precision: str = "float32") -> Device:
+    return Machine(torch.device("cpu"), kind, "test", precision, "", 2, rate)
 
 
 def default(
@@ -69,7 +68,8 @@ def test_every_default_is_valid_and_told(kind: str, corpus: Corpus, device: str,
 @pytest.mark.parametrize("kind", ["gpt", "wavenet"])
 def test_with_steps_nothing_depends_on_the_machines_speed(kind: str) -> None:
     drafts = [default(kind, SHAKESPEARE, machine(rate), 1000, 0.0, {}) for rate in (1e9, 1e13, None)]
-    assert drafts[0] == drafts[1] == drafts[2]
+    assert parts(drafts[0]) == parts(drafts[1]) == parts(drafts[2])
+    assert drafts[0].choices == drafts[1].choices == drafts[2].choices
 
 
 @pytest.mark.parametrize("kind", ["gpt", "wavenet"])
@@ -92,6 +92,21 @@ def test_a_fast_gpu_is_not_taken_for_one_that_a_small_model_fills(kind: str) -> 
     fast, slow = (parts(default(kind, corpus, machine(rate, "cuda"), 0, 0.3, {}))[0] for rate in (989e12, 300e12))
     assert fast == slow
     assert fast.parameters() < parts(default(kind, corpus, machine(989e12), 0, 0.3, {}))[0].parameters()
+
+
+def test_the_size_on_a_cpu_follows_from_its_rate_in_float32() -> None:
+    """A small model's training does not become faster by as much as its products do."""
+    for rate in (30e9, 100e9, 300e9, 1e12):
+        exact, rounded = (default("gpt", SHAKESPEARE, machine(rate, "cpu", p), 0, 5.0) for p in ("float32", "bfloat16"))
+        assert exact.config == rounded.config
+
+
+@pytest.mark.parametrize("kind", ["gpt", "wavenet"])
+def test_a_gpu_that_is_asked_for_float32_gets_a_model_for_that_rate(kind: str) -> None:
+    corpus, gpu = replace(SHAKESPEARE, tokens=10**9), machine(1e12, "cuda", "bfloat16")
+    exact = default(kind, corpus, gpu, 0, 3.0, {"precision": "float32"})
+    assert exact.config == default(kind, corpus, machine(1e12, "cuda"), 0, 3.0).config
+    assert exact.config.parameters() < default(kind, corpus, gpu, 0, 3.0).config.parameters()
 
 
 def test_a_small_corpus_does_not_get_a_large_model() -> None:
