@@ -55,6 +55,7 @@ LANES, ROWS, FEW = (16, 8, 0) if binding.get_host_cpu_features().get("avx512f") 
 PANEL = 2 * LANES  # columns of the widest tile, two vectors
 TILE = 32  # outputs of one tile of `multiply`, in vectors of WIDTH; channels are padded to multiples of it
 WIDTH = 8
+TINY = (127 - 60) << 23  # the bits of 2^-60 as a float32
 _NEAR = 128  # inputs of such a tile whose weights take 16 KiB
 AMX = sys.platform == "linux" and binding.get_host_cpu_features().get("amx-bf16", False)
 WORDS = 16  # of a row of an AMX tile, and its rows
@@ -602,12 +603,14 @@ def join(parts: list[NDArray[np.float32]]) -> NDArray[np.float32]:
 
 def to_bfloat16(weights: NDArray[np.float32]) -> NDArray[np.uint32]:
     """float32 tiles as bfloat16 in pairs: a word holds elements i and i + 8 of 16 successive floats. The second is
-    rounded so that, with the first behind it, it is within half a unit of bfloat16's last place."""
+    rounded so that, with the first behind it, it is within half a unit of bfloat16's last place. A zero beside another
+    number, such as padding, becomes 2^-60: with that number behind it alone it would be denormal, which is slow."""
     low, high = (part.astype(np.int64) for part in weights.view(np.uint32).reshape(-1, 2, WIDTH).swapaxes(0, 1))
     low = (low + 0x7FFF + (low >> 16 & 1)) >> 16
     sign, high = high & 1 << 31, high & ~(1 << 31)
-    # The word nearest to `high` that ends in `low`. Nothing lies below 0, where a padding zero stands beside a weight.
+    # The word nearest to `high` that ends in `low`; nothing lies below 0.
     word = np.maximum(high - low + 0x8000 & ~0xFFFF, 0) + low
+    word = np.where((high == 0) & (low != 0), TINY + low, word)
     return (sign + word).astype(np.uint32).ravel()
 
 
