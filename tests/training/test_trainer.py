@@ -430,7 +430,8 @@ def test_a_step_on_a_gpu_waits_once(optimizer: str) -> None:
     torch.manual_seed(0)
     core = cores.build("gpt", values)
     recipe = Recipe(batch_size=2, accumulate=2, steps=9, compile="off", optimizer=optimizer, clip=1e-3, momentum=0.9)
-    one = Trainer(core, recipe, Rows(2), Memory(), dataclasses.replace(DEVICE, kind="cuda"), seed=5)
+    gpu = dataclasses.replace(DEVICE, kind="cuda", precision="float32")
+    one = Trainer(core, recipe, Rows(2), Memory(), gpu, seed=5)
     one.optimizer.use(TorchBackend(core, recipe, one.device))
     one.step()
     with Waits() as waits:
