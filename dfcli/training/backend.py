@@ -41,8 +41,9 @@ def choose(
     if compiled is not None and not missing:
         on_event(Choice("backend", "compiled", f"kernels for this model on this CPU, in {compiled.device.precision}"))
         return compiled
-    on_event(Choice("backend", "PyTorch", reason or "the compiled kernels do not work in every process"))
-    return TorchBackend(core, recipe, device)
+    backend, reason = TorchBackend(core, recipe, device), reason or "the compiled kernels do not work in every process"
+    on_event(Choice("backend", "PyTorch", f"{reason}; in {backend.device.precision}"))
+    return backend
 
 
 def in_precision(device: Device, config: cores.CoreConfig, recipe: Recipe, compiled: bool = True) -> Device:

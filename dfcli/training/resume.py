@@ -12,7 +12,7 @@ from dfcli.errors import CorruptError, UsageError
 from dfcli.ingest.download import corpus_path
 from dfcli.runs import run as runs
 from dfcli.runs.run import Run
-from dfcli.system.device import resolve
+from dfcli.system.device import Device, resolve
 from dfcli.system.events import Choice, Note, OnEvent
 from dfcli.system.files import same_name
 from dfcli.system.options import flag
@@ -76,7 +76,7 @@ def _started(run: Run, device: str) -> Plan:
         plan = Plan(
             kind=run.kind, name=run.name, preset=info["preset"], core=info["core"]["name"],
             config=cores.config(info["core"]["name"], info["core"]["config"]),
-            recipe=Recipe.from_json(info["recipe"]), seed=info["seed"], device=resolve(device),
+            recipe=Recipe.from_json(info["recipe"]), seed=info["seed"], device=_in_its_precision(run, resolve(device)),
             data=tuple(data["sources"]), protocol=data["protocol"], codec_name=info["codec"]["name"],
             dataset=None, init=info["init"], choices=(), told=run.conditioning,
         )  # fmt: skip
@@ -84,6 +84,12 @@ def _started(run: Run, device: str) -> Plan:
         return replace(plan, shards=shards, choices=tuple(parts))
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptError(f"{run.path / runs.RUN} does not describe a training: {error}") from None
+
+
+def _in_its_precision(run: Run, device: Device) -> Device:
+    """A CPU that can do more goes on in float32 with what was begun in it."""
+    exact = device.kind == "cpu" and run.info.get("precision") == "float32"
+    return replace(device, precision="float32") if exact else device
 
 
 def changed_option(run: Run, plan: Plan, request: Request) -> str:

@@ -276,9 +276,11 @@ def _rewind(run: Run, plan: Plan, state: State, on_event: OnEvent) -> None:
     if state.done:  # no later save will delete checkpoints that a crash left
         run.prune(state.step)
     run.truncate_metrics(state.step or -1, on_event)
-    began, here = run.info.get("device"), plan.device.name
+    began = run.info.get("device"), run.info.get("precision")
+    here = plan.device.name, plan.device.precision
     if state.step and began != here:
-        on_event(Note(f"the run began on {began}: it goes on on {here}, but not bit for bit"))
+        text = f"the run began on {began[0]} in {began[1]}: it goes on on {here[0]} in {here[1]}, but not bit for bit"
+        on_event(Note(text))
 
 
 def _result(run: Run, plan: Plan, state: State, stopped: str | None) -> TrainResult:

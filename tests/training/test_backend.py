@@ -198,7 +198,7 @@ def test_compiled_training_ends_as_training_without_it(
         weights.append(core.state_dict())
         reasons += [event.reason for event in events if isinstance(event, Choice)]
     assert reasons[0] == "kernels for this model on this CPU, in float32"
-    assert reasons[1] == "`compile` is off"
+    assert reasons[1] == "`compile` is off; in float32"
     assert reasons[2].startswith("the compiled kernels do not work here (ZeroDivisionError")
     for name, weight in weights[1].items():
         assert torch.allclose(weights[0][name], weight, atol=1e-3), name

@@ -74,6 +74,25 @@ def test_a_run_learns_as_much_in_each_precision_and_resumes_in_its_own(tmp_path:
     assert losses["auto"] == pytest.approx(losses["float32"], rel=0.1)
 
 
+@needs_amx
+@pytest.mark.parametrize("first", ["bfloat16", "float32"])
+def test_a_run_goes_on_on_another_processor(first: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32 where it began in it, or where the other processor has nothing else, which is then said."""
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 200)
+    monkeypatch.setattr("dfcli.system.device._has_amx", lambda: first == "bfloat16")
+    values = {"channels": "32", "layers": "2"}
+    asked: dict[str, Any] = {"steps": 20, "overrides": values, "device": "cpu", "name": "r"}
+    dfcli.train("gpt", [str(text)], stop=at(10, lambda: "asked"), **asked)
+    assert dfcli.Run.open("r").info["precision"] == first
+    monkeypatch.setattr("dfcli.system.device._has_amx", lambda: first == "float32")
+    events: list[Any] = []
+    dfcli.train("gpt", resume=True, device="cpu", name="r", on_event=events.append)
+    words = [str(event) for event in events]
+    assert any("kernels for this model on this CPU, in float32" in text for text in words)
+    assert any("in bfloat16: it goes on" in text for text in words) == (first == "bfloat16")
+
+
 def test_another_precision_is_refused(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("some text to train on, a few words long\n" * 9)
