@@ -1,4 +1,4 @@
-"""One self-contained HTML page about runs: figures beside baselines, the course of the loss, and samples.
+"""One self-contained HTML page about runs: figures beside baselines, the loss curve, and samples.
 
 It loads nothing from anywhere: charts are SVG, sound and spectrograms are data URIs. What models and files say is
 escaped.
@@ -73,7 +73,7 @@ def _section(run: Run, device: str, on_event: OnEvent) -> str:
         ("size", size(run.size_bytes())),
     ]))  # fmt: skip
     parts += _told_or_not("Figures", lambda: _figures(evaluate(run, device=device, on_event=on_event)))
-    parts += _told_or_not("Course of the loss", lambda: _course(run))
+    parts += _told_or_not("Loss curve", lambda: _course(run))
     parts += _told_or_not("Samples", lambda: _samples(run, device, on_event))
     values = [(info["core"]["name"], info["core"]["config"]), ("recipe", info.get("recipe", {}))]
     listed = _table((name, "  ".join(f"{k}={v}" for k, v in fields.items())) for name, fields in values)
