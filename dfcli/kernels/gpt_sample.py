@@ -3,7 +3,7 @@ gives the plain step's logits to 1e-4. In a small model this saves the overhead 
 step; in a large one the weights come from memory as fast as one core can read, half again as fast as by PyTorch's
 matrix-vector product.
 
-- The weights lie in the order in which they are read, in tiles (see `kernels`); the gains and biases of a norm are
+- The weights lie in the order in which they are read, in tiles (see `gemm.py`); the gains and biases of a norm are
   multiplied into the linear layer behind it.
 - Keys are kept as [D, context] for each head, so that a query's products with all of them are sums of rows.
 - When the cache is full, the core's own rule decides what is read again, by its own `prefill`.

@@ -3,7 +3,7 @@
 In small models PyTorch's operations are so short that starting them, and taking their results through memory, takes
 most of the time. Here a thread takes whole sequences, each forward and backward before the next, so that what is
 kept between stays in its caches. The core's own `forward` is the reference: loss and gradients agree to 1e-5;
-with products in bfloat16 they are as near as PyTorch's own (tests).
+with products in bfloat16 they are as close as PyTorch's autocast (tests).
 
 Sequences are divided into groups, each with gradients of its own that are summed in the order of the groups. So the
 same number of threads gives the same bits, whichever thread takes a group.

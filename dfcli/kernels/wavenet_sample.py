@@ -5,7 +5,7 @@ A sample of the `paper` preset takes 1.24 million multiply-adds, of which each n
 uses: 4.9 MB, too much for a core's own caches, so that the speed of the last-level cache decides (60 GB/s
 where this was measured: 80 µs; the arithmetic alone takes 30 µs). What is done about it:
 
-- The weights lie in the order in which they are read, in tiles (see `kernels`).
+- The weights lie in the order in which they are read, in tiles (see `gemm.py`).
 - A layer with dilation d reads its own inputs of d samples ago, so those of the next d samples are known
   already. What the past taps make of them is computed for `AHEAD` samples at once, and their weights, a
   fifth of all, are read once in that many samples.

@@ -3,7 +3,8 @@
 With 32 channels the products of a layer take less time than the dozen PyTorch operations around them, which each send
 megabytes through memory. Here a layer takes `BLOCK` positions at a time, which stay in the nearest cache from its input
 to its output, its part of the skips included, and so does the head, forward and backward. The core's own `forward` is
-the reference: loss and gradients agree to 1e-5; with products in bfloat16 they are as near as PyTorch's own (tests).
+the reference: loss and gradients agree to 1e-5; with products in bfloat16 they are as close as PyTorch's
+autocast (tests).
 
 The N = B T positions are flat, the sequences behind each other, because a position knows how far it is from its
 document's start and nothing looks beyond that. They are divided into slots. Where there are at least as many sequences

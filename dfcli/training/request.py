@@ -51,8 +51,9 @@ class Request:
     name: str | None = option(None, "What to call the run.", "NAME")
     steps: int | None = option(None, "Train for this many steps.", "N", bounds=(1, 10**9), recipe=True)
     minutes: float | None = option(
-        None, "Train for this long, besides data preparation and the final validation. Default: 5, or the preset's steps.", "M",
-        bounds=(0.0, 1e6), recipe=True,
+        None,
+        "Train for this long, besides data preparation and the final validation. Default: 5, or the preset's steps.",
+        "M", bounds=(0.0, 1e6), recipe=True,
     )  # fmt: skip
     device: str = device_option()
     batch_size: int | None = option(
@@ -61,9 +62,7 @@ class Request:
     )  # fmt: skip
     lr: float | None = option(None, "Peak learning rate.", "X", bounds=(0.0, 1e3), recipe=True)
     seed: int | None = option(None, "The same seed gives the same run.", "N", bounds=(0, 2**63 - 1))
-    resume: bool = option(
-        False, "Continue the run of --name, or the newest of this KIND. Start one if there is none."
-    )
+    resume: bool = option(False, "Continue the run of --name, or the newest of this KIND. Start one if there is none.")
     init: str | None = option(None, "Start from the weights of another run or a Hugging Face folder.", "RUN|FOLDER")
     condition: str | None = option(
         None, "Extra input of a WaveNet. Default: labels if the data has them.", "labels|mel|none"
@@ -90,7 +89,7 @@ class Request:
 
     @property
     def preparation(self) -> dict[str, Any]:
-        """The arguments of `ingest.prepare` that were given."""
+        """The arguments of `ingest.prepare.prepare` that were given."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("data")}
         return {name: value for name, value in values.items() if value not in (None, False)}
 

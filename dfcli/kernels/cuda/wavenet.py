@@ -299,7 +299,7 @@ def build(core: nn.Module, device: Device, exact: bool = True, on_event: OnEvent
 
 
 class Persistent:
-    """`engines.Engine` of the kernel above; openings are read by the core itself. `processors` programs at most wait
+    """`protocols.Engine` of the kernel above; openings are read by the core itself. `processors` programs at most wait
     for each other: as many as the GPU has multiprocessors, so that none waits for one that has not begun."""
 
     name, reason = "triton", "one kernel on the GPU makes many samples, with the plain engine's picks"
