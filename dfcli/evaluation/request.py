@@ -55,7 +55,7 @@ class Request:
             )
         if not self.measures:
             return
-        from dfcli.generation.checks import told
+        from dfcli.generation.checks import condition_info
 
-        if not told(run).vocoder:
+        if not condition_info(run).vocoder:
             raise UsageError(f"run `{run.name}` is no vocoder: --measures compares clips of one", "leave it out")

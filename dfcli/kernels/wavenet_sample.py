@@ -90,13 +90,13 @@ def _gate(out, o, sums, s, bias, b, R):
 
 
 @inner
-def _step(model, state, told, j, B):
+def _step(model, state, gate_biases, j, B):
     """Reads sample j of each clip, whose embedding stands in state.stream, and leaves the logits after it."""
     queues, sums, stream, inputs = state.queues, state.sums, state.stream, state.inputs
     gates, skip, head, logits = state.gates, state.skip, state.head, state.logits
     weights, biases, layers, taps = model.weights, model.biases, model.layers, model.taps
     L, R, S, H, W = len(layers), stream.size // B, skip.size // B, head.size // B, logits.size // B
-    rows, places, F = told.rows, told.places, told.rows.size // (L * 2 * R)
+    rows, places, F = gate_biases.rows, gate_biases.places, gate_biases.rows.size // (L * 2 * R)
     t, c = state.clock[0], 0
     w = past = np.int64(0)  # a literal 0 would be a type of its own and compile `multiply` twice
     for layer in range(L):
@@ -134,7 +134,7 @@ def _step(model, state, told, j, B):
     state.clock[0] = t + 1
 
 
-def wavenet_samples(model, state, told, uniforms, picking, ids):
+def wavenet_samples(model, state, gate_biases, uniforms, picking, ids):
     """Picks and reads n samples of each clip: uniforms [B, n] -> ids [B, n]."""
     temperature, top_k, top_p, min_p = picking
     B, n = uniforms.shape
@@ -145,7 +145,7 @@ def wavenet_samples(model, state, told, uniforms, picking, ids):
             logits = state.logits[b * W : b * W + model.vocab_size]
             ids[b, j] = pick(logits, uniforms[b, j], temperature, top_k, top_p, min_p, state.weights)
             copy(state.stream, b * R, table, ids[b, j] * R, R)
-        _step(model, state, told, j, B)
+        _step(model, state, gate_biases, j, B)
 
 
 _SOURCES = [__file__]
