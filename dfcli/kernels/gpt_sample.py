@@ -27,7 +27,7 @@ from dfcli.cores.gpt import GPT, GPTConfig, GPTState, Norm
 from dfcli.cores.protocols import Picking
 from dfcli.kernels.compile import Compiled, inner
 from dfcli.kernels.gemm import join, multiply, pad, padded, tiles
-from dfcli.kernels.known import unknown
+from dfcli.kernels.known import RMS, unknown
 from dfcli.kernels.ops import (
     ACTIVATIONS,
     ONE,
@@ -324,7 +324,7 @@ def _model(core: GPT) -> _Model:
         heads=config.heads,
         context=config.context,
         vocab_size=V,
-        rms=config.norm == "rmsnorm",
+        rms=RMS[GPTConfig][config.norm],
         qk_norm=config.qk_norm,
         rotary=rotary,
         activation=ACTIVATIONS.index(config.activation),

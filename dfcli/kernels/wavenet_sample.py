@@ -33,7 +33,7 @@ from dfcli.cores.protocols import Picking, prefill
 from dfcli.cores.wavenet import Condition, WaveNet, WaveNetConfig
 from dfcli.kernels.compile import Compiled, inner
 from dfcli.kernels.gemm import join, multiply, pad, padded, tiles, to_bfloat16
-from dfcli.kernels.known import unknown
+from dfcli.kernels.known import RMS, unknown
 from dfcli.kernels.ops import ZERO, add, copy, copy_to_rows, fill, norm, relu, tanh_sigmoid
 from dfcli.kernels.pick import pick
 from dfcli.kernels.threads import ThreadedEngine
@@ -258,7 +258,7 @@ def _model(core: WaveNet, packed: bool) -> _Model:
         layers=np.array(layers, np.int64),
         taps=K,
         channels=config.residual,
-        normed=config.norm == "rmsnorm",
+        normed=RMS[WaveNetConfig][config.norm],
         vocab_size=V,
     )
 

@@ -49,7 +49,7 @@ from dfcli.kernels.gemm import (
     rounding,
     row_stride,
 )
-from dfcli.kernels.known import unknown
+from dfcli.kernels.known import RMS, unknown
 from dfcli.kernels.ops import ONE, TWO, ZERO, add, clamp, copy, cross_entropy, exp, fill, norm, norm_back
 from dfcli.kernels.threads import WorkerPool, barrier
 from dfcli.system.events import OnEvent
@@ -605,7 +605,7 @@ def build(core: nn.Module, workers: WorkerPool, on_event: OnEvent, precision: st
     """The pass of a core that `supports` accepts. Raises what numba raises where it cannot compile."""
     assert isinstance(core, WaveNet)
     c, parameters = core.config, _parameters(core)
-    dilations, normed = np.array(c.all_dilations), c.norm == "rmsnorm"
+    dilations, normed = np.array(c.all_dilations), RMS[WaveNetConfig][c.norm]
     bfloat16 = precision == "bfloat16" and rounds(c)
     shape = Shape(dilations, c.kernel, c.residual, c.skip, c.head, c.vocab_size, normed, bfloat16)
     workers.load(on_event, (_pass, _nothing(shape)))

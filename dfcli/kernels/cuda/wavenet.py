@@ -45,7 +45,7 @@ from torch import Tensor, nn
 
 from dfcli.cores.protocols import Picking, prefill
 from dfcli.cores.wavenet import Condition, WaveNet, WaveNetConfig
-from dfcli.kernels.known import unknown
+from dfcli.kernels.known import RMS, unknown
 from dfcli.system.device import Device
 from dfcli.system.events import Note, OnEvent, ignore
 
@@ -345,7 +345,7 @@ class Persistent:
         floats = [tensor.float().contiguous() for tensor in weights[:-1]]
         self._weights = Weights(*floats, weights.layers.to(torch.int32).contiguous())
         stages = 2 if P <= TILE else 1
-        normed = c.norm == "rmsnorm"
+        normed = RMS[WaveNetConfig][c.norm]
         self._sizes = Sizes(c.vocab_size, int(places[-1]), L, K, R, P, S, H, W, normed, M=1, G=1, stages=stages)
 
     def start(self, batch: int) -> None:
