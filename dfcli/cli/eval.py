@@ -41,7 +41,7 @@ def evaluate(
         typer.Option(
             "--choices",
             metavar="FILE",
-            help="Score multiple-choice items instead: JSONL with ctx, endings and label, as HellaSwag has it.",
+            help="Score multiple-choice items instead: JSONL with ctx, endings and label, in HellaSwag's format.",
         ),
     ] = None,
     json: Json = False,
@@ -49,8 +49,8 @@ def evaluate(
 ) -> None:
     """Measure a run: loss, perplexity and bits, beside baselines on the same tokens.
 
-    Every token is scored once, always in the same way. The line below the table
-    says how.
+    Every token is scored once (with --limit, the first N), always in the same
+    way. The line below the table says how.
 
     Examples:
       df eval

@@ -1,12 +1,12 @@
-"""Commands and groups as Typer draws them, without the types of flags; they read words in any case, say which of
-two values of an option is used, and which line was probably meant."""
+"""Commands and groups as Typer draws them, without the types of flags and arguments; they read words in any case, say
+which of two values of an option is used, and which line was probably meant."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from typer import Context
-from typer.core import TyperCommand, TyperGroup, TyperOption
+from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
 from dfcli.cli import output
 from dfcli.errors import UsageError
@@ -14,6 +14,12 @@ from dfcli.errors import UsageError
 
 class Command(TyperCommand):
     """A command."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        for argument in self.params:  # help shows an argument's name and its type; a type helps only with choices
+            if isinstance(argument, TyperArgument) and not argument.type_descriptor.is_choice:
+                argument.display_type_rich = lambda ctx: ""
 
     def get_help_option(self, ctx: Context) -> TyperOption | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         return _plain(super().get_help_option(ctx))

@@ -23,7 +23,7 @@ def report(
     ] = Path("report.html"),
     device: Device = "auto",
 ) -> None:
-    """Write one HTML page about runs: figures, the course of the loss, samples.
+    """Write one HTML page about runs: figures, the loss curve, samples.
 
     The page needs no other file and no network. It holds sound and spectrograms
     of a WaveNet, and text of a GPT.

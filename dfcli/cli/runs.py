@@ -240,7 +240,7 @@ def import_(
         str | None, typer.Option("--name", metavar="NAME", help="What to call the run; as the folder by default.")
     ] = None,
 ) -> None:
-    """Make a run of a GPT from its Hugging Face folder: GPT-2 or an own Apertus export.
+    """Make a run from a Hugging Face folder: GPT-2, or an Apertus folder that df exported.
 
     It can be sampled, measured and trained on like any other run.
 

@@ -143,10 +143,10 @@ def _write_text(run: Run, prompt: str, json: bool, listener: output.Listener, **
 
 
 def _write_sound(run: Run, out: str | None, json: bool, listener: output.Listener, **options: Any) -> None:
-    from dfcli.generation.checks import check_sound, told
+    from dfcli.generation.checks import check_sound, condition_info
 
     request = SoundRequest(**options)
-    known, prime, length = told(run), request.prime, request.seconds
+    known, prime, length = condition_info(run), request.prime, request.seconds
     if known.vocoder or (known.ends and prime is None):
         length = 1.0  # it is known without the option
     if length is None or out is None:

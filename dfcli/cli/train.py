@@ -40,8 +40,8 @@ def train(
     """Train a GPT or a WaveNet, and keep the run.
 
     Without a preset, a recipe is chosen for the data, the device and the time,
-    and each choice is shown with its reason. Ctrl-C saves and says how to resume:
-    a line with --resume can be repeated until the training is finished.
+    and each choice is shown with its reason. Ctrl-C saves and says how to resume.
+    Repeat a command with --resume until the training is finished.
 
     Examples:
       df train gpt --minutes 1

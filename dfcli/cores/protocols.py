@@ -100,6 +100,6 @@ def prefill(core: nn.Module, ids: Tensor, state: Any, condition: Condition | Non
     logits, size = ids.new_empty(0), max(1, CHUNK // len(ids))
     for begin in range(0, ids.shape[1], size):
         columns = slice(begin, begin + size)
-        told = () if condition is None else (condition._replace(index=condition.index[:, columns]),)
-        logits, state = model.prefill(ids[:, columns], state, *told)
+        part = () if condition is None else (condition._replace(index=condition.index[:, columns]),)
+        logits, state = model.prefill(ids[:, columns], state, *part)
     return logits, state

@@ -60,7 +60,7 @@ class _Drawn(NamedTuple):
 
 
 class Batches:
-    """Batches of a split: `batch_size` rows of `window` ids. `sampling` is one of
+    """Batches of a split: `batch_size` rows of `window` ids. `packing` is one of
 
     packed     rows are filled with pieces, and always full. One running text: a window at a uniform start in
                [0, n - window - 1] (nanoGPT's rule). Several documents: drawn in proportion to their length;

@@ -107,8 +107,8 @@ def _evaluation(
         on_event(Note(f"the stride changes nothing: this model sees {seen} at every position"))
         stride = None
     began = time.perf_counter()
-    told = run.conditioning
-    loss = sweep(core, dataset, split, where, stride=stride, first=limit, conditioning=told, on_event=on_event)
+    conditions = run.conditioning
+    loss = sweep(core, dataset, split, where, stride=stride, first=limit, conditioning=conditions, on_event=on_event)
     seconds = time.perf_counter() - began
     if not math.isfinite(loss.nats):
         raise DfError(f"the loss of run {run.name} is not finite", "try an earlier `--checkpoint`")

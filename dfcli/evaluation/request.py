@@ -23,7 +23,7 @@ class Request:
     data: tuple[str, ...] = option((), "Other data than the run's own; files are scored whole.", "NAME|PATH")
     split: str | None = option(None, "val, test or train; val by default.", "SPLIT")
     stride: int | None = option(
-        None, "Distance between evaluation windows (GPT only). Smaller gives more context but is slower.", "N"
+        None, "Distance between evaluation windows in tokens (GPT only). Smaller gives more context but is slower.", "N"
     )
     limit: int | None = option(None, "Score only the first N tokens, for a quick look.", "N")
     measures: bool = option(False, "For a vocoder: also make recordings again, and give their spectral distances.")
@@ -55,7 +55,7 @@ class Request:
             )
         if not self.measures:
             return
-        from dfcli.generation.checks import told
+        from dfcli.generation.checks import condition_info
 
-        if not told(run).vocoder:
+        if not condition_info(run).vocoder:
             raise UsageError(f"run `{run.name}` is no vocoder: --measures compares clips of one", "leave it out")

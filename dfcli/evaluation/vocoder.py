@@ -28,8 +28,8 @@ def measured(
 ) -> dict[str, Distances]:
     """Distances of resynthesised recordings of a split from the recordings as the codec keeps them, and the floors, by
     name; the model's at temperature 1. Raises UsageError for a run that is no vocoder."""
-    codec, told = run.codec, run.conditioning
-    if told is None or told.mel is None or not isinstance(codec, MuLaw):
+    codec, conditions = run.codec, run.conditioning
+    if conditions is None or conditions.mel is None or not isinstance(codec, MuLaw):
         raise UsageError(
             f"run {run.name} makes no sound from mel spectrograms", "`--measures` is for runs of `--condition mel`"
         )
@@ -41,20 +41,20 @@ def measured(
     made = []
     for i, ids in enumerate(clips):
         on_event(Progress("resynthesis", i, len(clips), "clips"))
-        made.append((codec.decode(ids), codec.decode(_resynthesised(engine, run, told, codec, ids))))
+        made.append((codec.decode(ids), codec.decode(_resynthesised(engine, run, conditions, codec, ids))))
     on_event(Progress("resynthesis", len(clips), len(clips), "clips"))
-    return {"model": mean(distances(*pair) for pair in made), **floors(told.mel, codec, clips)}
+    return {"model": mean(distances(*pair) for pair in made), **floors(conditions.mel, codec, clips)}
 
 
-def _resynthesised(engine: Any, run: Run, told: Conditioning, codec: MuLaw, ids: np.ndarray) -> np.ndarray:
+def _resynthesised(engine: Any, run: Run, conditions: Conditioning, codec: MuLaw, ids: np.ndarray) -> np.ndarray:
     """Ids [n] made from the mel spectrogram of ids [n]."""
     import torch
 
     lead = np.full((1, run.dataset["lead"]), run.dataset["boundary"], np.int64)
-    series = told.of_sound(codec, ids).series
+    series = conditions.of_sound(codec, ids).series
     assert series is not None
     # The last boundary predicts sample 0, and id j predicts sample j + 1.
-    rows = np.minimum(np.arange(1, len(ids) + 1) // told.hop, len(series) - 1)
+    rows = np.minimum(np.arange(1, len(ids) + 1) // conditions.hop, len(series) - 1)
     engine.start(1)
     engine.prefill(lead, Condition(None, series, torch.zeros(lead.shape, dtype=torch.int64)))
     made = engine.generate(

@@ -23,20 +23,20 @@ from dfcli.system.words import closest
 SHOWN = 12  # names of labels in a message
 
 
-class Told(NamedTuple):
-    """What run.json says that the model of a run is told. `Run.conditioning` has the rest, and checks it."""
+class ConditionInfo(NamedTuple):
+    """What run.json says of the conditions of a model. `Run.conditioning` has the rest, and checks it."""
 
     labels: dict[str, list[str]]
     vocoder: bool
     ends: bool  # whether the model knows how long a clip is
 
 
-def told(run: Run) -> Told:
+def condition_info(run: Run) -> ConditionInfo:
     values = run.info.get("conditioning")
     values = values if isinstance(values, dict) else {}
     labels = values.get("labels")
     labels = {str(label): [*map(str, names)] for label, names in labels.items()} if isinstance(labels, dict) else {}
-    return Told(labels, bool(values.get("mel")), bool(values.get("progress")))
+    return ConditionInfo(labels, bool(values.get("mel")), bool(values.get("progress")))
 
 
 def check_text(run: Run, request: TextRequest, prompt: str) -> None:
@@ -59,7 +59,7 @@ def check_sound(run: Run, request: SoundRequest, out: str | Path | BinaryIO) -> 
         raise UsageError(f"the run `{run.name}` makes text, not sound", "use `df sample gpt`")
     run.resolve(request.checkpoint)
     request.limit(codec.sample_rate)
-    known = told(run)
+    known = condition_info(run)
     if request.labels and not known.labels:
         raise UsageError(f"the run `{run.name}` was trained without labels", "leave out `--label`")
     check_labels(known.labels, request.labels)
@@ -103,8 +103,8 @@ def a_recording(run: Run) -> str:
 
 
 def sound_options(run: Run, request: SoundRequest | None = None) -> str:
-    """The options of `df sample wavenet` that suit what the run is told beside the sound, beside those of a request."""
-    known = told(run)
+    """The options of `df sample wavenet` that suit the conditions of a run, beside those of a request."""
+    known = condition_info(run)
     if known.vocoder:
         return f"--mel {shlex.quote(a_recording(run))} -o again.wav"
     labels = {label: names[0] for label, names in known.labels.items()} | dict(request.labels if request else {})

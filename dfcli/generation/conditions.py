@@ -38,47 +38,49 @@ class Plan:
 def planned(run: Run, codec: MuLaw, request: SoundRequest, prime: Prime | None, on_event: OnEvent) -> Plan:
     """The clips of a run as they are requested (see `checks.check_sound`), to continue `prime`. Tells which labels were
     drawn."""
-    told, limit = run.conditioning, request.limit(codec.sample_rate)
+    conditions, limit = run.conditioning, request.limit(codec.sample_rate)
     fixed = limit or round(SECONDS * codec.sample_rate)
-    if told is None:
+    if conditions is None:
         return Plan([fixed] * request.num)
-    if told.mel is None:
-        return _labelled(told, request, 0 if prime is None else prime.samples, fixed, on_event)
+    if conditions.mel is None:
+        return _labelled(conditions, request, 0 if prime is None else prime.samples, fixed, on_event)
     assert request.mel is not None
     clip = Prime(request.mel, codec, run.dataset["normalize"], None, "the recording of --mel")
     if clip.rate != codec.sample_rate:
         on_event(Note(f"{request.mel.name} was resampled from {clip.rate:,} to {codec.sample_rate:,} Hz"))
-    return _copies(told, codec, clip, request.num, limit)
+    return _copies(conditions, codec, clip, request.num, limit)
 
 
-def _copies(told: Conditioning, codec: MuLaw, clip: Prime, num: int, limit: int | None) -> Plan:
+def _copies(conditions: Conditioning, codec: MuLaw, clip: Prime, num: int, limit: int | None) -> Plan:
     """All clips are told the mel spectrogram of one recording, and are as long."""
-    rows = told.of_sound(codec, clip.newest)
+    rows = conditions.of_sound(codec, clip.newest)
     samples = min(clip.samples, limit or clip.samples)
 
     def at(clips: range, opening: int) -> At:
-        return _positions([rows] * len(clips), told.hop, 1 - opening)
+        return _positions([rows] * len(clips), conditions.hop, 1 - opening)
 
     return Plan([samples] * num, at)
 
 
-def _labelled(told: Conditioning, request: SoundRequest, after: int, fixed: int, on_event: OnEvent) -> Plan:
+def _labelled(conditions: Conditioning, request: SoundRequest, after: int, fixed: int, on_event: OnEvent) -> Plan:
     """Clips with labels. Those of short recordings end by themselves, at a length drawn from the training documents
     with their labels; but not behind a prime of `after` samples. What is drawn depends on (seed, clip) alone."""
-    names = told.names
+    names = conditions.names
     places, lengths = [], []
     for clip in range(request.num):
         *chances, chance = _chances(request.seed, clip, len(names) + 1)
         row = [known.index(request.labels[label]) if label in request.labels else int(drawn * len(known))
                for (label, known), drawn in zip(names.items(), chances, strict=True)]  # fmt: skip
         places.append(row)
-        lengths.append(after + fixed if after or told.progress is None else told.progress.length(row, chance))
+        lengths.append(
+            after + fixed if after or conditions.progress is None else conditions.progress.length(row, chance)
+        )
     chosen = [{label: known[place] for (label, known), place in zip(names.items(), row, strict=True)} for row in places]
     _say_drawn(names, chosen, request.labels, on_event)
 
     def at(clips: range, opening: int) -> At:
-        rows = [told.of_labels(places[clip], lengths[clip]) for clip in clips]
-        return _positions(rows, told.hop, after - opening + 1)
+        rows = [conditions.of_labels(places[clip], lengths[clip]) for clip in clips]
+        return _positions(rows, conditions.hop, after - opening + 1)
 
     ends = [length - after for length in lengths]
     limit = fixed if request.seconds is not None else None

@@ -90,12 +90,12 @@ class Generator:
         seconds: float,
         longest: int | None = None,
         done: Callable[[range], bool] = lambda clips: False,
-        told: Callable[[range, int], At] | None = None,
+        conditions: Callable[[range, int], At] | None = None,
     ) -> Iterator[tuple[range, NDArray[np.int64]]]:
         """Yields `tokens` ids after `opening` for each clip, as they come: (clips, their ids [clips, n]).
 
         A chunk is about `seconds` of work and at most `longest` ids; where the cuts fall changes no id.
-        Clips end early when `done` says so after one of their chunks. `told(clips, ids of the opening)` gives the
+        Clips end early when `done` says so after one of their chunks. `conditions(clips, ids of the opening)` gives the
         conditions of a conditioned model's positions. Raises DfError where the model's output is not finite.
         """
         picking = filters.picking()
@@ -103,7 +103,7 @@ class Generator:
             clips = range(start, min(self._num, start + self._at_once))
             dice = Dice(seed, clips)
             self.engine.start(len(clips))
-            at = told(clips, len(opening)) if told else None
+            at = conditions(clips, len(opening)) if conditions else None
             self.engine.prefill(np.tile(opening, (len(clips), 1)), at and at(0, len(opening)))
             made, size = 0, 1
             while made < tokens and not (made and done(clips)):

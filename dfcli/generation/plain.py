@@ -33,8 +33,8 @@ class Plain:
 
     @torch.inference_mode()
     def prefill(self, ids: NDArray[np.int64], condition: Condition | None = None) -> None:
-        told = condition and condition.to(self._device)
-        self._read(prefill(self._core, torch.from_numpy(ids).to(self._device), self._state, told))
+        moved = condition and condition.to(self._device)
+        self._read(prefill(self._core, torch.from_numpy(ids).to(self._device), self._state, moved))
 
     @torch.inference_mode()
     def generate(
@@ -44,8 +44,8 @@ class Plain:
         rows = condition and condition.to(self._device)
         for j in range(uniforms.shape[1]):
             ids = picked[:, j] = pick(self._logits, picking, uniforms[:, j])
-            told = () if rows is None else (rows._replace(index=rows.index[:, j]),)
-            self._read(self._core.step(torch.from_numpy(ids).to(self._device), self._state, *told))
+            row = () if rows is None else (rows._replace(index=rows.index[:, j]),)
+            self._read(self._core.step(torch.from_numpy(ids).to(self._device), self._state, *row))
         return picked
 
     def finite(self) -> bool:

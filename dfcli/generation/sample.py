@@ -170,8 +170,8 @@ def sample_audio(
     try:
         interrupted = _interrupted(
             generator.generate(
-                opening, max(plan.samples), request, request.seed, seconds=AUDIO_CHUNK, told=plan.at, done=sound.done,
-                longest=max(1, int(AUDIO_CHUNK * codec.sample_rate)),
+                opening, max(plan.samples), request, request.seed, seconds=AUDIO_CHUNK, conditions=plan.at,
+                done=sound.done, longest=max(1, int(AUDIO_CHUNK * codec.sample_rate)),
             ),
             sound.feed,
         )  # fmt: skip

@@ -85,8 +85,8 @@ def read_text(
                 return
 
 
-class _Told(io.RawIOBase):
-    """A file whose bytes are told as they are read."""
+class _Tee(io.RawIOBase):
+    """A file that also gives `on_bytes` what is read of it."""
 
     def __init__(self, file: IO[bytes], on_bytes: Callable[[bytes], object]) -> None:
         self._file, self._on_bytes = file, on_bytes
@@ -103,10 +103,10 @@ class _Told(io.RawIOBase):
 def _unpacked(source: Source, file: IO[bytes], on_bytes: Callable[[bytes], object], about: set[str]) -> IO[bytes]:
     head = file.read(6)
     file.seek(0)
-    told = cast(Any, _Told(file, on_bytes))
+    tee = cast(Any, _Tee(file, on_bytes))
     kind = next((kind for magic, kind in PACKED.items() if head.startswith(magic)), None)
     if kind is None:
-        return told
+        return tee
     about.add(kind)
     if kind == "zstd":
         try:
@@ -114,10 +114,10 @@ def _unpacked(source: Source, file: IO[bytes], on_bytes: Callable[[bytes], objec
         except ImportError:
             hint = f"`pip install backports.zstd`, or unpack it: `zstd -d {shlex.quote(source.name)}`"
             raise UsageError(f"{source.name} is packed by zstd, which takes another package", hint) from None
-        return zstd.ZstdFile(told)
+        return zstd.ZstdFile(tee)
     if kind == "gzip":
-        return cast(Any, gzip.GzipFile(fileobj=told))
-    return cast(Any, bz2.BZ2File(told) if kind == "bzip2" else lzma.LZMAFile(told))
+        return cast(Any, gzip.GzipFile(fileobj=tee))
+    return cast(Any, bz2.BZ2File(tee) if kind == "bzip2" else lzma.LZMAFile(tee))
 
 
 def _read(source: Source, stream: IO[bytes]) -> bytes:

@@ -143,8 +143,8 @@ class Recordings(Build):
     def _write_recordings(
         self, codec: MuLaw, sounds: list[list[Sound]], writers: list[Writers], ids: IO[bytes]
     ) -> tuple[str, dict[str, list[Sound]]]:
-        """Each recording is a document; the only one is cut by position. The rule, and the recordings that each split
-        has (part of)."""
+        """Each recording is a document; few are cut by position (see `_plan`). The rule, and the recordings that each
+        split has (part of)."""
         in_split: dict[str, list[Sound]] = {}
         plan, rule = self._plan(sounds, lambda sound: sound.samples, writers, "recording")
         self._tell_held_out(plan, writers)

@@ -24,8 +24,8 @@ class Request:
         "CODEC",
         kind=Codec | None,
     )
-    bpe: str | None = option(None, "Folder of GPT-2's encoder.json and vocab.bpe.", "DIR")
-    vocab_size: int | None = option(None, "Ids of the bpe codec; by default they follow the corpus.", "N")
+    bpe: str | None = option(None, "For `--codec gpt2`: folder of encoder.json and vocab.bpe.", "DIR")
+    vocab_size: int | None = option(None, "Vocabulary size of `--codec bpe`. Default: by corpus size.", "N")
     tokenizer: str | None = option(None, "A tokenizer.json to use as the bpe codec.", "FILE")
     lines: bool = option(False, "Each line of the text is one document.")
     separator: str | None = option(None, "Text that stands between documents within a file.", "TEXT")
@@ -33,7 +33,7 @@ class Request:
     sample_rate: int | None = option(None, "Sample rate of the audio. Default: the sources' own, at most 16,000.", "HZ")
     levels: int | None = option(None, "Mu-law levels of audio: 256, 512, 1024 (the default), 2048 or 4096.", "N")
     label: str | None = option(
-        None, "Labels of recordings: the folder they lie in, or a pattern's named groups.", "folder|PATTERN"
+        None, "Labels of recordings: the first folder below the source, or a pattern's named groups.", "folder|PATTERN"
     )
     normalize: str = option(
         "none", "Scale each recording: its peak to 1, or its range to -1 to 1.",

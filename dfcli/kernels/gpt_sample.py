@@ -3,7 +3,7 @@ gives the plain step's logits to 1e-4. In a small model this saves the overhead 
 step; in a large one the weights come from memory as fast as one core can read, half again as fast as by PyTorch's
 matrix-vector product.
 
-- The weights lie in the order in which they are read, in tiles (see `kernels`); the gains and biases of a norm are
+- The weights lie in the order in which they are read, in tiles (see `gemm.py`); the gains and biases of a norm are
   multiplied into the linear layer behind it.
 - Keys are kept as [D, context] for each head, so that a query's products with all of them are sums of rows.
 - When the cache is full, the core's own rule decides what is read again, by its own `prefill`.
@@ -27,7 +27,7 @@ from dfcli.cores.gpt import GPT, GPTConfig, GPTState, Norm
 from dfcli.cores.protocols import Picking
 from dfcli.kernels.compile import Compiled, inner
 from dfcli.kernels.gemm import join, multiply, pad, padded, tiles
-from dfcli.kernels.known import unknown
+from dfcli.kernels.known import RMS, unknown
 from dfcli.kernels.ops import (
     ACTIVATIONS,
     ONE,
@@ -324,7 +324,7 @@ def _model(core: GPT) -> _Model:
         heads=config.heads,
         context=config.context,
         vocab_size=V,
-        rms=config.norm == "rmsnorm",
+        rms=RMS[GPTConfig][config.norm],
         qk_norm=config.qk_norm,
         rotary=rotary,
         activation=ACTIVATIONS.index(config.activation),

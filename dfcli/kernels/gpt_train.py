@@ -3,7 +3,7 @@
 In small models PyTorch's operations are so short that starting them, and taking their results through memory, takes
 most of the time. Here a thread takes whole sequences, each forward and backward before the next, so that what is
 kept between stays in its caches. The core's own `forward` is the reference: loss and gradients agree to 1e-5;
-with products in bfloat16 they are as near as PyTorch's own (tests).
+with products in bfloat16 they are as close as PyTorch's autocast (tests).
 
 Sequences are divided into groups, each with gradients of its own that are summed in the order of the groups. So the
 same number of threads gives the same bits, whichever thread takes a group.
@@ -44,7 +44,7 @@ from dfcli.kernels.gemm import (
     row_stride,
     transposed,
 )
-from dfcli.kernels.known import unknown
+from dfcli.kernels.known import RMS, unknown
 from dfcli.kernels.ops import (
     ACTIVATIONS,
     ONE,
@@ -730,8 +730,9 @@ def _nothing() -> tuple[_Shape, _Places, _Batch, _Tables, _Out]:
 def build(core: nn.Module, workers: WorkerPool, on_event: OnEvent, precision: str = "float32") -> Pass:
     """The pass of a core that `supports` accepts. Raises what numba raises where it cannot compile."""
     assert isinstance(core, GPT)
+    training = _Training(core, workers, precision)
     workers.load(on_event, (_step, _nothing()))
-    return _Training(core, workers, precision).backward
+    return training.backward
 
 
 class _Training:
@@ -740,6 +741,7 @@ class _Training:
     def __init__(self, core: GPT, workers: WorkerPool, precision: str) -> None:
         self.core, self.workers, blocks = core, workers, core.blocks
         self.bfloat16 = precision == "bfloat16" and rounds(core.config)
+        self.rms = RMS[GPTConfig][core.config.norm]
         self.embeddings = list(core.ngrams.tables) if core.config.ngrams > 1 else []
         self.linears = [
             _Linears([core.head], [core.norm]),
@@ -757,7 +759,7 @@ class _Training:
         p = float(c.dropout) if training else 0.0
         seed = int(torch.randint(2**62, ())) if p else 0
         biased = any(linear.biased or linear.norms for linear in self.linears)
-        kinds = biased, c.norm == "rmsnorm", c.qk_norm, c.position == "rotary", ACTIVATIONS.index(c.activation)
+        kinds = biased, self.rms, c.qk_norm, c.position == "rotary", ACTIVATIONS.index(c.activation)
         return _Shape(
             T, c.vocab_size, c.layers, c.heads, c.channels, *kinds, p, p * c.embedding_dropout, seed, self.bfloat16
         )

@@ -9,6 +9,13 @@ from typing import Any
 from dfcli.cores.gpt import GPTConfig
 from dfcli.cores.wavenet import WaveNetConfig
 
+# Of each core, whether its kernels compute a norm as RMSNorm. The kernels look it up here: a norm that is only added to
+# FIELDS raises KeyError, and is not computed as LayerNorm, or left out.
+RMS: dict[Any, dict[str, bool]] = {
+    GPTConfig: {"layernorm": False, "rmsnorm": True},
+    WaveNetConfig: {"none": False, "rmsnorm": True},
+}
+
 # Of each core, the fields; with the values that are known, where they are words.
 FIELDS: dict[Any, dict[str, tuple[str, ...]]] = {
     GPTConfig: {

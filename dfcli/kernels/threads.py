@@ -91,11 +91,11 @@ class WorkerPool:
 
     def load(self, on_event: OnEvent, *functions: tuple[Compiled, tuple[Any, ...]]) -> None:
         """Compile functions or load them: `Compiled.load`, each with arguments that make it do nothing."""
-        told: list[object] = []
+        messages: list[object] = []
 
         def once(event: object) -> None:  # that it takes some seconds
-            if not told:
-                told.append(event)
+            if not messages:
+                messages.append(event)
                 on_event(event)
 
         for function, arguments in functions:

@@ -5,7 +5,7 @@ A sample of the `paper` preset takes 1.24 million multiply-adds, of which each n
 uses: 4.9 MB, too much for a core's own caches, so that the speed of the last-level cache decides (60 GB/s
 where this was measured: 80 µs; the arithmetic alone takes 30 µs). What is done about it:
 
-- The weights lie in the order in which they are read, in tiles (see `kernels`).
+- The weights lie in the order in which they are read, in tiles (see `gemm.py`).
 - A layer with dilation d reads its own inputs of d samples ago, so those of the next d samples are known
   already. What the past taps make of them is computed for `AHEAD` samples at once, and their weights, a
   fifth of all, are read once in that many samples.
@@ -33,7 +33,7 @@ from dfcli.cores.protocols import Picking, prefill
 from dfcli.cores.wavenet import Condition, WaveNet, WaveNetConfig
 from dfcli.kernels.compile import Compiled, inner
 from dfcli.kernels.gemm import join, multiply, pad, padded, tiles, to_bfloat16
-from dfcli.kernels.known import unknown
+from dfcli.kernels.known import RMS, unknown
 from dfcli.kernels.ops import ZERO, add, copy, copy_to_rows, fill, norm, relu, tanh_sigmoid
 from dfcli.kernels.pick import pick
 from dfcli.kernels.threads import ThreadedEngine
@@ -90,13 +90,13 @@ def _gate(out, o, sums, s, bias, b, R):
 
 
 @inner
-def _step(model, state, told, j, B):
+def _step(model, state, gate_biases, j, B):
     """Reads sample j of each clip, whose embedding stands in state.stream, and leaves the logits after it."""
     queues, sums, stream, inputs = state.queues, state.sums, state.stream, state.inputs
     gates, skip, head, logits = state.gates, state.skip, state.head, state.logits
     weights, biases, layers, taps = model.weights, model.biases, model.layers, model.taps
     L, R, S, H, W = len(layers), stream.size // B, skip.size // B, head.size // B, logits.size // B
-    rows, places, F = told.rows, told.places, told.rows.size // (L * 2 * R)
+    rows, places, F = gate_biases.rows, gate_biases.places, gate_biases.rows.size // (L * 2 * R)
     t, c = state.clock[0], 0
     w = past = np.int64(0)  # a literal 0 would be a type of its own and compile `multiply` twice
     for layer in range(L):
@@ -134,7 +134,7 @@ def _step(model, state, told, j, B):
     state.clock[0] = t + 1
 
 
-def wavenet_samples(model, state, told, uniforms, picking, ids):
+def wavenet_samples(model, state, gate_biases, uniforms, picking, ids):
     """Picks and reads n samples of each clip: uniforms [B, n] -> ids [B, n]."""
     temperature, top_k, top_p, min_p = picking
     B, n = uniforms.shape
@@ -145,7 +145,7 @@ def wavenet_samples(model, state, told, uniforms, picking, ids):
             logits = state.logits[b * W : b * W + model.vocab_size]
             ids[b, j] = pick(logits, uniforms[b, j], temperature, top_k, top_p, min_p, state.weights)
             copy(state.stream, b * R, table, ids[b, j] * R, R)
-        _step(model, state, told, j, B)
+        _step(model, state, gate_biases, j, B)
 
 
 _SOURCES = [__file__]
@@ -258,7 +258,7 @@ def _model(core: WaveNet, packed: bool) -> _Model:
         layers=np.array(layers, np.int64),
         taps=K,
         channels=config.residual,
-        normed=config.norm == "rmsnorm",
+        normed=RMS[WaveNetConfig][config.norm],
         vocab_size=V,
     )
 

@@ -3,7 +3,8 @@
 With 32 channels the products of a layer take less time than the dozen PyTorch operations around them, which each send
 megabytes through memory. Here a layer takes `BLOCK` positions at a time, which stay in the nearest cache from its input
 to its output, its part of the skips included, and so does the head, forward and backward. The core's own `forward` is
-the reference: loss and gradients agree to 1e-5; with products in bfloat16 they are as near as PyTorch's own (tests).
+the reference: loss and gradients agree to 1e-5; with products in bfloat16 they are as close as PyTorch's
+autocast (tests).
 
 The N = B T positions are flat, the sequences behind each other, because a position knows how far it is from its
 document's start and nothing looks beyond that. They are divided into slots. Where there are at least as many sequences
@@ -48,7 +49,7 @@ from dfcli.kernels.gemm import (
     rounding,
     row_stride,
 )
-from dfcli.kernels.known import unknown
+from dfcli.kernels.known import RMS, unknown
 from dfcli.kernels.ops import ONE, TWO, ZERO, add, clamp, copy, cross_entropy, exp, fill, norm, norm_back
 from dfcli.kernels.threads import WorkerPool, barrier
 from dfcli.system.events import OnEvent
@@ -604,7 +605,7 @@ def build(core: nn.Module, workers: WorkerPool, on_event: OnEvent, precision: st
     """The pass of a core that `supports` accepts. Raises what numba raises where it cannot compile."""
     assert isinstance(core, WaveNet)
     c, parameters = core.config, _parameters(core)
-    dilations, normed = np.array(c.all_dilations), c.norm == "rmsnorm"
+    dilations, normed = np.array(c.all_dilations), RMS[WaveNetConfig][c.norm]
     bfloat16 = precision == "bfloat16" and rounds(c)
     shape = Shape(dilations, c.kernel, c.residual, c.skip, c.head, c.vocab_size, normed, bfloat16)
     workers.load(on_event, (_pass, _nothing(shape)))

@@ -1,4 +1,4 @@
-"""One self-contained HTML page about runs: figures beside baselines, the course of the loss, and samples.
+"""One self-contained HTML page about runs: figures beside baselines, the loss curve, and samples.
 
 It loads nothing from anywhere: charts are SVG, sound and spectrograms are data URIs. What models and files say is
 escaped.
@@ -18,7 +18,7 @@ import soundfile
 
 from dfcli.errors import DfError
 from dfcli.evaluation.evaluate import Evaluation, evaluate
-from dfcli.generation.checks import a_recording, told
+from dfcli.generation.checks import a_recording, condition_info
 from dfcli.generation.sample import sample_audio, sample_text
 from dfcli.report.drawing import chart, spectrogram
 from dfcli.runs.run import Run
@@ -72,16 +72,16 @@ def _section(run: Run, device: str, on_event: OnEvent) -> str:
         ("checkpoints", ", ".join(f"{step:,}" for step in steps) or "none yet"),
         ("size", size(run.size_bytes())),
     ]))  # fmt: skip
-    parts += _told_or_not("Figures", lambda: _figures(evaluate(run, device=device, on_event=on_event)))
-    parts += _told_or_not("Course of the loss", lambda: _course(run))
-    parts += _told_or_not("Samples", lambda: _samples(run, device, on_event))
+    parts += _part("Figures", lambda: _figures(evaluate(run, device=device, on_event=on_event)))
+    parts += _part("Loss curve", lambda: _course(run))
+    parts += _part("Samples", lambda: _samples(run, device, on_event))
     values = [(info["core"]["name"], info["core"]["config"]), ("recipe", info.get("recipe", {}))]
     listed = _table((name, "  ".join(f"{k}={v}" for k, v in fields.items())) for name, fields in values)
     parts.append(f"<details><summary>All values</summary>{listed}</details>")
     return "".join(parts)
 
 
-def _told_or_not(title: str, make: Any) -> list[str]:
+def _part(title: str, make: Any) -> list[str]:
     """A heading and what `make` gives, or the reason why there is nothing."""
     try:
         body = make()
@@ -124,7 +124,7 @@ def _samples(run: Run, device: str, on_event: OnEvent) -> str:
         made = sample_text(run, num=TEXTS, tokens=TOKENS, seed=SEED, device=device, on_event=on_event)
         return "".join(f"<pre>{html.escape(text)}</pre>" for text in made.samples)
     options: dict[str, Any] = {"num": CLIPS, "seed": SEED, "device": device, "seconds": SECONDS}
-    if told(run).vocoder:
+    if condition_info(run).vocoder:
         options["mel"] = Path(a_recording(run))
     with tempfile.TemporaryDirectory() as folder:
         result = sample_audio(run, out=Path(folder) / "clip.wav", on_event=on_event, **options)

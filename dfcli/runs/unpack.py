@@ -63,7 +63,7 @@ def _extract(path: Path, archive: zipfile.ZipFile) -> Path:
         raise DfError(f"{path} unpacks to {size(total)}, and {home} has less space", "free some space")
     building = files.building(home / ".packed")  # never finished: it is removed, or cleaned after a crash
     folder = building.__enter__()
-    atexit.register(lambda: building.__exit__(_Given, _Given(), None))
+    atexit.register(lambda: building.__exit__(_Discarded, _Discarded(), None))
     for member, name in zip(members, names, strict=True):
         (folder / name).parent.mkdir(exist_ok=True)
         with archive.open(member) as source, (folder / name).open("xb") as target:
@@ -76,5 +76,5 @@ def _extract(path: Path, archive: zipfile.ZipFile) -> Path:
     return folder
 
 
-class _Given(Exception):
+class _Discarded(Exception):
     """Ends the `building` of a folder that is not kept."""

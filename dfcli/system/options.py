@@ -27,8 +27,8 @@ def option(
 ) -> Any:
     """A field that is an option. `flags` are its names on the command line, by default the field's name. `kind` is its
     type there, by default the field's type. `bounds` are the lowest and the highest value; floats must be above the
-    lowest. `recipe`: it sets the recipe's field of the same name. `data`: it is the argument of `ingest.prepare` of the
-    same name."""
+    lowest. `recipe`: it sets the recipe's field of the same name. `data`: it is the argument of
+    `ingest.prepare.prepare` of the same name."""
     metadata = {"help": help, "metavar": metavar, "flags": flags, "kind": kind}
     metadata |= {"bounds": bounds, "recipe": recipe, "data": data}
     if callable(default):

@@ -151,8 +151,8 @@ class TorchBackend:
     def _gradients(self, ids: Any, targets: Any, positions: Any, count: Any, *parts: Any) -> list[Tensor]:
         """The summed loss, and the gradients of the mean's over `count` targets, of `_learning`."""
         self._core.zero_grad()
-        told = None if parts[-1] is None else cores.Condition(*parts)
-        loss = self._loss(ids, targets, positions, told)
+        condition = None if parts[-1] is None else cores.Condition(*parts)
+        loss = self._loss(ids, targets, positions, condition)
         (loss / count).backward()
         self._learning = [p for p in self._core.parameters() if p.grad is not None]
         grads = [p.grad for p in self._learning if p.grad is not None]

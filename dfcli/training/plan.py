@@ -57,7 +57,7 @@ class Plan:
     dataset: Dataset | None  # None where a look at the preset needs no data
     init: str | None
     choices: tuple[Choice, ...]
-    told: Conditioning | None = None  # the conditions of a WaveNet
+    conditioning: Conditioning | None = None  # the conditions of a WaveNet
     stem: str | None = None  # of a name that nobody asked for
     shards: int = 1  # parts of the weights, in as many processes; 1: each process has them whole
 
@@ -163,9 +163,9 @@ def from_preset(request: Request, on_event: OnEvent) -> Plan:
             prepare_for(data, protocol, parent.codec if parent else None, on_event, request.kind, not request.show)
         )
         codec_name = dataset.codec.name
-    told = _told(request, entry, core, parent, dataset, choices)
+    conditions = _conditioning(request, entry, core, parent, dataset, choices)
     if dataset:
-        row = _row(told, parent, asdict(config))
+        row = _row(conditions, parent, asdict(config))
         config = config_of(core, asdict(config) | {"vocab_size": dataset.codec.vocab_size} | row)
     notes = [*entry.get("notes", ())]
     if of_model or of_recipe:
@@ -178,7 +178,7 @@ def from_preset(request: Request, on_event: OnEvent) -> Plan:
         kind=request.kind, name=name, preset=request.preset, core=core, config=config, recipe=recipe,
         seed=request.seed if request.seed is not None else entry.get("seed", 0), device=device, data=data,
         protocol=protocol, codec_name=codec_name, dataset=dataset, init=_reference(parent) if parent else None,
-        choices=(*choices, *parts), told=told, stem=stem, shards=shards,
+        choices=(*choices, *parts), conditioning=conditions, stem=stem, shards=shards,
     )  # fmt: skip
 
 
@@ -196,10 +196,10 @@ def from_run(request: Request, parent: Run | Folder, on_event: OnEvent) -> Plan:
     protocol = parent.dataset.get("protocol", {}) | request.preparation
     data = request.data or _data_of(parent, choices)
     dataset = _trainable(prepare_for(data, protocol, parent.codec, on_event, request.kind, not request.show))
-    told = _told(request, {}, core, parent, dataset, choices)
+    conditions = _conditioning(request, {}, core, parent, dataset, choices)
     given = Given(values, given.recipe)
     draft = recipes.going_on(core, config, recipes.corpus_of(dataset), device, given, info["recipe"])
-    return _of_draft(request, draft, data, protocol, dataset, choices, told, _reference(parent))
+    return _of_draft(request, draft, data, protocol, dataset, choices, conditions, _reference(parent))
 
 
 def _check_model(request: Request, parent: Run | Folder, given: Given) -> None:
@@ -226,13 +226,13 @@ def from_defaults(request: Request, on_event: OnEvent) -> Plan:
     data = request.data or _builtin_data("audio" if core == "wavenet" else "text", "no --data was given", choices)
     protocol = request.preparation
     dataset = _trainable(prepare_for(data, protocol, None, on_event, request.kind, not request.show))
-    told = _told(request, {}, core, None, dataset, choices)
-    given = Given(given.config | _row(told, None, given.config), given.recipe)
+    conditions = _conditioning(request, {}, core, None, dataset, choices)
+    given = Given(given.config | _row(conditions, None, given.config), given.recipe)
     draft = recipes.default(core, recipes.corpus_of(dataset), device, given)
-    return _of_draft(request, draft, data, protocol, dataset, choices, told, None)
+    return _of_draft(request, draft, data, protocol, dataset, choices, conditions, None)
 
 
-def _told(
+def _conditioning(
     request: Request,
     entry: dict[str, Any],
     core: str,
@@ -252,30 +252,30 @@ def _told(
         raise UsageError(f"dataset {dataset.name} has no labels", "give `--label folder`, or `--label PATTERN`")
     if kind == "mel" and not isinstance(dataset.codec, MuLaw):
         raise UsageError("--condition mel is for recordings", "leave it out")
-    told = conditioning(dataset, kind)
-    if told is not None and told.names:
-        what = ", ".join(f"{label} ({counted(len(names), 'name')})" for label, names in told.names.items())
-        ends = "; a clip ends by itself, since the recordings are short" if told.progress else ""
+    conditions = conditioning(dataset, kind)
+    if conditions is not None and conditions.names:
+        what = ", ".join(f"{label} ({counted(len(names), 'name')})" for label, names in conditions.names.items())
+        ends = "; a clip ends by itself, since the recordings are short" if conditions.progress else ""
         choices.append(Choice("condition", "labels", f"{what}{ends}"))
-    elif told is not None and told.mel is not None:
-        choices.append(Choice("condition", "mel", f"{told.mel.mels} channels, a frame every {told.mel.hop} samples"))
-    return told
+    elif conditions is not None and (mel := conditions.mel) is not None:
+        choices.append(Choice("condition", "mel", f"{mel.mels} channels, a frame every {mel.hop} samples"))
+    return conditions
 
 
-def _row(told: Conditioning | None, parent: Run | Folder | None, base: dict[str, Any]) -> dict[str, Any]:
+def _row(conditions: Conditioning | None, parent: Run | Folder | None, base: dict[str, Any]) -> dict[str, Any]:
     """The fields of the core's config that conditions fix."""
-    if told is None or parent is not None:  # a parent's config has them
+    if conditions is None or parent is not None:  # a parent's config has them
         return {}
     return {
-        "labels": told.counts,
-        "condition": (base.get("condition") or EMBEDDING) if told.counts else 0,
-        "series": told.series,
+        "labels": conditions.counts,
+        "condition": (base.get("condition") or EMBEDDING) if conditions.counts else 0,
+        "series": conditions.series,
     }
 
 
 def _of_draft(
     request: Request, draft: recipes.Draft, data: tuple[str, ...], protocol: dict[str, Any], dataset: Dataset,
-    choices: list[Choice], told: Conditioning | None, init: str | None,
+    choices: list[Choice], conditions: Conditioning | None, init: str | None,
 ) -> Plan:  # fmt: skip
     """The plan of a chosen recipe, with its batch in parts where the free memory asks for it."""
     recipe = _windowed(draft.core, draft.config, draft.recipe)
@@ -287,7 +287,7 @@ def _of_draft(
     return Plan(
         kind=request.kind, name=name, preset=None, core=draft.core, config=draft.config, recipe=recipe,
         seed=request.seed or 0, device=draft.device, data=data, protocol=protocol, codec_name=dataset.codec.name,
-        dataset=dataset, init=init, choices=(*choices, *draft.choices, *parts), told=told, stem=stem,
+        dataset=dataset, init=init, choices=(*choices, *draft.choices, *parts), conditioning=conditions, stem=stem,
         shards=shards,
     )  # fmt: skip
 

@@ -3,7 +3,7 @@
 An entry holds
 - core, config: which core, and what differs from its config's defaults; vocab_size: of the published data
 - recipe: fields of `settings.Recipe`; seed: the published one
-- data: what the published protocol fixes (arguments of `data.prepare`); corpus: the name of the published data
+- data: what the published protocol fixes (arguments of `ingest.prepare.prepare`); corpus: the published data's name
 - start: what `--init` must give, where it is not trained from the beginning
 - source, published: where the values are from, and the figure to compare with; notes: what had to be chosen here
 """

@@ -47,26 +47,30 @@ class Request:
     field: str | None = same_option(Preparation, "field", data=True)
     levels: int | None = same_option(Preparation, "levels", data=True)
     label: str | None = same_option(Preparation, "label", data=True)
-    preset: str | None = option(None, "A published model and its protocol.", "NAME")
+    preset: str | None = option(None, "A published model and its protocol. An unknown name lists them.", "NAME")
     name: str | None = option(None, "What to call the run.", "NAME")
     steps: int | None = option(None, "Train for this many steps.", "N", bounds=(1, 10**9), recipe=True)
     minutes: float | None = option(
-        None, "Train for this long, not counting data preparation and the final validation; 5 by default.", "M",
-        bounds=(0.0, 1e6), recipe=True,
+        None,
+        "Train for this long, besides data preparation and the final validation. Default: 5, or the preset's steps.",
+        "M", bounds=(0.0, 1e6), recipe=True,
     )  # fmt: skip
     device: str = device_option()
-    batch_size: int | None = option(None, "Sequences in one step.", "N", bounds=(1, 10**6), recipe=True)
+    batch_size: int | None = option(
+        None, "Sequences of one micro-batch, over all processes. `--set accumulate=K` makes a step of K micro-batches.",
+        "N", bounds=(1, 10**6), recipe=True,
+    )  # fmt: skip
     lr: float | None = option(None, "Peak learning rate.", "X", bounds=(0.0, 1e3), recipe=True)
     seed: int | None = option(None, "The same seed gives the same run.", "N", bounds=(0, 2**63 - 1))
-    resume: bool = option(False, "Continue the run of this name, or start it.")
+    resume: bool = option(False, "Continue the run of --name, or the newest of this KIND. Start one if there is none.")
     init: str | None = option(None, "Start from the weights of another run or a Hugging Face folder.", "RUN|FOLDER")
     condition: str | None = option(
-        None, "What a WaveNet is told beside the sound; labels where the data has them.", "labels|mel|none"
+        None, "Extra input of a WaveNet. Default: labels if the data has them.", "labels|mel|none"
     )
     overrides: Mapping[str, str] = option(
         dict, "Change a field of the model or the recipe.", "KEY=VALUE", flags=("--set",)
     )
-    log: str | None = option(None, "Also write the figures to another program's log.", "tensorboard|wandb")
+    log: str | None = option(None, "Also log to TensorBoard or Weights & Biases.", "tensorboard|wandb")
     show: bool = option(False, "Show what would be trained, with reasons, and train nothing.")
 
     def __post_init__(self) -> None:
@@ -85,7 +89,7 @@ class Request:
 
     @property
     def preparation(self) -> dict[str, Any]:
-        """The arguments of `ingest.prepare` that were given."""
+        """The arguments of `ingest.prepare.prepare` that were given."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("data")}
         return {name: value for name, value in values.items() if value not in (None, False)}
 

@@ -78,7 +78,7 @@ def _started(run: Run, device: str) -> Plan:
             config=cores.config(info["core"]["name"], info["core"]["config"]),
             recipe=Recipe.from_json(info["recipe"]), seed=info["seed"], device=_in_its_precision(run, resolve(device)),
             data=tuple(data["sources"]), protocol=data["protocol"], codec_name=info["codec"]["name"],
-            dataset=None, init=info["init"], choices=(), told=run.conditioning,
+            dataset=None, init=info["init"], choices=(), conditioning=run.conditioning,
         )  # fmt: skip
         shards, parts = memory.shards(plan.core, plan.config, plan.recipe, plan.device)
         return replace(plan, shards=shards, choices=tuple(parts))

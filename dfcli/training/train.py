@@ -238,7 +238,7 @@ def trainer_of(run: Run, plan: Plan, group: Processes, calls: Calls) -> Trainer:
     batches = Batches(
         dataset.splits["train"], batch_size=recipe.batch_size, window=recipe.window, seed=plan.seed,
         packing=recipe.packing, boundary=dataset.boundary, lines=dataset.lines, lead=dataset.lead,
-        conditions=Conditions(plan.told, dataset, "train") if plan.told else None,
+        conditions=Conditions(plan.conditioning, dataset, "train") if plan.conditioning else None,
     )  # fmt: skip
     validation = validation_of(core, dataset, plan, group, calls.on_event)
     if validation and calls.previews and group.first and plan.shards == 1:
@@ -441,5 +441,5 @@ def _info(plan: Plan, dataset: Dataset) -> dict[str, Any]:
             "protocol": plan.protocol,
         },
         "choices": [asdict(choice) for choice in plan.choices],
-        **({"conditioning": plan.told.to_json()} if plan.told else {}),
+        **({"conditioning": plan.conditioning.to_json()} if plan.conditioning else {}),
     }

@@ -48,7 +48,7 @@ def validation_of(
 
     def loss() -> float:
         return sweep(
-            core, dataset, "val", plan.device, limit=limit or None, conditioning=plan.told, most=_most(plan),
+            core, dataset, "val", plan.device, limit=limit or None, conditioning=plan.conditioning, most=_most(plan),
             processes=scoring(core, processes), on_event=on_event,
         ).mean  # fmt: skip
 

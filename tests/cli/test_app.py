@@ -41,11 +41,12 @@ def test_every_command_has_help_with_an_example(here, command: str):
     assert shown.out == here(*command.split(), "--help").out
 
 
-@pytest.mark.parametrize("command", ["", "train", "data", "sample", "sample wavenet", "runs remove"])
-def test_flags_show_no_type(here, command: str):
+@pytest.mark.parametrize("command", ["", "train", "data prepare", "report", "sample", "sample wavenet", "runs export"])
+def test_flags_and_arguments_show_no_type(here, command: str):
     shown = here(*command.split(), "--help").out
     assert "--help" in shown
-    assert "bool" not in shown
+    for word in ("bool", "<str>", "<list", "<path>"):
+        assert word not in shown
 
 
 def test_options_are_those_of_the_design(here, monkeypatch: pytest.MonkeyPatch):

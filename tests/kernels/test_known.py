@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import pytest
 
+from dfcli import cores
 from dfcli.cores.gpt import GPTConfig
 from dfcli.cores.wavenet import WaveNetConfig
 from dfcli.kernels import gpt_sample, gpt_train, wavenet_sample, wavenet_train
-from dfcli.kernels.known import FIELDS, unknown
+from dfcli.kernels.known import FIELDS, RMS, unknown
+from dfcli.kernels.threads import WorkerPool
 from dfcli.system.device import resolve
+from dfcli.system.events import ignore
 
 
 @dataclass(frozen=True)
@@ -39,3 +43,23 @@ def test_a_field_or_a_value_that_a_core_learns_later_is_left_to_pytorch() -> Non
     norm = GPTConfig(**gpt)
     object.__setattr__(norm, "norm", "tanhnorm")
     assert unknown(norm) == "the kernels do not know norm=tanhnorm"
+
+
+GPT = {"vocab_size": 60, "context": 32, "layers": 1, "heads": 2, "channels": 32}
+WAVENET = {"dilations": (1, 2), "cycles": 1, "residual": 16, "skip": 16, "head": 16}
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "kernels"),
+    [("gpt", GPT, (gpt_train, gpt_sample)), ("wavenet", WAVENET, (wavenet_train, wavenet_sample))],
+)
+def test_a_norm_that_only_the_table_knows_is_not_computed_as_another(
+    name: str, values: dict[str, Any], kernels: tuple[Any, Any]
+) -> None:
+    core, (train, sample) = cores.build(name, values).eval(), kernels
+    assert set(RMS[type(core.config)]) == set(FIELDS[type(core.config)]["norm"])
+    object.__setattr__(core.config, "norm", "tanhnorm")
+    with pytest.raises(KeyError, match="tanhnorm"):
+        sample.build(core, resolve("cpu"))
+    with pytest.raises(KeyError, match="tanhnorm"):
+        train.build(core, WorkerPool(1), ignore)

@@ -109,7 +109,7 @@ def build(core: nn.Module, device: Device, exact: bool = True, on_event: OnEvent
 
 
 class Graphed:
-    """`engines.Engine` that replays `step` and `pick`. B sequences; the cache is the core's own state."""
+    """`protocols.Engine` that replays `step` and `pick`. B sequences; the cache is the core's own state."""
 
     name, reason = "cuda-graph", "one graph launch an id, with the plain engine's picks"
 

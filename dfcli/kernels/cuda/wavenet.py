@@ -45,7 +45,7 @@ from torch import Tensor, nn
 
 from dfcli.cores.protocols import Picking, prefill
 from dfcli.cores.wavenet import Condition, WaveNet, WaveNetConfig
-from dfcli.kernels.known import unknown
+from dfcli.kernels.known import RMS, unknown
 from dfcli.system.device import Device
 from dfcli.system.events import Note, OnEvent, ignore
 
@@ -299,7 +299,7 @@ def build(core: nn.Module, device: Device, exact: bool = True, on_event: OnEvent
 
 
 class Persistent:
-    """`engines.Engine` of the kernel above; openings are read by the core itself. `processors` programs at most wait
+    """`protocols.Engine` of the kernel above; openings are read by the core itself. `processors` programs at most wait
     for each other: as many as the GPU has multiprocessors, so that none waits for one that has not begun."""
 
     name, reason = "triton", "one kernel on the GPU makes many samples, with the plain engine's picks"
@@ -345,7 +345,7 @@ class Persistent:
         floats = [tensor.float().contiguous() for tensor in weights[:-1]]
         self._weights = Weights(*floats, weights.layers.to(torch.int32).contiguous())
         stages = 2 if P <= TILE else 1
-        normed = c.norm == "rmsnorm"
+        normed = RMS[WaveNetConfig][c.norm]
         self._sizes = Sizes(c.vocab_size, int(places[-1]), L, K, R, P, S, H, W, normed, M=1, G=1, stages=stages)
 
     def start(self, batch: int) -> None:
