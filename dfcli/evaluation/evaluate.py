@@ -257,8 +257,7 @@ def _protocol(loss: Loss, dataset: Dataset, split: str, others: dict[str, float]
     """How the figures were measured, in a sentence's words."""
     documents = dataset.splits[split].documents
     unit = "line" if dataset.lines else "recording" if dataset.kind == "audio" else "text"
-    codec = dataset.codec
-    ids = span(loss.context, codec.sample_rate if isinstance(codec, MuLaw) else 0)
+    ids = span(loss.context, dataset.codec.sample_rate)
     where = f"one {unit}" if documents == 1 else f"{documents:,} {unit}s"
     if loss.stride == 1:
         seen = f"seeing the newest {ids} of its {unit} (fewer at its start)"

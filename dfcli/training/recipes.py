@@ -19,7 +19,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dfcli import cores
-from dfcli.codecs import MuLaw
 from dfcli.cores.wavenet import DOUBLING
 from dfcli.data.dataset import Dataset
 from dfcli.system import processes
@@ -47,9 +46,6 @@ EFFICIENCY = 0.45
 MOST_ON_GPU = {"gpt": 1e14, "wavenet": 2e13}
 
 
-UNITS = {"mulaw": "sample", "chars": "character", "bytes": "byte"}  # what an id of a codec stands for; else a token
-
-
 @dataclass(frozen=True)
 class Corpus:
     """What the choices depend on: the training split's size and shape."""
@@ -68,11 +64,9 @@ class Corpus:
 def corpus_of(dataset: Dataset) -> Corpus:
     """The corpus that a dataset's training split is."""
     train, codec = dataset.splits["train"], dataset.codec
-    unit = UNITS.get(codec.name, "token")
-    rate = codec.sample_rate if isinstance(codec, MuLaw) else 0
     val = dataset.splits["val"].tokens_count if "val" in dataset.splits else 0
     sizes = train.tokens_count, train.documents, train.longest, codec.vocab_size
-    return Corpus(*sizes, dataset.lines, val, unit, rate, codec.name)
+    return Corpus(*sizes, dataset.lines, val, codec.unit, codec.sample_rate, codec.name)
 
 
 @dataclass
