@@ -222,13 +222,7 @@ class TrainView:
             named.pop()
         title = Text(DOT.join(named), style="bold")
         title.truncate(outside - 6, overflow="ellipsis")  # a long name; Rich alone would make the panel wider
-        return Panel(
-            Group(*parts),
-            title=title,
-            title_align="left",
-            width=outside,
-            border_style="dim",
-        )
+        return Panel(Group(*parts), title=title, title_align="left", width=outside, border_style="dim")
 
     def _clear_after_resize(self, now: tuple[int, int]) -> None:
         """A terminal that changes its width folds or cuts the last picture, so that it cannot be drawn over line by

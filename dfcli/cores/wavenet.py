@@ -231,11 +231,7 @@ class WaveNet(nn.Module):
         return self.config.context
 
     def forward(
-        self,
-        ids: Tensor,
-        positions: Tensor | None = None,
-        last_only: bool = False,
-        condition: Condition | None = None,
+        self, ids: Tensor, positions: Tensor | None = None, last_only: bool = False, condition: Condition | None = None
     ) -> Tensor:
         """ids [B, T] int64 -> logits [B, T, V], or [B, 1, V] of the last position with `last_only`. Before the first id
         every layer reads zeros.

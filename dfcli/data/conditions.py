@@ -108,12 +108,7 @@ class Conditioning:
 
     def to_json(self) -> dict[str, Any]:
         progress = self.progress and {"hop": self.progress.hop, "lengths": self.progress.lengths}
-        return {
-            "labels": self.names,
-            "rule": self.rule,
-            "progress": progress,
-            "mel": self.mel and self.mel.to_json(),
-        }
+        return {"labels": self.names, "rule": self.rule, "progress": progress, "mel": self.mel and self.mel.to_json()}
 
     @classmethod
     def from_json(cls, values: dict[str, Any], rate: int) -> Conditioning:

@@ -64,11 +64,7 @@ class Evaluation:
 
 
 def evaluate(
-    run: Run | str | Path | None = None,
-    data: Sequence[str] = (),
-    *,
-    on_event: OnEvent = ignore,
-    **options: Any,
+    run: Run | str | Path | None = None, data: Sequence[str] = (), *, on_event: OnEvent = ignore, **options: Any
 ) -> Evaluation:
     """Scores every target of a split once, deterministically; the newest run, if `run` is None. The other `options` are
     the fields of `evaluation.request.Request`: `split`, `stride`, `limit`, `measures`, `checkpoint`, `device`.

@@ -788,9 +788,7 @@ class _Training:
         s, tables, nothing = self.shape(joined * T), self.tables(ids), torch.empty(0)
         groups = min(self.workers.count, B // joined)
         out = _Out(
-            torch.empty(groups, dtype=torch.float64),
-            torch.empty(groups, self.places.total),
-            torch.empty(N, s.C),
+            torch.empty(groups, dtype=torch.float64), torch.empty(groups, self.places.total), torch.empty(N, s.C)
         )
         batch = _Batch(
             ids.contiguous(), targets.contiguous(), starts, np.float32(1 / max(1, count)),

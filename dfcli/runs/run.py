@@ -218,12 +218,7 @@ class Run:
         return steps[-1] if which == "last" else min(steps, key=lambda step: (self._val_loss(step), -step))
 
     def load(
-        self,
-        which: str | int = "best",
-        *,
-        optimizer: bool = False,
-        fallback: bool = False,
-        on_event: OnEvent = ignore,
+        self, which: str | int = "best", *, optimizer: bool = False, fallback: bool = False, on_event: OnEvent = ignore
     ) -> Checkpoint:
         """Read a checkpoint, verified, into the CPU's memory, also while a trainer adds and removes some.
 

@@ -31,10 +31,7 @@ GPT_SIZES = ((2, 2, 64), (3, 3, 96), (4, 4, 128), (6, 6, 192), (6, 8, 256), (6, 
 # Cycles, doubling dilations in each, residual channels; for the other widths see `completed`. A small model learns
 # nothing from further back than 8 dilations reach.
 WAVENET_SIZES = ((2, 8, 32), (2, 8, 48), (2, 10, 64), (3, 10, 64), (3, 10, 128))
-LR = {
-    "gpt": {"muon": 0.02, "adamw": 0.01, "sgd": 0.1},
-    "wavenet": {"muon": 0.045, "adamw": 0.004, "sgd": 0.1},
-}
+LR = {"gpt": {"muon": 0.02, "adamw": 0.01, "sgd": 0.1}, "wavenet": {"muon": 0.045, "adamw": 0.004, "sgd": 0.1}}
 TOKENS_PER_PARAMETER = {"gpt": 4.0, "wavenet": 30.0}  # a model that sees fewer is too large for its budget
 PARAMETERS_PER_TOKEN = 10.0  # a model with more than that for each token of the corpus only learns it by heart
 NGRAM_TOKENS = (20_000, 100_000, 500_000, 500_000, 500_000)  # from so many ids on, 2-grams, 3-grams, ... pay
