@@ -47,14 +47,7 @@ def prepare(
 
     request = Request(**options)
     mention_stdin(sources)
-    with (
-        output.Listener() as listener,
-        prepare(
-            sources,
-            **request.arguments,
-            on_event=listener,
-        ) as dataset,
-    ):
+    with output.Listener() as listener, prepare(sources, **request.arguments, on_event=listener) as dataset:
         listener.close()
         splits = ", ".join(f"{split.name} {count(split.tokens_count)}" for split in dataset.splits.values())
         output.say(f"dataset {dataset.name}: {splits} tokens")

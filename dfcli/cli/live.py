@@ -222,13 +222,7 @@ class TrainView:
             named.pop()
         title = Text(DOT.join(named), style="bold")
         title.truncate(outside - 6, overflow="ellipsis")  # a long name; Rich alone would make the panel wider
-        return Panel(
-            Group(*parts),
-            title=title,
-            title_align="left",
-            width=outside,
-            border_style="dim",
-        )
+        return Panel(Group(*parts), title=title, title_align="left", width=outside, border_style="dim")
 
     def _clear_after_resize(self, now: tuple[int, int]) -> None:
         """A terminal that changes its width folds or cuts the last picture, so that it cannot be drawn over line by
@@ -369,24 +363,19 @@ def ago(seconds: float) -> str:
 
 def machine_rows(stats: Stats, width: int) -> list[tuple[str, Text]]:
     """The rows on GPU, CPU and memory, without unknown figures."""
-    rows: list[tuple[str, Text]] = []
-    gpu: list[str] = []
-    if stats.gpu_percent is not None:
-        gpu.append(f"{stats.gpu_percent:.0f}% busy")
-    if stats.gpu_memory_used is not None and stats.gpu_memory_total is not None:
-        gpu.append(f"{size(stats.gpu_memory_used)} of {size(stats.gpu_memory_total)}")
-    if stats.gpu_temperature is not None:
-        gpu.append(f"{stats.gpu_temperature:.0f} °C")
-    if stats.gpu_power_watts is not None:
-        gpu.append(f"{stats.gpu_power_watts:.0f} W")
-    cpu: list[str] = []
-    if stats.cpu_percent is not None:
-        cpu.append(f"{stats.cpu_percent:.0f}% busy")
-    if stats.memory_used is not None and stats.memory_total is not None:
-        cpu.append(f"{size(stats.memory_used)} of {size(stats.memory_total)} memory used")
-    if stats.process_memory is not None:
-        cpu.append(f"{size(stats.process_memory)} by this run")
-    for name, figures in (("gpu", gpu), ("cpu", cpu)):
-        if figures:
-            rows.append((name, fit([(figure, "") for figure in figures], width)))
-    return rows
+    s = stats
+    gpu = (
+        "" if s.gpu_percent is None else f"{s.gpu_percent:.0f}% busy",
+        "" if s.gpu_memory_used is None or s.gpu_memory_total is None
+        else f"{size(s.gpu_memory_used)} of {size(s.gpu_memory_total)}",
+        "" if s.gpu_temperature is None else f"{s.gpu_temperature:.0f} °C",
+        "" if s.gpu_power_watts is None else f"{s.gpu_power_watts:.0f} W",
+    )  # fmt: skip
+    cpu = (
+        "" if s.cpu_percent is None else f"{s.cpu_percent:.0f}% busy",
+        "" if s.memory_used is None or s.memory_total is None
+        else f"{size(s.memory_used)} of {size(s.memory_total)} memory used",
+        "" if s.process_memory is None else f"{size(s.process_memory)} by this run",
+    )  # fmt: skip
+    found = {"gpu": gpu, "cpu": cpu}
+    return [(name, fit([(part, "") for part in parts], width)) for name, parts in found.items() if any(parts)]

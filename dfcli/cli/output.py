@@ -32,9 +32,7 @@ NARROW = 60  # columns below which a choice and its reason are one paragraph
 LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
 
 # C0 and C1 controls, what changes the direction of text, line separators, and halves of surrogate pairs.
-_INERT = re.compile(
-    r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]",
-)
+_INERT = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str, keep: str = "\n\t") -> str:

@@ -38,7 +38,7 @@ def list_(json: Json = False) -> None:
     from dfcli.runs import list_runs
 
     with output.Listener() as listener:
-        runs = sorted(list_runs(listener), key=lambda run: (str(run.info.get("created")), run.name))
+        runs = sorted(list_runs(listener), key=lambda run: run.order)
     if json:
         output.write_json({"runs": [facts(run) for run in runs]})
         return

@@ -37,8 +37,7 @@ def gpt(
         str | None, typer.Option("--prompt", metavar="TEXT", help="Text to continue; `-` is standard input.")
     ] = None,
     prompt_file: Annotated[
-        Path | None,
-        typer.Option("--prompt-file", metavar="FILE", help="File to continue; `-` is standard input."),
+        Path | None, typer.Option("--prompt-file", metavar="FILE", help="File to continue; `-` is standard input.")
     ] = None,
     *,
     json: Json = False,

@@ -13,6 +13,7 @@ import typer
 from dfcli.cli import output
 from dfcli.cli.figures import count, duration, short, size
 from dfcli.cli.options import Json, key_values, mention_stdin, with_options
+from dfcli.cli.runs import named
 from dfcli.cli.signals import INTERRUPTED, TERMINATED, Stop
 from dfcli.system import processes
 from dfcli.system.words import counted, span
@@ -90,7 +91,9 @@ def _show(request: Request, json: bool, quiet: bool) -> None:
     output.write("\n")
     output.table(("CHOICE", "VALUE", "REASON"), [(c.what, c.value, c.reason) for c in made.choices])
     output.write("\nEvery value that `--set` changes:\n\n")
-    output.pairs([("core", _values(made.config)), ("recipe", _values(made.recipe))])
+    output.pairs(
+        [(what, named(dataclasses.asdict(of))) for what, of in (("core", made.config), ("recipe", made.recipe))]
+    )
 
 
 def _train(request: Request, json: bool, quiet: bool, line: list[str]) -> None:
@@ -177,7 +180,3 @@ def _tell_resume(line: list[str], plan: Plan) -> None:
     if "--resume" not in words:
         words.append("--resume")
     output.say(f"to go on: {shlex.join(words)}", style="cyan", fold=False)
-
-
-def _values(fields: Any) -> str:
-    return "  ".join(f"{key}={value}" for key, value in dataclasses.asdict(fields).items())

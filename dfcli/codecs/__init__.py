@@ -14,18 +14,7 @@ from dfcli.errors import CorruptError
 
 CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (Chars, Bytes, GPT2, BPE, MuLaw)}
 
-__all__ = [
-    "BPE",
-    "CODECS",
-    "GPT2",
-    "Bytes",
-    "Chars",
-    "Codec",
-    "MuLaw",
-    "StreamDecoder",
-    "TextCodec",
-    "codec_from_json",
-]
+__all__ = ["BPE", "CODECS", "GPT2", "Bytes", "Chars", "Codec", "MuLaw", "StreamDecoder", "TextCodec", "codec_from_json"]
 
 
 def codec_from_json(description: dict[str, Any], folder: Path) -> Codec:

@@ -18,6 +18,10 @@ class Codec(ABC):
     name: ClassVar[str]
     kind: ClassVar[str]
     """"text" or "audio"."""
+    unit: ClassVar[str] = "token"
+    """The word for what an id stands for."""
+    sample_rate: int = 0
+    """Hz of sound; 0 for text."""
     vocab_size: int
 
     @property

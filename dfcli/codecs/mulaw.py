@@ -32,6 +32,7 @@ class MuLaw(Codec):
 
     name = "mulaw"
     kind = "audio"
+    unit = "sample"
 
     def __init__(self, sample_rate: int, quantizer: str = "torchaudio", levels: int = 256) -> None:
         """Raises ValueError for an unknown quantizer, DfError for another number of levels or a rate outside

@@ -15,7 +15,6 @@ import numpy as np
 from dfcli.codecs.base import StreamDecoder, TextCodec, checked_ids, field
 from dfcli.errors import CorruptError, DfError
 
-CODE_POINTS = 0x110000
 BLOCK = 1 << 16  # characters per look-up: its UTF-32 form stays in the processor's cache
 
 
@@ -36,6 +35,7 @@ class Chars(TextCodec):
     """One id per distinct character of `alphabet`, in the order of their code points (as nanoGPT has it)."""
 
     name = "chars"
+    unit = "character"
 
     def __init__(self, alphabet: str) -> None:
         """Raises DfError where `alphabet` is empty or holds a lone surrogate."""
@@ -124,6 +124,7 @@ class Bytes(TextCodec):
     """The 256 byte values of UTF-8: any text, without a vocabulary of its own."""
 
     name = "bytes"
+    unit = "byte"
     vocab_size = 256
 
     def __init__(self) -> None:

@@ -125,7 +125,7 @@ class CharWaveNet(nn.Module):
         windows = windows.masked_fill(behind > positions[..., None], 0)
         return self._tree(windows.reshape(B * T, -1)).view(B, T, -1)
 
-    def init_state(self, batch: int, dtype: torch.dtype = torch.float32) -> CharWaveNetState:
+    def init_state(self, batch: int) -> CharWaveNetState:
         """A state that has seen nothing but id 0."""
         shape = (batch, self.context)
         return CharWaveNetState(torch.zeros(shape, dtype=torch.int64, device=self.table.weight.device))

@@ -353,13 +353,13 @@ class GPT(nn.Module):
     def _rotary(self, start: int, stop: int) -> tuple[Tensor, Tensor] | None:
         return (self.cos[start:stop], self.sin[start:stop]) if self.config.position == "rotary" else None
 
-    def init_state(self, batch: int, dtype: torch.dtype = torch.float32) -> GPTState:
+    def init_state(self, batch: int) -> GPTState:
         """An empty cache for `batch` sequences, on the model's device."""
         c, device = self.config, self.tokens.weight.device
         shape = (c.layers, batch, c.heads, c.context, c.channels // c.heads)
         return GPTState(
-            keys=torch.zeros(shape, dtype=dtype, device=device),
-            values=torch.zeros(shape, dtype=dtype, device=device),
+            keys=torch.zeros(shape, device=device),
+            values=torch.zeros(shape, device=device),
             ids=torch.zeros((batch, c.context), dtype=torch.int64, device=device),
         )
 

@@ -231,11 +231,7 @@ class WaveNet(nn.Module):
         return self.config.context
 
     def forward(
-        self,
-        ids: Tensor,
-        positions: Tensor | None = None,
-        last_only: bool = False,
-        condition: Condition | None = None,
+        self, ids: Tensor, positions: Tensor | None = None, last_only: bool = False, condition: Condition | None = None
     ) -> Tensor:
         """ids [B, T] int64 -> logits [B, T, V], or [B, 1, V] of the last position with `last_only`. Before the first id
         every layer reads zeros.
@@ -301,11 +297,11 @@ class WaveNet(nn.Module):
         """Sum of skips -> ReLU -> 1x1 -> ReLU -> 1x1 -> logits (figure 4). [B, T, S] -> [B, T, V]"""
         return self.decoder(self.head2(F.relu(self.head1(F.relu(skips)))))
 
-    def init_state(self, batch: int, dtype: torch.dtype = torch.float32) -> WaveNetState:
+    def init_state(self, batch: int) -> WaveNetState:
         """Empty queues for `batch` sequences, on the model's device."""
         device = self.table.weight.device
         shapes = [(batch, layer.past, self.config.residual) for layer in self.layers]
-        return WaveNetState([torch.zeros(shape, dtype=dtype, device=device) for shape in shapes])
+        return WaveNetState([torch.zeros(shape, device=device) for shape in shapes])
 
     def prefill(
         self, ids: Tensor, state: WaveNetState, condition: Condition | None = None

@@ -23,7 +23,6 @@ from dfcli.data.mel import Mel
 from dfcli.errors import DfError
 from dfcli.system.words import closest
 
-KINDS = ("none", "labels", "mel")
 PROGRESS_RATE = 100  # rows a second
 PROGRESS_SECONDS = 10.0  # a longer document says too much for its progress to help
 LENGTHS = 20  # kept of each combination of labels
@@ -109,12 +108,7 @@ class Conditioning:
 
     def to_json(self) -> dict[str, Any]:
         progress = self.progress and {"hop": self.progress.hop, "lengths": self.progress.lengths}
-        return {
-            "labels": self.names,
-            "rule": self.rule,
-            "progress": progress,
-            "mel": self.mel and self.mel.to_json(),
-        }
+        return {"labels": self.names, "rule": self.rule, "progress": progress, "mel": self.mel and self.mel.to_json()}
 
     @classmethod
     def from_json(cls, values: dict[str, Any], rate: int) -> Conditioning:
@@ -167,8 +161,8 @@ class Conditions:
 
 
 def conditioning(dataset: Dataset, kind: str) -> Conditioning | None:
-    """What a model that is trained on a dataset is told; `kind` is one of KINDS. None for "none". Reads the training
-    split for its statistics."""
+    """What a model that is trained on a dataset is told; `kind` is "none", "labels" or "mel". None for "none".
+    Reads the training split for its statistics."""
     if kind == "mel":
         return Conditioning({}, mel=measured(dataset))
     if kind == "labels":
@@ -225,15 +219,6 @@ def measured(dataset: Dataset) -> Mel:
     mean, square = sums / len(chosen)
     deviation = np.sqrt(np.maximum(square - mean**2, 1e-4))  # a channel that never moves is not blown up
     return replace(found, mean=tuple(mean.round(6).tolist()), deviation=tuple(deviation.round(6).tolist()))
-
-
-def moved(condition: Condition | None, device: torch.device) -> Condition | None:
-    """The condition on a device."""
-    if condition is None:
-        return None
-    labels, series, index = (None if part is None else part.to(device, non_blocking=True) for part in condition)
-    assert index is not None
-    return Condition(labels, series, index)
 
 
 def _progress(dataset: Dataset) -> Progress | None:

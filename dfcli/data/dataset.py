@@ -495,19 +495,10 @@ _HINT = "remove it with `df data remove` and prepare it again from its sources"
 
 def _is_described(info: dict[str, Any]) -> bool:
     """Whether what is told of a dataset is there and of the right kinds: the codec, and what its making found."""
-    kinds = {
-        "codec": dict,
-        "facts": dict,
-        "skipped": dict,
-        "options": dict,
-        "sources": dict,
-        "created": str,
-        "key": str,
-    }
-    kinds |= {"split_rule": str, "name": str, "fingerprint": str}
-    if not all(isinstance(info[key], kind) for key, kind in kinds.items()) or not isinstance(
-        info["codec"]["name"], str
-    ):
+    tables = (info[key] for key in ("codec", "facts", "skipped", "options", "sources"))
+    words = (info[key] for key in ("created", "key", "split_rule", "name", "fingerprint"))
+    sound = all(isinstance(table, dict) for table in tables) and all(isinstance(word, str) for word in words)
+    if not sound or not isinstance(info["codec"]["name"], str):
         return False
     skipped = info["skipped"]
     named = all(isinstance(file[key], str) for file in skipped["files"] for key in ("name", "reason"))

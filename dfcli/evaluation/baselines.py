@@ -36,10 +36,7 @@ def count_targets(dataset: Dataset, split: str, first: int | None = None) -> Ids
 
 
 def baselines(
-    scored: tuple[Dataset, str],
-    train: tuple[Dataset, str] | None,
-    first: int | None = None,
-    on_event: OnEvent = ignore,
+    scored: tuple[Dataset, str], train: tuple[Dataset, str] | None, first: int | None = None, on_event: OnEvent = ignore
 ) -> dict[str, float]:
     """Nats per token of each baseline over the targets of the split `scored` (all, or its `first`), counted on `train`,
     by name.

@@ -64,11 +64,7 @@ class Evaluation:
 
 
 def evaluate(
-    run: Run | str | Path | None = None,
-    data: Sequence[str] = (),
-    *,
-    on_event: OnEvent = ignore,
-    **options: Any,
+    run: Run | str | Path | None = None, data: Sequence[str] = (), *, on_event: OnEvent = ignore, **options: Any
 ) -> Evaluation:
     """Scores every target of a split once, deterministically; the newest run, if `run` is None. The other `options` are
     the fields of `evaluation.request.Request`: `split`, `stride`, `limit`, `measures`, `checkpoint`, `device`.
@@ -257,8 +253,7 @@ def _protocol(loss: Loss, dataset: Dataset, split: str, others: dict[str, float]
     """How the figures were measured, in a sentence's words."""
     documents = dataset.splits[split].documents
     unit = "line" if dataset.lines else "recording" if dataset.kind == "audio" else "text"
-    codec = dataset.codec
-    ids = span(loss.context, codec.sample_rate if isinstance(codec, MuLaw) else 0)
+    ids = span(loss.context, dataset.codec.sample_rate)
     where = f"one {unit}" if documents == 1 else f"{documents:,} {unit}s"
     if loss.stride == 1:
         seen = f"seeing the newest {ids} of its {unit} (fewer at its start)"

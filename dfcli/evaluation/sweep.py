@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from dfcli.cores import GPTConfig
 from dfcli.data.batches import IGNORED
-from dfcli.data.conditions import Conditioning, Conditions, moved
+from dfcli.data.conditions import Conditioning, Conditions
 from dfcli.data.dataset import Dataset
 from dfcli.errors import DfError, UsageError
 from dfcli.system.device import Device
@@ -110,13 +110,10 @@ def sweep(
     try:
         with torch.no_grad(), device.autocast():  # FSDP cannot train a core that has run in inference mode
             for ids, targets, documents, places in plan.batches(chosen[processes.rank :: processes.count], positions):
-                told = (
-                    {}
-                    if conditions is None
-                    else {"condition": moved(conditions.at(documents, places), device.torch_device)}
-                )
-                logits = core(torch.from_numpy(ids).to(device.torch_device), **told)
-                nats += _nats(logits, torch.from_numpy(targets).to(device.torch_device))
+                where = device.torch_device
+                told = {} if conditions is None else {"condition": conditions.at(documents, places).to(where)}
+                logits = core(torch.from_numpy(ids).to(where), **told)
+                nats += _nats(logits, torch.from_numpy(targets).to(where))
                 tokens += int((targets != IGNORED).sum())
                 done = tokens * processes.count  # about: the others have come as far
                 on_event(Progress("evaluation", min(done, total or done), total, "tokens"))

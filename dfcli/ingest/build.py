@@ -57,11 +57,7 @@ class Build(ABC):
     kind: ClassVar[Kind]
 
     def __init__(
-        self,
-        groups: Sequence[Sequence[Source]],
-        options: Options,
-        skipped: list[Skipped],
-        on_event: OnEvent,
+        self, groups: Sequence[Sequence[Source]], options: Options, skipped: list[Skipped], on_event: OnEvent
     ) -> None:
         self._groups, self._options = groups, options
         self._skipped, self._on_event = skipped, on_event

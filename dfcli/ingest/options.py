@@ -12,6 +12,7 @@ from dfcli.codecs.mulaw import DEFAULT_LEVELS, LEVELS
 from dfcli.errors import UsageError
 from dfcli.ingest.audio import NORMALIZE
 from dfcli.ingest.labels import Labelling
+from dfcli.ingest.request import Making
 from dfcli.ingest.splits import check_fractions
 from dfcli.system.words import closest
 
@@ -19,39 +20,14 @@ SPLIT_RULES = ("auto", "makemore", "makemore-transformer")
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Making):
     """How sources become a dataset. Two datasets of the same sources and the same options are the same."""
 
     codec: str | Codec | None = None
     """"chars", "bytes", "gpt2", "bpe" (trained on the training split), "mulaw", or a Codec that is used as it is; None:
     chars for text, mulaw for audio."""
-    bpe: str | None = None
-    """The folder of GPT-2's vocabulary, for the gpt2 codec alone."""
-    vocab_size: int | None = None
-    """Ids of the bpe codec that is trained; None: as many as suit the size of the text."""
-    tokenizer: str | None = None
-    """A tokenizer.json whose encoding is the codec."""
-    lines: bool = False
-    """Each line that is not blank is a document."""
-    separator: str | None = None
-    """Documents are what stands between these texts within a file."""
-    field: str | None = None
-    """Documents are this field of the records of JSONL, CSV or Parquet files."""
-    sample_rate: int | None = None
-    """Hz; None: the rate of the recordings, see `recordings.Recordings`."""
-    val_fraction: float = 0.1
-    """Held out for validation where no sources are given for it: the last part of one document, or of each of a few
-    documents; whole documents otherwise."""
-    test_fraction: float = 0.0
-    """The same for testing."""
-    normalize: str = "none"
-    """"none", "peak" or "minmax", for each recording."""
     quantizer: str = "torchaudio"
     """Of mulaw, see `codecs.MuLaw`."""
-    levels: int | None = None
-    """Of mulaw; None: see `mulaw_levels`."""
-    label: str | Labelling | None = None
-    """How a recording's path says its labels, see `labels.Labelling`; None: there are none."""
     split_rule: str = "auto"
     """"auto", or "makemore" and "makemore-transformer" for the published splits of lines."""
     lead: int = 1
@@ -62,7 +38,7 @@ class Options:
     @property
     def labelling(self) -> Labelling | None:
         """`label`, parsed. Raises UsageError where it is no pattern."""
-        return Labelling(self.label) if isinstance(self.label, str) else self.label
+        return Labelling(self.label) if self.label is not None else None
 
     @property
     def mulaw_levels(self) -> int:
@@ -118,9 +94,7 @@ class Options:
 
     def as_json(self) -> dict[str, Any]:
         """The options as dataset.json has them."""
-        codec = self.codec.to_json() if isinstance(self.codec, Codec) else self.codec
-        newer = {"levels": self.levels, "label": self.labelling.rule if self.labelling else None}
-        return {**vars(self), "codec": codec, **newer}
+        return {**vars(self), "codec": self.codec.to_json() if isinstance(self.codec, Codec) else self.codec}
 
     def given(self) -> dict[str, Any]:
         """The options that differ from their default: a later version with more options gives the same."""

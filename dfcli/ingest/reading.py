@@ -36,10 +36,7 @@ class BadText(DfError):
 
 
 def read_text(
-    source: Source,
-    on_bytes: Callable[[bytes], object],
-    about: set[str] | None = None,
-    newlines: bool = True,
+    source: Source, on_bytes: Callable[[bytes], object], about: set[str] | None = None, newlines: bool = True
 ) -> Iterator[str]:
     """The text of a file in chunks of about a million characters, without its byte order mark.
 

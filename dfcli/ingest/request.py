@@ -14,16 +14,21 @@ Codec = Literal["chars", "bytes", "gpt2", "bpe", "mulaw"]
 
 
 @dataclass(frozen=True)
-class Request:
-    """How sources become a dataset, as `ingest.prepare.prepare` takes it. Values are checked there."""
+class HeldOut:
+    """Sources of their own for validation and testing."""
 
-    name: str | None = option(None, "Name of the dataset.", "NAME")
-    codec: str | None = option(
-        None,
-        "How data becomes token ids: chars, bytes, gpt2, bpe or mulaw. Default: chars for text, mulaw for audio.",
-        "CODEC",
-        kind=Codec | None,
-    )
+    val: tuple[str, ...] = option((), "Validate on this source instead of a share.", "SOURCE")
+    test: tuple[str, ...] = option((), "Test on this source instead of a share.", "SOURCE")
+
+    def __post_init__(self) -> None:
+        for name in ("val", "test"):
+            object.__setattr__(self, name, tuple(getattr(self, name) or ()))
+
+
+@dataclass(frozen=True)
+class Making:
+    """How sources become ids: what `Request` and `options.Options` have in common, but for the codec."""
+
     bpe: str | None = option(None, "For `--codec gpt2`: folder of encoder.json and vocab.bpe.", "DIR")
     vocab_size: int | None = option(None, "Vocabulary size of `--codec bpe`. Default: by corpus size.", "N")
     tokenizer: str | None = option(None, "A tokenizer.json to use as the bpe codec.", "FILE")
@@ -40,13 +45,22 @@ class Request:
         kind=Literal["none", "peak", "minmax"],
     )  # fmt: skip
     val_fraction: float = option(0.1, "Share of the data held out for validation.", "F")
+    """The last part of one document, or of each of a few documents; whole documents otherwise. Nothing where sources
+    are given for it."""
     test_fraction: float = option(0.0, "Share of the data held out for testing.", "F")
-    val: tuple[str, ...] = option((), "Validate on this source instead of a share.", "SOURCE")
-    test: tuple[str, ...] = option((), "Test on this source instead of a share.", "SOURCE")
 
-    def __post_init__(self) -> None:
-        for name in ("val", "test"):
-            object.__setattr__(self, name, tuple(getattr(self, name) or ()))
+
+@dataclass(frozen=True)
+class Request(Making, HeldOut):
+    """How sources become a dataset, as `ingest.prepare.prepare` takes it. Values are checked there."""
+
+    name: str | None = option(None, "Name of the dataset.", "NAME")
+    codec: str | None = option(
+        None,
+        "How data becomes token ids: chars, bytes, gpt2, bpe or mulaw. Default: chars for text, mulaw for audio.",
+        "CODEC",
+        kind=Codec | None,
+    )
 
     @property
     def arguments(self) -> dict[str, Any]:

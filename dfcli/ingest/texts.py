@@ -277,10 +277,7 @@ class Texts(Build):
         )
 
     def _deal_out(
-        self,
-        kind: str,
-        job: Job,
-        encoded: Callable[[Source], Iterator[tuple[np.ndarray, np.ndarray]]],
+        self, kind: str, job: Job, encoded: Callable[[Source], Iterator[tuple[np.ndarray, np.ndarray]]]
     ) -> str:
         """Deal out the documents that `encoded` gives of a source: ids [n], and the places [k] among them where
         documents begin. Returns the rule of the split, in words."""

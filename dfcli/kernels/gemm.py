@@ -37,6 +37,7 @@ every slice by atomic operations. Indices are unsigned, because a look at their 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -99,6 +100,22 @@ def _b_row(builder: Any, b: Any, vectors: int, kind: Any, paired: bool) -> list[
     return found
 
 
+def _loop(builder: Any, starts: list[Any], K: Any, step: Callable[..., list[Any]]) -> list[Any]:
+    """Code that repeats `step`, from values to the next ones, while the first of them is below K: from `starts` on, at
+    least once. Gives the last ones."""
+    before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    phis = [builder.phi(start.type) for start in starts]
+    following = step(*phis)
+    for phi, start, value in zip(phis, starts, following, strict=True):
+        phi.add_incoming(start, before)
+        phi.add_incoming(value, loop)
+    builder.cbranch(builder.icmp_signed("<", following[0], K), loop, after)
+    builder.position_at_end(after)
+    return following
+
+
 def _tile(rows: int, columns: int, lanes: int, chains: int = 1) -> Any:
     """Code of `out[o + m o_row + n] += sum over k < K of a[i + m a_row + k a_k] * b[j + k b_row + n]`, for m < rows and
     n < columns, in vectors of `lanes`, with `chains` sets of sums. K is a positive multiple of `chains`.
@@ -119,27 +136,19 @@ def _tile(rows: int, columns: int, lanes: int, chains: int = 1) -> Any:
         starts += [builder.load(_vector(builder, row, v, kind), align=4) for row in outs for v in range(vectors)]
         starts += [ir.Constant(kind, [0.0] * lanes)] * (rows * vectors * (chains - 1))
 
-        before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        phis = [builder.phi(start.type) for start in starts]
-        k, a, b, *totals = phis
-        sums = []
-        for _ in range(chains):
-            weights = _b_row(builder, b, vectors, kind, paired)
-            for begin in begins:
-                value = _broadcast(builder, builder.load(builder.gep(a, [begin])), kind)
-                for weight in weights:
-                    part = builder.fmul(weight, value, flags=("contract",))
-                    sums.append(builder.fadd(part, totals[len(sums)], flags=("contract",)))
-            a, b = builder.gep(a, [a_k]), builder.gep(b, [b_row])
-        following = [builder.add(k, _I64(chains)), a, b, *sums]
-        for phi, start, value in zip(phis, starts, following, strict=True):
-            phi.add_incoming(start, before)
-            phi.add_incoming(value, loop)
-        builder.cbranch(builder.icmp_signed("<", following[0], K), loop, after)
+        def step(k: Any, a: Any, b: Any, *totals: Any) -> list[Any]:
+            sums = []
+            for _ in range(chains):
+                weights = _b_row(builder, b, vectors, kind, paired)
+                for begin in begins:
+                    value = _broadcast(builder, builder.load(builder.gep(a, [begin])), kind)
+                    for weight in weights:
+                        part = builder.fmul(weight, value, flags=("contract",))
+                        sums.append(builder.fadd(part, totals[len(sums)], flags=("contract",)))
+                a, b = builder.gep(a, [a_k]), builder.gep(b, [b_row])
+            return [builder.add(k, _I64(chains)), a, b, *sums]
 
-        builder.position_at_end(after)
+        _, _, _, *sums = _loop(builder, starts, K, step)
         count = rows * vectors
         for n in range(count):
             total = sums[n]
@@ -276,22 +285,15 @@ def _square(_context, out, o, o_row, a, i, a_row, b, j, b_row, K):
             _amx(builder, "tileloadd64", _I8(tile), pointer, out_step)
         starts = [_I64(0), place(kinds[3], a, i), place(kinds[6], b, j)]
 
-        before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        k, a, b = phis = [builder.phi(start.type) for start in starts]
-        for half in (0, 1):
-            _amx(builder, "tileloadd64", _I8(4 + half), moved(a, 16 * half, a_step), a_step)
-            _amx(builder, "tileloadd64", _I8(6 + half), builder.gep(b, [_I64(64 * half)]), b_step)
-        for tile in range(4):
-            _amx(builder, "tdpbf16ps", _I8(tile), _I8(4 + tile // 2), _I8(6 + tile % 2))
-        following = [builder.add(k, _I64(SIDE)), builder.gep(a, [_I64(64)]), moved(b, 16, b_step)]
-        for phi, start, value in zip(phis, starts, following, strict=True):
-            phi.add_incoming(start, before)
-            phi.add_incoming(value, loop)
-        builder.cbranch(builder.icmp_signed("<", following[0], K), loop, after)
+        def step(k: Any, a: Any, b: Any) -> list[Any]:
+            for half in (0, 1):
+                _amx(builder, "tileloadd64", _I8(4 + half), moved(a, 16 * half, a_step), a_step)
+                _amx(builder, "tileloadd64", _I8(6 + half), builder.gep(b, [_I64(64 * half)]), b_step)
+            for tile in range(4):
+                _amx(builder, "tdpbf16ps", _I8(tile), _I8(4 + tile // 2), _I8(6 + tile % 2))
+            return [builder.add(k, _I64(SIDE)), builder.gep(a, [_I64(64)]), moved(b, 16, b_step)]
 
-        builder.position_at_end(after)
+        _loop(builder, starts, K, step)
         for tile, pointer in enumerate(sums):
             _amx(builder, "tilestored64", _I8(tile), pointer, out_step)
         return context.get_dummy_value()
@@ -427,6 +429,20 @@ def end_rounding(rounding):
 
 
 @inner
+def round_up(n):
+    """n rounded up to a multiple of COLUMNS."""
+    return (n + COLUMNS - 1) // COLUMNS * COLUMNS
+
+
+@inner
+def row_stride(width):
+    """Floats from the beginning of a matrix's row to that of the next, for rows of `width` floats rounded up to
+    COLUMNS: an odd number of cache lines, so that rows use all the sets of the nearest cache. Rows of 128 floats would
+    share 8 of its 64 sets."""
+    return ((width + COLUMNS - 1) // COLUMNS | 1) * COLUMNS
+
+
+@inner
 def _filled(n):
     """n rounded up to a multiple of SIDE."""
     return (n + SIDE - 1) // SIDE * SIDE
@@ -435,7 +451,7 @@ def _filled(n):
 @inner
 def _words(K):
     """Words from one row of K bfloat16 to the next."""
-    return _row_stride(_filled(K) // 2)
+    return row_stride(_filled(K) // 2)
 
 
 @inner
@@ -517,7 +533,7 @@ def outer(rounding, out, o, o_row, a, i, a_row, b, j, b_row, size):
     n]: a weight's gradient, over K positions. In bfloat16 where `rounding` is on."""
     M, N, K = size
     if AMX and rounding.on:
-        row, wide = _words(K), _round_up(max(M, N))
+        row, wide = _words(K), round_up(max(M, N))
         pairs, half = rounding.words, rounding.words.size // 2
         _round_pairs(pairs, half, wide, a, i, a_row, K, M)
         for k in range(0, _filled(K) // 2, WORDS):
@@ -562,21 +578,6 @@ def prefetch(x, i, n):
 # ---- layout, in NumPy
 
 
-def round_up(n: int) -> int:
-    """n rounded up to a multiple of COLUMNS."""
-    return (n + COLUMNS - 1) // COLUMNS * COLUMNS
-
-
-def row_stride(width: int) -> int:
-    """Floats from the beginning of a matrix's row to that of the next, for rows of `width` floats rounded up to
-    COLUMNS: an odd number of cache lines, so that rows use all the sets of the nearest cache. Rows of 128 floats would
-    share 8 of its 64 sets."""
-    return ((width + COLUMNS - 1) // COLUMNS | 1) * COLUMNS
-
-
-_round_up, _row_stride = inner(round_up), inner(row_stride)
-
-
 def padded(size: int) -> int:
     """`size` rounded up to a multiple of TILE."""
     return -(-size // TILE) * TILE
@@ -612,9 +613,3 @@ def to_bfloat16(weights: NDArray[np.float32]) -> NDArray[np.uint32]:
     word = np.maximum(high - low + 0x8000 & ~0xFFFF, 0) + low
     word = np.where((high == 0) & (low != 0), TINY + low, word)
     return (sign + word).astype(np.uint32).ravel()
-
-
-def from_bfloat16(words: NDArray[np.uint32]) -> NDArray[np.float32]:
-    """The float32 tiles that `multiply` makes of such words."""
-    pairs = words.reshape(-1, 1, WIDTH)
-    return np.concatenate([pairs << 16, pairs], axis=1).view(np.float32).ravel()

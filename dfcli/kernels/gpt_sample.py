@@ -34,12 +34,12 @@ from dfcli.kernels.ops import (
     activate,
     add,
     copy,
-    copy_to_rows,
     exp_sum,
     largest,
     layer_norm,
     norm,
     rotate,
+    set_rows,
 )
 from dfcli.kernels.pick import pick
 from dfcli.kernels.threads import ThreadedEngine
@@ -146,7 +146,7 @@ def _step(model, state, B):
     t, w, c = state.length[0], zero, 0
     for layer in range(L):
         _norm(model, state, B)
-        copy_to_rows(qkv, 0, B, biases, c, 3 * C)
+        set_rows(qkv, 0, 3 * C, biases, c, B, 3 * C)
         w = multiply(qkv, zero, 3 * C, state.normed, zero, C, B, weights, w, 3 * C, C)
         for b in range(B):
             for head in range(H):
@@ -170,7 +170,7 @@ def _step(model, state, B):
             add(stream, b * C, biases, c + 3 * C, C)
         w = multiply(stream, zero, C, state.mixed, zero, C, B, weights, w, C, C)
         _norm(model, state, B)
-        copy_to_rows(inside, 0, B, biases, c + 4 * C, M)
+        set_rows(inside, 0, M, biases, c + 4 * C, B, M)
         w = multiply(inside, zero, M, state.normed, zero, C, B, weights, w, M, C)
         activate(inside, 0, inside, 0, B * M, model.activation)
         for b in range(B):
@@ -178,7 +178,7 @@ def _step(model, state, B):
         w = multiply(stream, zero, C, inside, zero, M, B, weights, w, C, M)
         c += 5 * C + M
     _norm(model, state, B)
-    copy_to_rows(state.logits, 0, B, biases, c, W)
+    set_rows(state.logits, 0, W, biases, c, B, W)
     multiply(state.logits, zero, W, state.normed, zero, C, B, weights, w, W, C)
     state.length[0] = t + 1
 

@@ -78,8 +78,6 @@ MOST_TABLES = 7  # a GPT has no more: for 2 to 8 ids
 BLOCK = 128  # positions of the products with weights, which come from memory once a block
 QUERIES = 16  # positions of attention: of a block of queries all keys up to its last are multiplied
 
-_row_stride, _round_up = inner(row_stride), inner(round_up)
-
 
 class _Shape(NamedTuple):
     """Sizes and kinds."""
@@ -219,7 +217,7 @@ def _panels(s, at, batch, rounding):
         return np.empty(L * outputs * inputs, np.float32)
 
     panels = _Panels(
-        np.zeros(C * _round_up(s.V), np.float32), np.empty(_round_up(s.V) * C, np.float32),
+        np.zeros(C * round_up(s.V), np.float32), np.empty(round_up(s.V) * C, np.float32),
         matrices(3 * C, C), matrices(3 * C, C), matrices(C, C), matrices(C, C),
         matrices(F, C), matrices(F, C), matrices(C, F), matrices(C, F),
     )  # fmt: skip
@@ -234,27 +232,27 @@ def _panels(s, at, batch, rounding):
 
 @inner
 def _kept(s):
-    rows, Cs, Qs, Fs = s.L * s.T, _row_stride(s.C), _row_stride(3 * s.C), _row_stride(4 * s.C)
+    rows, Cs, Qs, Fs = s.L * s.T, row_stride(s.C), row_stride(3 * s.C), row_stride(4 * s.C)
 
     def floats(size):
         return np.empty(size, np.float32)
 
     return _Kept(
         floats(rows * Cs), floats(rows), floats(rows * Cs), floats(rows), floats(rows * Qs), floats(rows * 2 * s.H),
-        floats(rows * s.H * _round_up(s.T)), floats(rows * Cs), floats(rows * Fs), floats(s.T * Cs), floats(s.T),
+        floats(rows * s.H * round_up(s.T)), floats(rows * Cs), floats(rows * Fs), floats(s.T * Cs), floats(s.T),
     )  # fmt: skip
 
 
 @inner
 def _scratch(s, rounding):
-    Cs, Qs, Fs, Ts = _row_stride(s.C), _row_stride(3 * s.C), _row_stride(4 * s.C), _row_stride(s.T)
+    Cs, Qs, Fs, Ts = row_stride(s.C), row_stride(3 * s.C), row_stride(4 * s.C), row_stride(s.T)
 
     def floats(size):
         return np.zeros(size, np.float32)
 
     return _Scratch(
         rounding, floats(s.T * Cs), floats(BLOCK * Cs), floats(s.T * Cs), floats(s.T * Qs), floats(BLOCK * Fs),
-        floats(BLOCK * Fs), floats(BLOCK * Cs), floats(BLOCK * _row_stride(s.V)), floats(s.C * Ts),
+        floats(BLOCK * Fs), floats(BLOCK * Cs), floats(BLOCK * row_stride(s.V)), floats(s.C * Ts),
         floats(s.C // s.H * Ts), floats(QUERIES * Ts), floats(QUERIES * Ts),
     )  # fmt: skip
 
@@ -265,7 +263,7 @@ def _scratch(s, rounding):
 @inner
 def _norms(s, out, o, scales, row, x, i, n):
     """The norm of n rows: out[o:] and x[i:], of rows Cs apart, and their scales[row:]."""
-    Cs = _row_stride(s.C)
+    Cs = row_stride(s.C)
     for t in range(n):
         if s.rms:
             scales[uintp(row + t)] = norm(out, o + t * Cs, x, i + t * Cs, s.C)
@@ -276,7 +274,7 @@ def _norms(s, out, o, scales, row, x, i, n):
 @inner
 def _norms_back(s, dx, d, dy, y, i, scales, row, n):
     """The gradient of `_norms`, added to dx[d:], from dy[0:] and what the norms gave y[i:]."""
-    Cs = _row_stride(s.C)
+    Cs = row_stride(s.C)
     for t in range(n):
         if s.rms:
             norm_back(dx, d + t * Cs, dy, t * Cs, y, i + t * Cs, scales[uintp(row + t)], s.C)
@@ -287,7 +285,7 @@ def _norms_back(s, dx, d, dy, y, i, scales, row, n):
 @inner
 def _drop_rows(s, out, o, x, i, n, number, stream, p):
     """Dropout of n rows of C, Cs apart, that belong to the positions `number`, ... of the batch."""
-    Cs = _row_stride(s.C)
+    Cs = row_stride(s.C)
     for t in range(n):
         dropped(out, o + t * Cs, x, i + t * Cs, s.C, s.seed, stream, (number + t) * s.C, p)
 
@@ -295,17 +293,15 @@ def _drop_rows(s, out, o, x, i, n, number, stream, p):
 @inner
 def _branch(s, work, layer, kind, b, t0, n, weights, bias, x, i, panels):
     """stream += dropout(x[i:] times a layer's weights + bias), for n positions from t0 on: the end of a branch."""
-    C, Cs, stream, branch = s.C, _row_stride(s.C), work.stream, work.branch
+    C, Cs, stream, branch = s.C, row_stride(s.C), work.stream, work.branch
     inputs = panels.size // (s.L * C)
     if s.dropout == 0:
         for t in range(n if s.biased else 0):
             add(stream, (t0 + t) * Cs, weights, bias + layer * C, C)
-        linear(
-            work.rounding, stream, t0 * Cs, Cs, x, i, _row_stride(inputs), panels, layer * C * inputs, (n, C, inputs)
-        )
+        linear(work.rounding, stream, t0 * Cs, Cs, x, i, row_stride(inputs), panels, layer * C * inputs, (n, C, inputs))
         return
     set_rows(branch, 0, Cs, weights, bias + layer * C, n, C)
-    linear(work.rounding, branch, 0, Cs, x, i, _row_stride(inputs), panels, layer * C * inputs, (n, C, inputs))
+    linear(work.rounding, branch, 0, Cs, x, i, row_stride(inputs), panels, layer * C * inputs, (n, C, inputs))
     _drop_rows(s, branch, 0, branch, 0, n, b * s.T + t0, 3 * layer + kind, s.dropout)
     for t in range(n):
         add(stream, (t0 + t) * Cs, branch, t * Cs, C)
@@ -315,9 +311,9 @@ def _branch(s, work, layer, kind, b, t0, n, weights, bias, x, i, panels):
 def _branch_back(s, work, layer, kind, b, t0, n):
     """The gradient with respect to what `_branch` multiplies: an array and the place of its n rows."""
     if s.dropout == 0:
-        return work.stream, t0 * _row_stride(s.C)
+        return work.stream, t0 * row_stride(s.C)
     number = b * s.T + t0
-    _drop_rows(s, work.branch, 0, work.stream, t0 * _row_stride(s.C), n, number, 3 * layer + kind, s.dropout)
+    _drop_rows(s, work.branch, 0, work.stream, t0 * row_stride(s.C), n, number, 3 * layer + kind, s.dropout)
     return work.branch, 0
 
 
@@ -331,7 +327,7 @@ def _bias_gradient(s, grads, place, x, i, x_row, n, width):
 @inner
 def _embed(s, b, batch, tables, stream):
     """The embeddings of sequence b's tokens, positions and n-grams (`cores.gpt.NGrams`)."""
-    N, C, K, Cs = batch.ids.size, s.C, tables.sizes.size, _row_stride(s.C)
+    N, C, K, Cs = batch.ids.size, s.C, tables.sizes.size, row_stride(s.C)
     ids, positions, noise, rows = batch.ids, batch.positions, tables.noise, tables.rows
     for n in range(b * s.T, (b + 1) * s.T):
         back, number = min(n - b * s.T, positions[uintp(n)]), ids[uintp(n)]
@@ -355,7 +351,7 @@ def _embed(s, b, batch, tables, stream):
 @inner
 def _embed_back(s, at, b, batch, out, own, stream):
     """The gradients of the tokens' embeddings, at out.grads[own:], and out.dx."""
-    Cs = _row_stride(s.C)
+    Cs = row_stride(s.C)
     if s.embedding_dropout > 0:
         _drop_rows(s, stream, 0, stream, 0, s.T, b * s.T, 0, s.embedding_dropout)
     for t in range(s.T):
@@ -390,7 +386,7 @@ def _attend(s, b, layer, h, q0, batch, kept, work):
     """Attention of head h and QUERIES queries from q0 on, added to kept.y; and the attention weights, which sum to 1
     over the keys of their document. work.keys [C, T]."""
     C, T, H, D = s.C, s.T, s.H, s.C // s.H
-    Cs, Qs, Ts, Tp = _row_stride(C), _row_stride(3 * C), _row_stride(T), _round_up(T)
+    Cs, Qs, Ts, Tp = row_stride(C), row_stride(3 * C), row_stride(T), round_up(T)
     attention, qkv, positions = kept.attention, kept.qkv, batch.positions
     m, factor = min(QUERIES, T - q0), np.float32(1 / np.sqrt(D))
     count, row, first = q0 + m, H * Tp, layer * T  # keys from `low` to `count` are seen
@@ -399,7 +395,7 @@ def _attend(s, b, layer, h, q0, batch, kept, work):
     for t in range(m):
         fill(attention, begin + t * row, Tp, ZERO)
     keys = h * D * Ts + low
-    product(attention, begin + low, row, qkv, query, Qs, 1, work.keys, keys, Ts, (m, _round_up(count) - low, D))
+    product(attention, begin + low, row, qkv, query, Qs, 1, work.keys, keys, Ts, (m, round_up(count) - low, D))
     for t in range(m):
         i, last = begin + t * row, q0 + t
         earliest = last - min(last, positions[uintp(b * T + last)])
@@ -432,7 +428,7 @@ def _drop_attention(s, b, layer, h, q0, out, o_row, x, i, x_row):
 def _attend_back(s, b, layer, h, q0, batch, kept, work):
     """The gradient of `_attend`, added to that of its queries, keys and values. work.values [D, T] of head h."""
     C, T, H, D = s.C, s.T, s.H, s.C // s.H
-    Cs, Qs, Ts, Tp = _row_stride(C), _row_stride(3 * C), _row_stride(T), _round_up(T)
+    Cs, Qs, Ts, Tp = row_stride(C), row_stride(3 * C), row_stride(T), round_up(T)
     attention, qkv, dy, d_qkv, change = kept.attention, kept.qkv, work.dy, work.d_qkv, work.d_attention
     m, factor = min(QUERIES, T - q0), np.float32(1 / np.sqrt(D))
     count, row, first = q0 + m, H * Tp, layer * T
@@ -440,7 +436,7 @@ def _attend_back(s, b, layer, h, q0, batch, kept, work):
     q, k, v = h * D, C + h * D, 2 * C + h * D  # within a row of qkv
     begin = ((first + q0) * H + h) * Tp
     fill(change, 0, m * Ts, ZERO)
-    product(change, low, Ts, dy, q0 * Cs + q, Cs, 1, work.values, low, Ts, (m, _round_up(count) - low, D))
+    product(change, low, Ts, dy, q0 * Cs + q, Cs, 1, work.values, low, Ts, (m, round_up(count) - low, D))
     if s.dropout > 0:
         _drop_attention(s, b, layer, h, q0, change, Ts, change, 0, Ts)
         _drop_attention(s, b, layer, h, q0, work.dropped, Ts, attention, begin, row)
@@ -459,7 +455,7 @@ def _attend_back(s, b, layer, h, q0, batch, kept, work):
 @inner
 def _place_queries(s, layer, t0, n, batch, kept):
     """Norm and turn the queries and keys of n positions."""
-    D, Qs = s.C // s.H, _row_stride(3 * s.C)
+    D, Qs = s.C // s.H, row_stride(3 * s.C)
     qkv, scales, cos, sin = kept.qkv, kept.qk_scales, batch.cos, batch.sin
     for t in range(t0, t0 + n):
         for part in range(2 * s.H):
@@ -473,7 +469,7 @@ def _place_queries(s, layer, t0, n, batch, kept):
 @inner
 def _place_queries_back(s, layer, batch, kept, d_qkv):
     """The gradient of `_place_queries`, in place. That of the norm first: a rotation keeps lengths and angles."""
-    D, Qs = s.C // s.H, _row_stride(3 * s.C)
+    D, Qs = s.C // s.H, row_stride(3 * s.C)
     qkv, scales, cos, sin = kept.qkv, kept.qk_scales, batch.cos, batch.sin
     for t in range(s.T):
         for part in range(2 * s.H):
@@ -494,7 +490,7 @@ def _place_queries_back(s, layer, batch, kept, d_qkv):
 def _attention(s, at, b, layer, batch, panels, kept, work):
     """stream + dropout(attention(norm(stream)))"""
     C, T, D = s.C, s.T, s.C // s.H
-    Cs, Qs, Ts, first = _row_stride(C), _row_stride(3 * C), _row_stride(T), layer * T
+    Cs, Qs, Ts, first = row_stride(C), row_stride(3 * C), row_stride(T), layer * T
     stream, weights = work.stream, batch.weights
     for t0 in range(0, T, BLOCK):
         n, row = min(BLOCK, T - t0), first + t0
@@ -516,7 +512,7 @@ def _attention(s, at, b, layer, batch, panels, kept, work):
 def _attention_back(s, at, b, layer, batch, panels, kept, work, grads, own):
     """The gradient of `_attention`: of its weights at grads[own:], and work.stream."""
     C, T, D = s.C, s.T, s.C // s.H
-    Cs, Qs, Ts, first = _row_stride(C), _row_stride(3 * C), _row_stride(T), layer * T
+    Cs, Qs, Ts, first = row_stride(C), row_stride(3 * C), row_stride(T), layer * T
     stream, dh, dy, d_qkv = work.stream, work.dh, work.dy, work.d_qkv
     fill(dy, 0, T * Cs, ZERO)
     for t0 in range(0, T, BLOCK):
@@ -545,7 +541,7 @@ def _attention_back(s, at, b, layer, batch, panels, kept, work, grads, own):
 @inner
 def _mlp(s, at, b, layer, batch, panels, kept, work):
     """stream + dropout(mlp(norm(stream)))"""
-    C, F, T, Cs, Fs = s.C, 4 * s.C, s.T, _row_stride(s.C), _row_stride(4 * s.C)
+    C, F, T, Cs, Fs = s.C, 4 * s.C, s.T, row_stride(s.C), row_stride(4 * s.C)
     weights = batch.weights
     for t0 in range(0, T, BLOCK):
         n, row = min(BLOCK, T - t0), layer * T + t0
@@ -562,7 +558,7 @@ def _mlp(s, at, b, layer, batch, panels, kept, work):
 @inner
 def _mlp_back(s, at, b, layer, panels, kept, work, grads, own):
     """The gradient of `_mlp`: of its weights at grads[own:], and work.stream."""
-    C, F, T, Cs, Fs = s.C, 4 * s.C, s.T, _row_stride(s.C), _row_stride(4 * s.C)
+    C, F, T, Cs, Fs = s.C, 4 * s.C, s.T, row_stride(s.C), row_stride(4 * s.C)
     stream, active, d_inside, dh = work.stream, work.active, work.d_inside, work.dh
     for t0 in range(0, T, BLOCK):
         n, row = min(BLOCK, T - t0), layer * T + t0
@@ -586,14 +582,14 @@ def _mlp_back(s, at, b, layer, panels, kept, work, grads, own):
 def _head(s, at, b, batch, panels, kept, work, grads, own):
     """The last norm, the head and the loss, forward and backward: the cross-entropy in nats. From here on work.stream
     is the gradient with respect to the residual stream."""
-    C, V, T, Cs, Vs = s.C, s.V, s.T, _row_stride(s.C), _row_stride(s.V)
+    C, V, T, Cs, Vs = s.C, s.V, s.T, row_stride(s.C), row_stride(s.V)
     out, logits, stream, dh, nats = kept.out, work.logits, work.stream, work.dh, 0.0
     for t0 in range(0, T, BLOCK):
         n, i = min(BLOCK, T - t0), t0 * Cs
         _norms(s, out, i, kept.out_scale, t0, stream, i, n)
         fill(logits, 0, n * Vs, ZERO)
         set_rows(logits, 0, Vs, batch.weights, at.head_bias, n, V)
-        linear(work.rounding, logits, 0, Vs, out, i, Cs, panels.head, 0, (n, _round_up(V), C))
+        linear(work.rounding, logits, 0, Vs, out, i, Cs, panels.head, 0, (n, round_up(V), C))
         for t in range(n):
             target = batch.targets[uintp(b * T + t0 + t)]
             if target < 0:
@@ -794,9 +790,7 @@ class _Training:
         s, tables, nothing = self.shape(joined * T), self.tables(ids), torch.empty(0)
         groups = min(self.workers.count, B // joined)
         out = _Out(
-            torch.empty(groups, dtype=torch.float64),
-            torch.empty(groups, self.places.total),
-            torch.empty(N, s.C),
+            torch.empty(groups, dtype=torch.float64), torch.empty(groups, self.places.total), torch.empty(N, s.C)
         )
         batch = _Batch(
             ids.contiguous(), targets.contiguous(), starts, np.float32(1 / max(1, count)),

@@ -196,6 +196,13 @@ def _gelu_tanh(x):
 
 
 @inner
+def relu(out, o, x, i, n):
+    """out[o : o + n] = what is positive of x[i : i + n], else zero; not a number stays so."""
+    for k in range(n):
+        out[uintp(o + k)] = ZERO if x[uintp(i + k)] < ZERO else x[uintp(i + k)]
+
+
+@inner
 def activate(out, o, x, i, n, kind):
     """out[o : o + n] = the activation of x[i : i + n]."""
     if kind == 3:
@@ -209,8 +216,7 @@ def activate(out, o, x, i, n, kind):
             value = ZERO if x[uintp(i + k)] < ZERO else x[uintp(i + k)]
             out[uintp(o + k)] = value * value
     else:
-        for k in range(n):
-            out[uintp(o + k)] = ZERO if x[uintp(i + k)] < ZERO else x[uintp(i + k)]
+        relu(out, o, x, i, n)
 
 
 @inner
@@ -254,19 +260,6 @@ def dropped(out, o, x, i, n, seed, stream, first, p):
     for k in range(n):
         stays = _mixed(np.uint32(np.uint32(first + k) ^ key), more) >= least
         out[uintp(o + k)] = x[uintp(i + k)] * scale if stays else ZERO
-
-
-@inner
-def copy_to_rows(out, o, rows, x, i, n):
-    """Put x[i : i + n] into each of the `rows` rows of n that begin at out[o]."""
-    for r in range(rows):
-        copy(out, o + r * n, x, i, n)
-
-
-@inner
-def relu(x):
-    for i in range(x.size):
-        x[i] = max(x[i], np.float32(0))
 
 
 @inner

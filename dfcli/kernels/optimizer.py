@@ -22,7 +22,6 @@ STEPS = 5
 AHEAD = 8  # rows of a table: so long before its update one is fetched
 
 _SMALLEST = np.float32(1e-7)
-_row_stride = inner(row_stride)
 
 
 @inner
@@ -47,7 +46,7 @@ def newton_schulz(worker, workers, flags, yielder, matrices, places, rows, colum
     while each < places.size:
         x, R, C = places[each], rows[each], columns[each]
         m, tall = min(R, C), R > C
-        S = _row_stride(m)
+        S = row_stride(m)
         gram, p, half = np.empty(m * S, np.float32), np.empty(m * S, np.float32), np.empty(m * S, np.float32)
         whole, other = np.empty(m * S, np.float32), np.empty(m * S, np.float32)
         fill(gram, 0, m * S, ZERO)

@@ -34,7 +34,7 @@ from dfcli.cores.wavenet import Condition, WaveNet, WaveNetConfig
 from dfcli.kernels.compile import Compiled, inner
 from dfcli.kernels.gemm import join, multiply, pad, padded, tiles, to_bfloat16
 from dfcli.kernels.known import RMS, unknown
-from dfcli.kernels.ops import ZERO, add, copy, copy_to_rows, fill, norm, relu, tanh_sigmoid
+from dfcli.kernels.ops import ZERO, add, copy, fill, norm, relu, set_rows, tanh_sigmoid
 from dfcli.kernels.pick import pick
 from dfcli.kernels.threads import ThreadedEngine
 from dfcli.system.device import Device
@@ -123,13 +123,13 @@ def _step(model, state, gate_biases, j, B):
             w = multiply(stream, np.int64(0), R, gates, layer * R, L * R, B, weights, w, R, R)
         past += (taps - 1) * 2 * R * R
         c += R
-    copy_to_rows(skip, 0, B, biases, c, S)
+    set_rows(skip, 0, S, biases, c, B, S)
     w = multiply(skip, np.int64(0), S, gates, np.int64(0), L * R, B, weights, w, S, L * R)
-    relu(skip)
-    copy_to_rows(head, 0, B, biases, c + S, H)
+    relu(skip, 0, skip, 0, B * S)
+    set_rows(head, 0, H, biases, c + S, B, H)
     w = multiply(head, np.int64(0), H, skip, np.int64(0), S, B, weights, w, H, S)
-    relu(head)
-    copy_to_rows(logits, 0, B, biases, c + S + H, W)
+    relu(head, 0, head, 0, B * H)
+    set_rows(logits, 0, W, biases, c + S + H, B, W)
     multiply(logits, np.int64(0), W, head, np.int64(0), H, B, weights, w, W, H)
     state.clock[0] = t + 1
 

@@ -50,15 +50,13 @@ from dfcli.kernels.gemm import (
     row_stride,
 )
 from dfcli.kernels.known import RMS, unknown
-from dfcli.kernels.ops import ONE, TWO, ZERO, add, clamp, copy, cross_entropy, exp, fill, norm, norm_back
+from dfcli.kernels.ops import ONE, TWO, ZERO, add, clamp, copy, cross_entropy, exp, fill, norm, norm_back, relu
 from dfcli.kernels.threads import WorkerPool, barrier
 from dfcli.system.events import OnEvent
 
 BLOCK = 128  # positions
 SLOTS = 8  # for each thread: many, so that a thread that is held up delays little work
 WIDEST = {"float32": 128, "bfloat16": 256}  # residual channels: beyond, PyTorch is faster or was not compared
-
-_row_stride, _round_up = inner(row_stride), inner(round_up)
 
 
 class Shape(NamedTuple):
@@ -219,14 +217,6 @@ def _gate_back(d_sums, a, dz, d, gates, sigmoids, i, R):
 
 
 @inner
-def _relu(out, o, x, i, n):
-    """out[o : o + n] = what is positive of x[i : i + n], else zero; not a number stays so."""
-    for k in range(n):
-        value = x[uintp(i + k)]
-        out[uintp(o + k)] = ZERO if value < ZERO else value
-
-
-@inner
 def _relu_back(dx, d, y, i, n):
     """dx[d : d + n] is zero where y[i : i + n], what the ReLU gave, is."""
     for k in range(n):
@@ -243,7 +233,7 @@ def _layer(layer, t, n, model, batch, buffers, scratch):
     h, gates, sigmoids, scales, skips = buffers.h, buffers.gates, buffers.sigmoids, buffers.scales, buffers.skips
     gate_rows, runs, positions = model.gate_rows, batch.runs, batch.positions
     N, R, S, K, L = positions.size, shape.residual, shape.skip, shape.taps, shape.dilations.size
-    Ss, first, rows, normed = _row_stride(S), layer * N * R, layer * (gate_rows.size // (L * 2 * R)), shape.normed
+    Ss, first, rows, normed = row_stride(S), layer * N * R, layer * (gate_rows.size // (L * 2 * R)), shape.normed
     z = first + t * R
     for r in range(n):
         copy(sums, r * 2 * R, gate_rows, (rows + runs[uintp(t + r)]) * 2 * R, 2 * R)
@@ -273,7 +263,7 @@ def _layer_back(layer, t, n, model, batch, buffers, scratch, gradients):
     h, gates, sigmoids, skips, d_sums = buffers.h, buffers.gates, buffers.sigmoids, buffers.skips, buffers.d_sums
     dz, taps, runs, positions, d_rows = scratch.narrow, scratch.taps, batch.runs, batch.positions, gradients.gate_rows
     N, R, S, K, L = positions.size, shape.residual, shape.skip, shape.taps, shape.dilations.size
-    Ss, first, sums = _row_stride(S), layer * N * R, (layer % 2 * N + t) * 2 * R
+    Ss, first, sums = row_stride(S), layer * N * R, (layer % 2 * N + t) * 2 * R
     z, rows = first + t * R, layer * (d_rows.size // (L * 2 * R))
     fill(dz, 0, n * R, ZERO)
     linear(scratch.rounding, dz, 0, R, skips, t * Ss, Ss, w.skip, layer * S * R, (n, R, S))
@@ -322,15 +312,15 @@ def _taps_back(layer, t, n, model, batch, buffers, scratch):
 def _head(t, n, model, batch, buffers, scratch):
     """Skips -> ReLU -> H -> ReLU -> V logits, which become their gradient. Returns the cross-entropy's sum in nats."""
     S, H, V, bias1, bias2 = model.shape.skip, model.shape.head, model.shape.ids, model.biases.head1, model.biases.head2
-    Ss, Hs, Vs, hidden, logits = _row_stride(S), _row_stride(H), _row_stride(V), scratch.hidden, scratch.logits
+    Ss, Hs, Vs, hidden, logits = row_stride(S), row_stride(H), row_stride(V), scratch.hidden, scratch.logits
     targets, inputs, per_target = batch.targets, scratch.inputs, batch.per_target
-    _relu(inputs, 0, buffers.skips, t * Ss, n * Ss)
+    relu(inputs, 0, buffers.skips, t * Ss, n * Ss)
     for r in range(n):
         copy(hidden, r * Hs, bias1, 0, H)
         copy(logits, r * Vs, bias2, 0, V)
     linear(scratch.rounding, hidden, 0, Hs, inputs, 0, Ss, model.forward.head1, 0, (n, H, S))
-    _relu(hidden, 0, hidden, 0, n * Hs)
-    linear(scratch.rounding, logits, 0, Vs, hidden, 0, Hs, model.forward.head2, 0, (n, _round_up(V), H))
+    relu(hidden, 0, hidden, 0, n * Hs)
+    linear(scratch.rounding, logits, 0, Vs, hidden, 0, Hs, model.forward.head2, 0, (n, round_up(V), H))
     total = 0.0
     for r in range(n):
         target = targets[uintp(t + r)]
@@ -345,7 +335,7 @@ def _head(t, n, model, batch, buffers, scratch):
 def _head_back(t, n, model, buffers, scratch, gradients):
     """From the logits' gradient to that of the skips, and those of the head's weights."""
     S, H, V, g, biases = model.shape.skip, model.shape.head, model.shape.ids, gradients.matrices, gradients.biases
-    Ss, Hs, Vs, hidden, d_hidden = _row_stride(S), _row_stride(H), _row_stride(V), scratch.hidden, scratch.d_hidden
+    Ss, Hs, Vs, hidden, d_hidden = row_stride(S), row_stride(H), row_stride(V), scratch.hidden, scratch.d_hidden
     logits, inputs, skips, w = scratch.logits, scratch.inputs, buffers.skips, model.backward
     d_bias1, d_bias2, d_skip_bias = biases.head1, biases.head2, biases.skip
     outer(scratch.rounding, g.head2, 0, H, logits, 0, Vs, hidden, 0, Hs, (V, H, n))
@@ -374,7 +364,7 @@ def _forward(team, begin, end, model, batch, buffers, scratch):
     for t in range(begin, end):
         copy(stream, t * R, table, ids[uintp(t)] * R, R)
         _norm(h, t * R, scales, t, stream, t * R, R, normed)
-        copy(skips, t * _row_stride(S), bias, 0, S)
+        copy(skips, t * row_stride(S), bias, 0, S)
     for layer in range(model.shape.dilations.size):
         if not _meet(team, layer + 1):
             return False
@@ -429,7 +419,7 @@ def _own_batch(b, first, last, R):
 
 @inner
 def _scratch(shape):
-    R, Ss, Hs, Vs = shape.residual, _row_stride(shape.skip), _row_stride(shape.head), _row_stride(shape.ids)
+    R, Ss, Hs, Vs = shape.residual, row_stride(shape.skip), row_stride(shape.head), row_stride(shape.ids)
     rounded = rounding(shape.bfloat16, BLOCK, max(2 * R, shape.skip, shape.head, shape.ids))
     return Scratch(
         rounded,
@@ -532,7 +522,7 @@ def _panels(matrices: Tensor, bfloat16: bool) -> Tensor:
         matrices = F.pad(matrices, (0, -N % SIDE, 0, -K % SIDE)).bfloat16()
         pairs = matrices.unflatten(-1, (-1, SIDE)).unflatten(-3, (-1, 2))  # [..., K / 2, 2, N / SIDE, SIDE]
         return pairs.movedim(-2, -4).transpose(-1, -2).flatten(-4).contiguous().view(torch.float32)
-    matrices = F.pad(matrices, (0, round_up(matrices.shape[-1]) - matrices.shape[-1]))
+    matrices = F.pad(matrices, (0, round_up.py_func(matrices.shape[-1]) - matrices.shape[-1]))
     whole = matrices.shape[-1] // PANEL * PANEL
     panels = matrices[..., :whole].unflatten(-1, (-1, PANEL)).transpose(-3, -2)
     return torch.cat([panels.flatten(-3), matrices[..., whole:].flatten(-2)], -1)
@@ -564,7 +554,7 @@ def _buffers(c: WaveNetConfig, bounds: list[int], together: bool, threads: int) 
     longest = max(end - begin for begin, end in pairwise(bounds))
     copies, n = (1, bounds[-1]) if together else (threads, longest)
     L, R = c.layers, c.residual
-    sizes = (L * n * R, L * n, L * n * R, L * n * R, n * row_stride(c.skip), 2 * n * 2 * R)
+    sizes = (L * n * R, L * n, L * n * R, L * n * R, n * row_stride.py_func(c.skip), 2 * n * 2 * R)
     return Buffers(*(torch.empty(copies, size) for size in sizes))
 
 

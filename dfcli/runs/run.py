@@ -112,6 +112,11 @@ class Run:
         return self.info["kind"]
 
     @property
+    def order(self) -> tuple[str, str]:
+        """By which runs are sorted: when it was created, then its name."""
+        return str(self.info.get("created")), self.name
+
+    @property
     def makes(self) -> str:
         """ "text" or "audio": what its ids stand for."""
         return "audio" if self.info["codec"].get("name") == "mulaw" else "text"
@@ -149,10 +154,9 @@ class Run:
         found = None
         try:
             if values is not None:
-                from dfcli.codecs import MuLaw
                 from dfcli.data.conditions import Conditioning  # imports PyTorch, which takes seconds
 
-                found = Conditioning.from_json(values, self.codec.sample_rate if isinstance(self.codec, MuLaw) else 0)
+                found = Conditioning.from_json(values, self.codec.sample_rate)
             told = ((), 0) if found is None else (found.counts, found.series)
             sound = told == takes
         except (KeyError, TypeError, ValueError, AttributeError):
@@ -214,12 +218,7 @@ class Run:
         return steps[-1] if which == "last" else min(steps, key=lambda step: (self._val_loss(step), -step))
 
     def load(
-        self,
-        which: str | int = "best",
-        *,
-        optimizer: bool = False,
-        fallback: bool = False,
-        on_event: OnEvent = ignore,
+        self, which: str | int = "best", *, optimizer: bool = False, fallback: bool = False, on_event: OnEvent = ignore
     ) -> Checkpoint:
         """Read a checkpoint, verified, into the CPU's memory, also while a trainer adds and removes some.
 
@@ -368,7 +367,7 @@ def newest(makes: str | None = None, on_event: OnEvent = ignore) -> Run:
         what = {None: "run", "text": "run that makes text", "audio": "run that makes sound"}[makes]
         kind = "wavenet" if makes == "audio" else "gpt"
         raise UsageError(f"there is no {what} yet", f"train one first: `df train {kind}`")
-    return max(runs, key=lambda run: (str(run.info.get("created")), run.name))
+    return max(runs, key=lambda run: run.order)
 
 
 def rename(name: str, new: str) -> None:

@@ -53,11 +53,7 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> str:
     offset = 0
     for name, tensor in _ordered(tensors):
         end = offset + tensor.nbytes
-        header[name] = {
-            "dtype": CODES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
+        header[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode("ascii")
     text += b" " * (-len(text) % 8)

@@ -61,9 +61,9 @@ def _extract(path: Path, archive: zipfile.ZipFile) -> Path:
     files.clean_debris(home)
     if files.free_bytes(home) < total:
         raise DfError(f"{path} unpacks to {size(total)}, and {home} has less space", "free some space")
-    building = files.building(home / ".packed")  # never finished: it is removed, or cleaned after a crash
-    folder = building.__enter__()
-    atexit.register(lambda: building.__exit__(_Discarded, _Discarded(), None))
+    temporary = files.Temporary(home / ".packed")
+    atexit.register(temporary.discard)
+    folder = temporary.path
     for member, name in zip(members, names, strict=True):
         (folder / name).parent.mkdir(exist_ok=True)
         with archive.open(member) as source, (folder / name).open("xb") as target:
@@ -74,7 +74,3 @@ def _extract(path: Path, archive: zipfile.ZipFile) -> Path:
                     raise CorruptError(f"{path} is damaged: {name} is longer than the file says", files.DAMAGED)
                 target.write(data)
     return folder
-
-
-class _Discarded(Exception):
-    """Ends the `building` of a folder that is not kept."""

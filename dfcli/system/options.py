@@ -23,21 +23,19 @@ def option(
     kind: Any = None,
     bounds: tuple[float, float] | None = None,
     recipe: bool = False,
-    data: bool = False,
 ) -> Any:
     """A field that is an option. `flags` are its names on the command line, by default the field's name. `kind` is its
     type there, by default the field's type. `bounds` are the lowest and the highest value; floats must be above the
-    lowest. `recipe`: it sets the recipe's field of the same name. `data`: it is the argument of
-    `ingest.prepare.prepare` of the same name."""
-    metadata = {"help": help, "metavar": metavar, "flags": flags, "kind": kind}
-    metadata |= {"bounds": bounds, "recipe": recipe, "data": data}
+    lowest. `recipe`: it sets the recipe's field of the same name."""
+    metadata = {"help": help, "metavar": metavar, "flags": flags, "kind": kind, "bounds": bounds, "recipe": recipe}
     if callable(default):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
 def same_option(cls: type, name: str, *, data: bool = False) -> Any:
-    """The option of that name of another dataclass. `data` as for `option`."""
+    """The option of that name of another dataclass. `data`: it is the argument of
+    `ingest.prepare` of the same name."""
     (found,) = (f for f in fields(cls) if f.name == name)
     return field(default=found.default, metadata={**found.metadata, "data": data})
 

@@ -102,11 +102,6 @@ class Processes:
         """The result of `work` once it has succeeded in every process. Raises the error of the lowest rank."""
         return work()
 
-    def in_turn(self, work: Callable[[], T]) -> T:
-        """As `together`, but the first process works before all others, then one process of each other machine, then
-        the rest: they find the files that those before them have written."""
-        return work()
-
     def from_first(self, value: Any) -> Any:
         """The value, of the kinds that JSON has, of the first process."""
         return value
@@ -178,13 +173,6 @@ class Group(Processes):
                     raise failure
                 raise Elsewhere(f"process {number} of {self.count}: {error[0]}" if number else error[0], *error[1:])
         return cast(T, result)
-
-    def in_turn(self, work: Callable[[], T]) -> T:
-        mine = 0 if self.first else 1 if local_rank() == 0 else 2
-        result: Any = None
-        for turn in range(3):
-            result = self.together(work if turn == mine else lambda before=result: before)
-        return result
 
     def from_first(self, value: Any) -> Any:
         found = json.loads(self._exchange(json.dumps([value, None]).encode() if self.first else b"")[0])

@@ -90,15 +90,14 @@ def _kernel(config: cores.CoreConfig) -> Any:
 def tensors(batch: Batch, device: Device) -> tuple[Tensor, Tensor, Tensor | None, Any]:
     """A batch's ids, targets, positions and condition on a device."""
 
-    def moved(x: Tensor) -> Tensor:
+    def moved(x: Any) -> Any:
+        if x is None:
+            return None
         # From pinned memory a copy waits for nothing; from other memory it waits for all work that is queued.
         return (x.pin_memory() if device.torch_device.type == "cuda" else x).to(device.torch_device, non_blocking=True)
 
-    positions = None if batch.positions is None else moved(batch.positions)
-    condition = getattr(batch, "condition", None)
-    if condition is not None:
-        condition = type(condition)(*(None if x is None else moved(x) for x in condition))
-    return moved(batch.ids), moved(batch.targets), positions, condition
+    condition = batch.condition and cores.Condition(*map(moved, batch.condition))
+    return moved(batch.ids), moved(batch.targets), moved(batch.positions), condition
 
 
 class TorchBackend:

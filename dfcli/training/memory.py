@@ -34,11 +34,10 @@ def estimate(core: str, config: cores.CoreConfig, recipe: Recipe, device: Device
     float32, in `shards` parts, and what a micro-batch keeps for its backward pass, counted from the tensors that each
     layer saves."""
     device = backend.in_precision(device, config, recipe)
-    optimizer = {"sgd": int(recipe.momentum > 0), "adamw": 2, "muon": 2}[recipe.optimizer]
     half = device.precision == "bfloat16"  # what stays in float32 there, such as norms, counts twice
     c: Any = config
     tables = c.channels * sum(c.ngram_rows) if core == "gpt" and recipe.optimizer == "muon" else 0  # see optim.Rows
-    memory = 4 * ((config.parameters() - tables) * (2 + optimizer) + 2 * tables)
+    memory = 4 * ((config.parameters() - tables) * (2 + _moments(recipe)) + 2 * tables)
     window, rows = recipe.window or config.context, -(-recipe.batch_size // max(shards, processes.count()))
     if device.kind == "cuda" and recipe.accumulate > 1:
         memory += 4 * config.parameters()  # gradients that are added to those which a CUDA graph writes
@@ -79,6 +78,11 @@ def estimate(core: str, config: cores.CoreConfig, recipe: Recipe, device: Device
         window = 1 if recipe.packing == "last" else window
     memory += rows * window * (kept * (2 if half else 4) + 3 * 4 * c.vocab_size)
     return round(RESERVED * memory) if device.kind == "cuda" else memory
+
+
+def _moments(recipe: Recipe) -> int:
+    """What the optimiser keeps of each weight: so many numbers."""
+    return int(recipe.momentum > 0) if recipe.optimizer == "sgd" else 2
 
 
 def evaluated_together(config: cores.CoreConfig, recipe: Recipe, device: Device) -> int:
@@ -154,8 +158,7 @@ def check_fits(plan: Plan) -> None:
         raise DfError(
             f"training would take about {size(plan.memory)} of memory, and this machine has {size(total)}", advice(plan)
         )
-    tensors = {"sgd": 1 + bool(plan.recipe.momentum), "adamw": 3, "muon": 3}[plan.recipe.optimizer]
-    wanted = 4 * 4 * plan.parameters * tensors  # the best, the last two, and the one being written
+    wanted = 4 * 4 * plan.parameters * (1 + _moments(plan.recipe))  # the best, the last two, and the one being written
     home = runs_home()
     while not home.exists():
         home = home.parent

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dfcli import cores
-from dfcli.codecs import MuLaw
 from dfcli.codecs.tokenizer_json import check_exportable
 from dfcli.data.conditions import Conditioning, conditioning
 from dfcli.data.dataset import Dataset, reopen
@@ -80,8 +79,7 @@ class Plan:
     @property
     def sample_rate(self) -> int:
         """Of sound, Hz; 0 for text."""
-        codec = self.dataset.codec if self.dataset else None
-        return codec.sample_rate if isinstance(codec, MuLaw) else 0 if codec else self.protocol.get("sample_rate", 0)
+        return self.dataset.codec.sample_rate if self.dataset else self.protocol.get("sample_rate", 0)
 
     @property
     def flops_per_token(self) -> int:
@@ -250,7 +248,7 @@ def _conditioning(
     kind = request.condition or entry.get("condition") or ("labels" if dataset.labels else "none")
     if kind == "labels" and not dataset.labels:
         raise UsageError(f"dataset {dataset.name} has no labels", "give `--label folder`, or `--label PATTERN`")
-    if kind == "mel" and not isinstance(dataset.codec, MuLaw):
+    if kind == "mel" and dataset.kind != "audio":
         raise UsageError("--condition mel is for recordings", "leave it out")
     conditions = conditioning(dataset, kind)
     if conditions is not None and conditions.names:

@@ -28,16 +28,32 @@ _GPT2 = {
     "context": 1024, "position": "learned", "norm": "layernorm", "activation": "gelu_tanh", "bias": True,
     "qkv_bias": True, "tied_head": True, "init": "gpt2",
 }  # fmt: skip
-_GPT2_RECIPE = {
-    "batch_size": 12, "accumulate": 40, "steps": 600_000, "optimizer": "adamw", "lr": 6e-4, "final_lr": 0.1,
-    "schedule": "cosine", "warmup": 2000, "betas": (0.9, 0.95), "weight_decay": 0.1, "decay": "matrices", "clip": 1.0,
-    "log_every": 10, "eval_every": 1000, "eval_tokens": 2_457_600, "checkpoint_every": 1000,
-}  # fmt: skip
-_GPT2_NOTES = (
-    "a step is 491,520 tokens (batch_size 12 x accumulate 40 x 1024), as published: lower accumulate for small data",
-    "dropout 0, as nanoGPT trains it",
-)
+_BROWN = "Radford et al. 2019; lr from Brown et al. 2020, table 2.1; the rest as `gpt2`"
 _NAMES = {"codec": "chars", "lines": True}
+
+
+def _gpt2(layers: int, heads: int, channels: int, lr: float, source: str, published: str) -> dict[str, Any]:
+    """A size of GPT-2."""
+    return {
+        "core": "gpt",
+        "vocab_size": 50_257,
+        "config": _GPT2 | {"layers": layers, "heads": heads, "channels": channels},
+        "recipe": {
+            "batch_size": 12, "accumulate": 40, "steps": 600_000, "optimizer": "adamw", "lr": lr, "final_lr": 0.1,
+            "schedule": "cosine", "warmup": 2000, "betas": (0.9, 0.95), "weight_decay": 0.1, "decay": "matrices",
+            "clip": 1.0, "log_every": 10, "eval_every": 1000, "eval_tokens": 2_457_600, "checkpoint_every": 1000,
+        },
+        "seed": 1337,
+        "data": {"codec": "gpt2"},
+        "source": source,
+        "published": published,
+        "notes": (
+            "a step is 491,520 tokens (batch_size 12 x accumulate 40 x 1024), as published: lower accumulate for small "
+            "data",
+            "dropout 0, as nanoGPT trains it",
+        ),
+    }  # fmt: skip
+
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "gpt": {
@@ -105,50 +121,13 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "source": "karpathy/ng-video-lecture, gpt.py",
             "published": "validation loss of about 1.48",
         },
-        "gpt2": {
-            "core": "gpt",
-            "vocab_size": 50_257,
-            "config": _GPT2 | {"layers": 12, "heads": 12, "channels": 768},
-            "recipe": _GPT2_RECIPE,
-            "seed": 1337,
-            "data": {"codec": "gpt2"},
-            "source": "Radford et al. 2019; training as karpathy/nanoGPT, config/train_gpt2.py",
-            "published": "124,439,808 parameters; validation loss of about 2.85 on OpenWebText",
-            "notes": _GPT2_NOTES,
-        },
-        "gpt2-medium": {
-            "core": "gpt",
-            "vocab_size": 50_257,
-            "config": _GPT2 | {"layers": 24, "heads": 16, "channels": 1024},
-            "recipe": _GPT2_RECIPE | {"lr": 3e-4},
-            "seed": 1337,
-            "data": {"codec": "gpt2"},
-            "source": "Radford et al. 2019; lr from Brown et al. 2020, table 2.1; the rest as `gpt2`",
-            "published": "354,823,168 parameters",
-            "notes": _GPT2_NOTES,
-        },
-        "gpt2-large": {
-            "core": "gpt",
-            "vocab_size": 50_257,
-            "config": _GPT2 | {"layers": 36, "heads": 20, "channels": 1280},
-            "recipe": _GPT2_RECIPE | {"lr": 2.5e-4},
-            "seed": 1337,
-            "data": {"codec": "gpt2"},
-            "source": "Radford et al. 2019; lr from Brown et al. 2020, table 2.1; the rest as `gpt2`",
-            "published": "774,030,080 parameters",
-            "notes": _GPT2_NOTES,
-        },
-        "gpt2-xl": {
-            "core": "gpt",
-            "vocab_size": 50_257,
-            "config": _GPT2 | {"layers": 48, "heads": 25, "channels": 1600},
-            "recipe": _GPT2_RECIPE | {"lr": 2e-4},
-            "seed": 1337,
-            "data": {"codec": "gpt2"},
-            "source": "Radford et al. 2019; lr from Brown et al. 2020, table 2.1; the rest as `gpt2`",
-            "published": "1,557,611,200 parameters",
-            "notes": _GPT2_NOTES,
-        },
+        "gpt2": _gpt2(
+            12, 12, 768, 6e-4, "Radford et al. 2019; training as karpathy/nanoGPT, config/train_gpt2.py",
+            "124,439,808 parameters; validation loss of about 2.85 on OpenWebText",
+        ),
+        "gpt2-medium": _gpt2(24, 16, 1024, 3e-4, _BROWN, "354,823,168 parameters"),
+        "gpt2-large": _gpt2(36, 20, 1280, 2.5e-4, _BROWN, "774,030,080 parameters"),
+        "gpt2-xl": _gpt2(48, 25, 1600, 2e-4, _BROWN, "1,557,611,200 parameters"),
         "finetune_shakespeare": {
             "core": "gpt",
             "start": "the weights of a published GPT-2",

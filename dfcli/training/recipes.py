@@ -19,7 +19,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dfcli import cores
-from dfcli.codecs import MuLaw
 from dfcli.cores.wavenet import DOUBLING
 from dfcli.data.dataset import Dataset
 from dfcli.system import processes
@@ -32,10 +31,7 @@ GPT_SIZES = ((2, 2, 64), (3, 3, 96), (4, 4, 128), (6, 6, 192), (6, 8, 256), (6, 
 # Cycles, doubling dilations in each, residual channels; for the other widths see `completed`. A small model learns
 # nothing from further back than 8 dilations reach.
 WAVENET_SIZES = ((2, 8, 32), (2, 8, 48), (2, 10, 64), (3, 10, 64), (3, 10, 128))
-LR = {
-    "gpt": {"muon": 0.02, "adamw": 0.01, "sgd": 0.1},
-    "wavenet": {"muon": 0.045, "adamw": 0.004, "sgd": 0.1},
-}
+LR = {"gpt": {"muon": 0.02, "adamw": 0.01, "sgd": 0.1}, "wavenet": {"muon": 0.045, "adamw": 0.004, "sgd": 0.1}}
 TOKENS_PER_PARAMETER = {"gpt": 4.0, "wavenet": 30.0}  # a model that sees fewer is too large for its budget
 PARAMETERS_PER_TOKEN = 10.0  # a model with more than that for each token of the corpus only learns it by heart
 NGRAM_TOKENS = (20_000, 100_000, 500_000, 500_000, 500_000)  # from so many ids on, 2-grams, 3-grams, ... pay
@@ -45,9 +41,6 @@ PRETRAINED_LR = 5e-5  # AdamW, for weights trained elsewhere
 # CPU reaches 1.3 to 2 times as much), and on a GPU at most so many FLOP/s, about what an H200 reached.
 EFFICIENCY = 0.45
 MOST_ON_GPU = {"gpt": 1e14, "wavenet": 2e13}
-
-
-UNITS = {"mulaw": "sample", "chars": "character", "bytes": "byte"}  # what an id of a codec stands for; else a token
 
 
 @dataclass(frozen=True)
@@ -68,11 +61,9 @@ class Corpus:
 def corpus_of(dataset: Dataset) -> Corpus:
     """The corpus that a dataset's training split is."""
     train, codec = dataset.splits["train"], dataset.codec
-    unit = UNITS.get(codec.name, "token")
-    rate = codec.sample_rate if isinstance(codec, MuLaw) else 0
     val = dataset.splits["val"].tokens_count if "val" in dataset.splits else 0
     sizes = train.tokens_count, train.documents, train.longest, codec.vocab_size
-    return Corpus(*sizes, dataset.lines, val, unit, rate, codec.name)
+    return Corpus(*sizes, dataset.lines, val, codec.unit, codec.sample_rate, codec.name)
 
 
 @dataclass

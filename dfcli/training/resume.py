@@ -44,7 +44,7 @@ def _newest(request: Request, on_event: OnEvent) -> Run | None:
     if not there:
         on_event(Note(f"there is no {request.kind} run to resume: one is started"))
         return None
-    newest = max(there, key=lambda run: (str(run.info.get("created")), run.name))
+    newest = max(there, key=lambda run: run.order)
     on_event(Choice("run", newest.name, f"the newest {request.kind} run; --name says which one to resume"))
     return newest
 

@@ -5,18 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from dfcli import cores
 from dfcli.errors import UsageError
 from dfcli.system.words import close
-
-OPTIMIZERS = ("adamw", "muon", "sgd")
-SCHEDULES = ("constant", "cosine", "linear", "step", "plateau")
-PACKINGS = ("packed", "documents", "last")
-DECAYS = ("matrices", "all")
-COMPILES = ("auto", "on", "off")
-PRECISIONS = ("auto", "float32")
 
 
 @dataclass(frozen=True)
@@ -33,9 +26,9 @@ class Recipe:
     batch_size: int = 16  # sequences of a micro-batch
     accumulate: int = 1  # micro-batches of a step: their gradients are added up
     window: int = 0  # ids of a sequence; 0: the core's context
-    packing: str = "packed"  # packed | documents | last
+    packing: Literal["packed", "documents", "last"] = "packed"
     # how the weights move
-    optimizer: str = "adamw"  # adamw | muon (for matrices, AdamW for the rest) | sgd
+    optimizer: Literal["adamw", "muon", "sgd"] = "adamw"  # muon: for matrices, AdamW for the rest
     lr: float = 1e-3  # peak learning rate
     adam_lr: float = 3e-3  # with muon: peak learning rate of what AdamW updates
     table_lr: float = 0.05  # with muon: peak learning rate of n-gram tables
@@ -43,10 +36,10 @@ class Recipe:
     eps: float = 1e-8  # AdamW
     momentum: float = 0.0  # muon, sgd
     weight_decay: float = 0.0
-    decay: str = "matrices"  # what decays: matrices (2 dimensions and more; nanoGPT's rule) | all
+    decay: Literal["matrices", "all"] = "matrices"  # what decays. matrices: 2 dimensions and more; nanoGPT's rule
     clip: float = 0.0  # largest norm of the gradient; 0: none
     # how the learning rate moves
-    schedule: str = "constant"  # constant | cosine | linear | step | plateau
+    schedule: Literal["constant", "cosine", "linear", "step", "plateau"] = "constant"
     warmup: int = 0  # steps of linear rise
     decay_start: float = 0.0  # share of the budget after which cosine and linear fall, and step drops
     final_lr: float = 0.0  # what cosine, linear and step end at; what plateau multiplies by: as a share of the peak
@@ -56,10 +49,11 @@ class Recipe:
     eval_every: int = 0  # steps between evaluations; 0: by time
     eval_tokens: int = 0  # of the validation split in an evaluation; 0: all
     checkpoint_every: int = 0  # steps between checkpoints beside those of better evaluations; 0: by time
-    on_nonfinite: str = "stop"  # stop | skip the batch whose loss or gradient is not finite
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # skip: the batch whose loss or gradient is not finite
     skip_limit: int = 10  # batches that may be skipped
-    precision: str = "auto"  # of matrix products. auto: bfloat16 where the device has units for it | float32
-    compile: str = "auto"  # auto: what pays here | on: torch.compile too | off: PyTorch, kernel by kernel
+    precision: Literal["auto", "float32"] = "auto"  # of products. auto: bfloat16 where the device has units for it
+    compile: Literal["auto", "on", "off"] = "auto"
+    """auto: what pays here; on: torch.compile too; off: PyTorch, kernel by kernel."""
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Recipe:
@@ -81,12 +75,9 @@ class Recipe:
             _within(name, getattr(self, name), low, high)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be two numbers from 0 to below 1, not {self.betas}")
-        for name, choices in (
-            ("packing", PACKINGS), ("optimizer", OPTIMIZERS), ("decay", DECAYS), ("schedule", SCHEDULES),
-            ("on_nonfinite", ("stop", "skip")), ("compile", COMPILES), ("precision", PRECISIONS),
-        ):  # fmt: skip
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, not `{getattr(self, name)}`")
+        for name, kind in get_type_hints(Recipe).items():
+            if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, not `{getattr(self, name)}`")
         if self.steps and self.minutes:
             raise ValueError("steps and minutes exclude each other")
 
@@ -160,7 +151,7 @@ def parse(text: str, kind: Any) -> Any:
             return kind(text)
         except ValueError:
             raise ValueError("a whole number is expected" if kind is int else "a number is expected") from None
-    if get_args(kind):
+    if get_origin(kind) is tuple:
         return tuple(parse(part, get_args(kind)[0]) for part in text.split(","))
     return text
 

@@ -6,6 +6,7 @@ import copy
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dfcli.cores import WaveNet
@@ -31,8 +32,14 @@ def rounded(core: WaveNet) -> WaveNet:
 
 def _round(matrix: Tensor) -> None:
     N, K = matrix.shape
-    tiles = gemm.from_bfloat16(gemm.to_bfloat16(gemm.tiles(matrix.numpy())))
+    tiles = from_bfloat16(gemm.to_bfloat16(gemm.tiles(matrix.numpy())))
     matrix.copy_(torch.from_numpy(untiled(tiles, N, K)))
+
+
+def from_bfloat16(words: NDArray[np.uint32]) -> NDArray[np.float32]:
+    """The float32 tiles that `gemm.multiply` makes of such words."""
+    pairs = words.reshape(-1, 1, gemm.WIDTH)
+    return np.concatenate([pairs << 16, pairs], axis=1).view(np.float32).ravel()
 
 
 def untiled(tiles: np.ndarray, N: int, K: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from dfcli.kernels.ops import exp, tanh_sigmoid
 from dfcli.kernels.pick import pick
 from dfcli.system.events import ignore
 from tests.generation.engine import picking
-from tests.generation.rounding import untiled
+from tests.generation.rounding import from_bfloat16, untiled
 
 
 def call_multiply(out, out_step, x, x_step, rows, weights, N, K):
@@ -60,7 +60,7 @@ def test_multiply(rows: int, K: int, packed: bool, rng: np.random.Generator) -> 
     weights: Any = gemm.join([gemm.tiles(matrix)])
     if packed:
         weights = gemm.to_bfloat16(weights)
-        matrix = untiled(gemm.from_bfloat16(weights), N, K)
+        matrix = untiled(from_bfloat16(weights), N, K)
     out = np.ones((rows, N + 2), np.float32)
     call = run(call_multiply, np.zeros(N, np.float32), N, x.ravel(), K, 0, weights, N, 2)
     assert call(out.ravel(), N + 2, x.ravel(), K + 1, rows, weights, N, K) == N * K
@@ -73,7 +73,7 @@ def test_packed_weights_are_the_nearest(rng: np.random.Generator) -> None:
     both = [np.repeat(odd, len(odd)), np.tile(odd, len(odd))]  # each beside each in a pair
     pairs = np.concatenate([np.stack(both, 1), rng.standard_normal((1600, 2))])
     weights = pairs.reshape(-1, 8, 2).swapaxes(1, 2).ravel().astype(np.float32)
-    back = gemm.from_bfloat16(gemm.to_bfloat16(weights))
+    back = from_bfloat16(gemm.to_bfloat16(weights))
     tolerance = np.maximum(2.0**-8 * np.abs(weights), 1e-38)  # bfloat16 has 8 significant bits
     tolerance[weights == 0] = 2.0**-59
     assert (np.abs(back - weights) <= tolerance).all()
@@ -84,7 +84,7 @@ def test_packed_padding_is_not_denormal(rng: np.random.Generator) -> None:
     padding = np.zeros(1600)
     for pair in ((rng.standard_normal(1600), padding), (padding, rng.standard_normal(1600)), (padding, padding)):
         weights = np.stack(pair, 1).reshape(-1, 8, 2).swapaxes(1, 2).ravel().astype(np.float32)
-        back = np.abs(gemm.from_bfloat16(gemm.to_bfloat16(weights)))
+        back = np.abs(from_bfloat16(gemm.to_bfloat16(weights)))
         assert ((back == 0) | (back >= np.finfo(np.float32).tiny)).all()
 
 
