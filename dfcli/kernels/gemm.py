@@ -42,7 +42,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import binding, ir
-from numba import extending, types
+from numba import config, extending, types
 from numpy import uintp
 from numpy.typing import NDArray
 
@@ -58,7 +58,11 @@ TILE = 32  # outputs of one tile of `multiply`, in vectors of WIDTH; channels ar
 WIDTH = 8
 TINY = (127 - 60) << 23  # the bits of 2^-60 as a float32
 _NEAR = 128  # inputs of such a tile whose weights take 16 KiB
-AMX = sys.platform == "linux" and binding.get_host_cpu_features().get("amx-bf16", False)
+AMX = (  # of this processor, and not taken from numba, which compiles for another one where that is asked for
+    sys.platform == "linux"
+    and binding.get_host_cpu_features().get("amx-bf16", False)
+    and not (config.CPU_NAME or config.CPU_FEATURES)  # type: ignore[attr-defined]
+)
 WORDS = 16  # of a row of an AMX tile, and its rows
 SIDE = 32  # rows and columns of the sums that four tiles hold; and the k of a tile
 # The tiles' sizes as a processor reads them: palette 1, 64 bytes a row from byte 16 on, 16 rows from byte 48 on.
@@ -265,7 +269,8 @@ def _end_tiles(_context):
 @_intrinsic
 def _square(_context, out, o, o_row, a, i, a_row, b, j, b_row, K):
     """The sums of SIDE rows m and SIDE columns n: out[o + m o_row + n] += sum over w < K / 2 of the two products of
-    a[i + m a_row + w] and b[j + w b_row + n], words of two bfloat16. K is a multiple of SIDE."""
+    a[i + m a_row + w] and b[j + w b_row + n], words of two bfloat16. K is a multiple of SIDE,
+    and not 0."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kinds = signature.args
@@ -412,13 +417,21 @@ class Rounding(NamedTuple):
     words: Any  # uint32: first the rows of `a` in words [m, k / 2], behind its middle two rows a word [k / 2, n]
 
 
+def rounding_words(rows, width):
+    """The size of the words that `rounding` takes."""
+    return 2 * (rows + SIDE) * (width + 3 * SIDE)
+
+
+_rounding_words = inner(rounding_words)
+
+
 @inner
 def rounding(on, rows, width):
     """Memory for products of up to so many `rows` and a matrix of up to `width` inputs and outputs, and tiles, until
     `end_rounding`."""
     if AMX and on:
         _begin_tiles(_TILES)
-    return Rounding(on, np.zeros(2 * (rows + SIDE) * (width + 3 * SIDE) if on else 0, np.uint32))
+    return Rounding(on, np.empty(_rounding_words(rows, width) if on else 0, np.uint32))
 
 
 @inner
@@ -429,9 +442,9 @@ def end_rounding(rounding):
 
 
 @inner
-def round_up(n):
-    """n rounded up to a multiple of COLUMNS."""
-    return (n + COLUMNS - 1) // COLUMNS * COLUMNS
+def round_up(n, to=COLUMNS):
+    """n rounded up to a multiple of `to`."""
+    return (n + to - 1) // to * to
 
 
 @inner
@@ -443,21 +456,16 @@ def row_stride(width):
 
 
 @inner
-def _filled(n):
-    """n rounded up to a multiple of SIDE."""
-    return (n + SIDE - 1) // SIDE * SIDE
-
-
-@inner
 def _words(K):
     """Words from one row of K bfloat16 to the next."""
-    return row_stride(_filled(K) // 2)
+    return row_stride(round_up(K, SIDE) // 2)
 
 
 @inner
 def _bits(x):
-    """The bits of a float32, its upper half rounded to the nearest bfloat16."""
-    bits = np.float32(x).view(np.uint32)
+    """The bits of a float32, its upper half rounded to the nearest bfloat16; of a NaN those of one or of infinity."""
+    bits = np.uint32(min(np.float32(x).view(np.int32), np.int32(0x7FFF0000)))  # rounded up, a larger one would be -0,
+    bits = min(bits, np.uint32(0xFFFF0000))  # or 0
     return np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
 
 
@@ -468,13 +476,13 @@ def _round_rows(words, row, x, i, x_row, rows, columns):
     for r in range(rows):
         for c in range(columns):
             halves[uintp(2 * r * row + c)] = np.uint16(_bits(x[uintp(i + r * x_row + c)]) >> np.uint32(16))
-        fill(halves, 2 * r * row + columns, _filled(columns) - columns, np.uint16(0))
+        fill(halves, 2 * r * row + columns, round_up(columns, SIDE) - columns, np.uint16(0))
 
 
 @inner
 def _round_pairs(words, o, row, x, i, x_row, rows, columns):
     """Two successive rows of x as bfloat16 in one row of words, `row` apart, with zeros up to a multiple of SIDE."""
-    for r in range(0, _filled(rows), 2):
+    for r in range(0, round_up(rows, SIDE), 2):
         for c in range(columns):
             low = _bits(x[uintp(i + r * x_row + c)]) >> np.uint32(16) if r < rows else np.uint32(0)
             high = _bits(x[uintp(i + (r + 1) * x_row + c)]) & np.uint32(0xFFFF0000) if r + 1 < rows else np.uint32(0)
@@ -485,7 +493,7 @@ def _round_pairs(words, o, row, x, i, x_row, rows, columns):
 def _squares(words, out, o, o_row, a_row, b, j, b_row, b_next, size):
     """out += the matrix in `words` times b, of which the next SIDE columns begin `b_next` words later."""
     M, N, K = size
-    sums, K = np.empty(SIDE * SIDE, np.float32), _filled(K)  # the sums of a square at the edge
+    sums, K = np.empty(SIDE * SIDE, np.float32), round_up(K, SIDE)  # the sums of a square at the edge
     for n in range(0, N, SIDE):
         begin = j + n // SIDE * b_next
         for m in range(0, M, SIDE):
@@ -502,7 +510,7 @@ def _squares(words, out, o, o_row, a_row, b, j, b_row, b_next, size):
 def pack_pairs(rounding, out, o, x, i, x_row, x_column, K, N):
     """`pack` for `linear` in bfloat16, where either x_row or x_column is 1: panels of SIDE columns, each of words of
     two rows, K and N filled up to multiples of SIDE. `o` counts elements, two a word."""
-    size, row = _filled(K) // 2 * SIDE, _words(K)
+    size, row = round_up(K, SIDE) // 2 * SIDE, _words(K)
     for n in range(0, N, SIDE):
         columns, place = min(SIDE, N - n), o // 2 + n // SIDE * size
         if x_column == 1:
@@ -522,7 +530,7 @@ def linear(rounding, out, o, o_row, a, i, a_row, b, j, size):
     if AMX and rounding.on:
         row = _words(K)
         _round_rows(rounding.words, row, a, i, a_row, M, K)
-        _squares(rounding.words, out, o, o_row, row, b, j // 2, SIDE, _filled(K) // 2 * SIDE, size)
+        _squares(rounding.words, out, o, o_row, row, b, j // 2, SIDE, round_up(K, SIDE) // 2 * SIDE, size)
     else:
         panel_product(out, o, o_row, a, i, a_row, b, j, size)
 
@@ -536,7 +544,7 @@ def outer(rounding, out, o, o_row, a, i, a_row, b, j, b_row, size):
         row, wide = _words(K), round_up(max(M, N))
         pairs, half = rounding.words, rounding.words.size // 2
         _round_pairs(pairs, half, wide, a, i, a_row, K, M)
-        for k in range(0, _filled(K) // 2, WORDS):
+        for k in range(0, round_up(K, SIDE) // 2, WORDS):
             for m in range(0, M, WORDS):
                 _turn(rounding.words, m * row + k, row, pairs, half + k * wide + m, wide)
         _round_pairs(pairs, half, wide, b, j, b_row, K, N)

@@ -48,6 +48,7 @@ def estimate(core: str, config: cores.CoreConfig, recipe: Recipe, device: Device
     if core == "gpt" and shards == 1 and backend.unsupported(config, recipe, device) is None:
         # Each thread: its gradients, the weights packed for both ways, what it keeps of one row. The n-grams' gradients
         # and places are the whole batch's.
+        memory += _rounding(device, max(4 * c.channels, c.vocab_size)) if half else 0
         half = False  # what is kept is in float32
         memory += 3 * 4 * device.threads * (config.parameters() - tables)
         memory += rows * window * c.ngrams * (4 * c.channels + 24)
@@ -68,6 +69,7 @@ def estimate(core: str, config: cores.CoreConfig, recipe: Recipe, device: Device
 
         bounds, together = slot_bounds(rows, window, device.threads)
         memory += 4 * (len(bounds) + 1) * config.parameters()  # each slot's gradients, and weights packed both ways
+        memory += _rounding(device, max(2 * c.residual, c.skip, c.head, c.vocab_size)) if half else 0
         kept = c.layers * (3 * c.residual + 1) + 4 * c.residual + c.skip
         positions = rows * window if together else device.threads * max(b - a for a, b in pairwise(bounds))
         return memory + 4 * (positions * kept + rows * window * c.residual)
@@ -78,6 +80,13 @@ def estimate(core: str, config: cores.CoreConfig, recipe: Recipe, device: Device
         window = 1 if recipe.packing == "last" else window
     memory += rows * window * (kept * (2 if half else 4) + 3 * 4 * c.vocab_size)
     return round(RESERVED * memory) if device.kind == "cuda" else memory
+
+
+def _rounding(device: Device, width: int) -> int:
+    """The bytes in which the kernels' threads round numbers for products of up to `width` outputs."""
+    from dfcli.kernels import gemm, gpt_train
+
+    return 4 * device.threads * gemm.rounding_words(gpt_train.BLOCK, width)
 
 
 def _moments(recipe: Recipe) -> int:

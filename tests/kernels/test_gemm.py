@@ -85,7 +85,8 @@ def test_products_in_bfloat16_are_those_of_rounded_numbers(N: int) -> None:
 
 @needs_amx
 def test_what_is_not_finite_stays_so_in_bfloat16() -> None:
-    for value in (np.nan, -np.nan, np.inf, 3.4e38):
+    odd = np.array([0x7F800001, 0x7FFF8000, 0x7FFFFFFF, 0xFFFFFFFF], np.uint32).view(np.float32)  # NaNs too
+    for value in [*np.array([np.nan, -np.nan, np.inf, 3.4e38], np.float32), *odd]:
         out = np.zeros(3 + 9, np.float32)
         call_linear(out, 3, _flat(np.full((3, 4), value), 5), 4, _flat(np.ones((4, 3)), 7), (3, 1), (3, 3, 4))
         assert not np.isfinite(out[3:]).any()
@@ -97,4 +98,4 @@ def _rounded(x: np.ndarray) -> np.ndarray:
 
 def _flat(matrix: np.ndarray, before: int) -> np.ndarray:
     """float32, behind so many numbers that are no part of it."""
-    return np.concatenate([np.full(before, np.nan), matrix.ravel()]).astype(np.float32)
+    return np.concatenate([np.full(before, np.nan, np.float32), matrix.ravel().astype(np.float32)])

@@ -64,7 +64,7 @@ def run(words: list[str], home: Path, n: int = 0, error: int = 0, lasting: bool 
 
     child = Child(work, home.with_name("said"), home)
     os.close(descriptor)
-    code = child.wait()
+    code = child.wait(180)  # where nothing can be written, kernels are compiled anew: a minute
     return code, child.said(), fired.stat().st_size > 0
 
 
