@@ -72,8 +72,9 @@ class Build(ABC):
         self._writers: list[SplitWriter] = []
         self._done = 0.0
 
-    def run(self, folder: Path, name: str, key: str) -> dict[str, Any]:
-        """Fill `folder` with the dataset; gives what stands in its dataset.json. Raises DfError."""
+    def run(self, folder: Path, name: str, key: str, given: Sequence[Sequence[str]]) -> dict[str, Any]:
+        """Fill `folder` with the dataset; gives what stands in its dataset.json. `given` are the paths of the files and
+        folders for train, val and test. Raises DfError."""
         stamps = {source: (source.stamp(), time.time_ns()) for group in self._groups for source in group}
         with ExitStack() as stack:
             stack.callback(lambda: [writer.close() for writer in self._writers])
@@ -94,6 +95,7 @@ class Build(ABC):
         made.codec.save_files(folder)
         sources = self._describe(stamps)
         (folder / SOURCES).write_bytes(sources)
+        read = {"count": len(self._sha256), "sha256": hashlib.sha256(sources).hexdigest(), "given": given}
         splits = {split: record for split, record in records.items() if record}
         info = {
             "format": FORMAT,
@@ -115,7 +117,7 @@ class Build(ABC):
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "options": self._options.as_json(),
             "key": key,
-            "sources": {"count": len(self._sha256), "sha256": hashlib.sha256(sources).hexdigest()},
+            "sources": read,
         }
         write_json(folder / FILE, info)
         note_skipped(info["skipped"], self._on_event)

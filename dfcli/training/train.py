@@ -20,7 +20,7 @@ from dfcli.data.conditions import Conditions
 from dfcli.data.dataset import Dataset
 from dfcli.errors import DfError, UsageError
 from dfcli.evaluation.sweep import sweep
-from dfcli.ingest.reopen import run_dataset
+from dfcli.ingest.reopen import prepared_from, run_dataset
 from dfcli.runs import run as runs
 from dfcli.runs.checkpoint import Checkpoint
 from dfcli.runs.huggingface import start
@@ -437,6 +437,7 @@ def _info(plan: Plan, dataset: Dataset) -> dict[str, Any]:
             "sources": resume.identities(plan.data),
             "splits": {name: split.tokens_count for name, split in dataset.splits.items()},
             "protocol": plan.protocol,
+            "prepared": prepared_from(dataset),
         },
         "choices": [asdict(choice) for choice in plan.choices],
         **({"conditioning": plan.told.to_json()} if plan.told else {}),
