@@ -111,7 +111,8 @@ def _evaluation(
     loss = sweep(core, dataset, split, where, stride=stride, first=limit, conditioning=told, on_event=on_event)
     seconds = time.perf_counter() - began
     if not math.isfinite(loss.nats):
-        raise DfError(f"the loss of run {run.name} is not finite", "try an earlier `--checkpoint`")
+        hint = f"try an earlier checkpoint: `df eval --run {run.name} --checkpoint STEP`"
+        raise DfError(f"the loss of run {run.name} is not finite", hint)
     closing = (split, stride, limit, request.checkpoint) == ("val", None, None, "best")
     if closing and not request.data and not run.info.get("init"):  # which would have to be compared with its start
         with suppress(DfError):  # a run that cannot be written is evaluated all the same
@@ -178,18 +179,22 @@ def _dataset(run: Run, data: Sequence[str], on_event: OnEvent) -> Iterator[Datas
             yield dataset
         return
     record = run.dataset
-    with prepare(
-        list(data),
-        codec=run.codec,
-        lines=record["lines"],
-        lead=record["lead"],
-        normalize=record["normalize"],
-        separator=record.get("separator"),
-        field=record.get("field") if any(holds_records(item) for item in data) else None,
-        label=None if run.conditioning is None else run.conditioning.rule,
-        whole=True,
-        on_event=on_event,
-    ) as dataset:
+    documents = {
+        "lines": record["lines"],
+        "separator": record.get("separator"),
+        "field": record.get("field") if any(holds_records(item) for item in data) else None,
+        "label": None if run.conditioning is None else run.conditioning.rule,
+    }
+    others = {"codec": run.codec, "lead": record["lead"], "normalize": record["normalize"], "whole": True}
+    try:
+        dataset = prepare(list(data), **documents, **others, on_event=on_event)
+    except DfError as error:
+        given = next((f"`{name}` {value!r}" for name, value in documents.items() if f"`--{name}" in error.hint), "")
+        if not given:
+            raise
+        # `df eval` has no such option
+        raise type(error)(error.message, f"the data are read as those of run {run.name} were, by {given}") from error
+    with dataset:
         yield dataset
 
 

@@ -154,7 +154,8 @@ def _gpt2_folder(bpe: str | None) -> Path:
     if folder is None:
         raise UsageError(
             "GPT-2's vocabulary is not here yet",
-            "fetch it with `df data get gpt2-bpe`, or name the folder of `encoder.json` and `vocab.bpe` with `--bpe`",
+            "fetch it with `df data get gpt2-bpe`; `df data prepare FILE --codec gpt2 --bpe FOLDER` takes a folder of "
+            "`encoder.json` and `vocab.bpe`",
         )
     return folder
 

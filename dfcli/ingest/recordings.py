@@ -181,7 +181,7 @@ class Recordings(Build):
         words = {
             "silent": "silent",
             "beyond_scale": f"louder than full scale, 1, with samples of up to {peak:,.4g}, and cut off there: "
-            "`--normalize peak` keeps all",
+            "`df data prepare` with `--normalize peak` keeps all",
             "clipped": f"clipped (over {CLIPPED:.1%} of the samples at full scale)",
             "off_centre": f"off-centre (mean level beyond {OFF_CENTRE:.0%} of full scale)",
             "incomplete": "not as its header says",

@@ -322,7 +322,8 @@ def finish(
     UsageError where the run is not finished, DfError where its data or checkpoints are gone."""
     result = read_result(run)
     if result is None:
-        raise UsageError(f"run `{run.name}` is not finished", "train it further with `--resume`")
+        hint = f"train it further: `df train {run.kind} --name {run.name} --resume`"
+        raise UsageError(f"run `{run.name}` is not finished", hint)
     if result.closed:
         return result
     where = device or resolve()

@@ -44,6 +44,7 @@ def save(name: str, dataset: Dataset) -> Run:
         "dataset": {
             "name": dataset.name, "path": str(dataset.path), "fingerprint": dataset.fingerprint,
             "boundary": dataset.boundary, "lines": dataset.lines, "lead": dataset.lead, "normalize": "none",
+            **{name: dataset.info["options"][name] for name in ("separator", "field")},
         },
         "seed": 0,
     }  # fmt: skip
@@ -269,3 +270,20 @@ def test_bits_of_16_bit_samples_do_not_depend_on_the_levels(tmp_path: Path) -> N
             # By f's slope: log2 of its inverse's slope times 2^16, which does not depend on the number of levels
             slope = np.log(256) * (1 + 255 * np.abs(samples / 32768)) / 255
             assert found["bits_per_16bit_sample"] == pytest.approx(np.log2(65536 * slope).mean(), abs=0.03)
+
+
+def test_hints_about_other_data_name_nothing_that_only_a_preparation_takes(tmp_path: Path) -> None:
+    data = tmp_path / "text.jsonl"
+    data.write_text("".join(json.dumps({"text": f"{name} and {name}"}) + "\n" for name in NAMES), encoding="utf-8")
+    with prepare([str(data)], field="text", val_fraction=0.2) as dataset:
+        run = save("field", dataset)
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"texts": "anna"}\n')
+    with pytest.raises(DfError, match="no field `text`") as error:
+        measure(run, [str(other)])
+    assert error.value.hint == "the data are read as those of run field were, by `field` 'text'"
+    with prepare([str(data)], name="plain") as dataset:
+        run = save("plain", dataset)
+    events: list[Any] = []
+    measure(run, [str(data)], on_event=events.append)
+    assert not any("--" in event.text for event in events if isinstance(event, Note))

@@ -579,6 +579,7 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     with pytest.raises(UsageError) as error:
         prepare(["a.txt"], codec="gpt2")
     assert "df data get gpt2-bpe" in error.value.hint
+    assert "`df data prepare FILE --codec gpt2 --bpe FOLDER`" in error.value.hint  # no other command has --bpe
     (tmp_path / "empty").mkdir()
     with pytest.raises(DfError, match="nothing to learn from"):
         prepare(["empty"])
