@@ -19,7 +19,7 @@ from dfcli.data.dataset import Dataset, datasets_folder, find_dataset, open_fold
 from dfcli.errors import UsageError
 from dfcli.ingest.build import Build
 from dfcli.ingest.options import Options
-from dfcli.ingest.recordings import Recordings
+from dfcli.ingest.recordings import Recordings, note_odd
 from dfcli.ingest.reuse import locked, place_for, recorded
 from dfcli.ingest.sources import (
     STDIN,
@@ -93,6 +93,7 @@ def prepare(
         if dataset is not None:
             on_event(Note(f"using {dataset.name}, prepared before from the same sources"))
             note_skipped(dataset.info["skipped"], on_event)
+            note_odd(dataset.info["facts"], on_event)
             return dataset
         if not keep:
             return _temporary(build, folder.name, key, given)
