@@ -86,8 +86,8 @@ class Build(ABC):
                 raise DfError(f"{source.name} changed while it was read", "try again when nothing writes to it")
         if not records[self._writers[0].name]:
             if self._skipped:
-                raise nothing_usable(self._skipped)
-            raise DfError("the data are too short: nothing is left to learn from", "give more")
+                raise nothing_usable(self._skipped, self._options.purpose)
+            raise DfError(f"the data are too short: nothing is left to {self._options.purpose}", "give more")
         for split, record in records.items():
             if not record and self._is_wanted(split):
                 self._on_event(Note(f"the data are too short for a {split} split: there is none"))

@@ -77,7 +77,7 @@ def prepare(
     kind = _kind([source for group in groups for source in group], chosen, kind, on_event)
     groups = [_of_kind(group, kind, skipped) for group in groups]
     if not groups[0]:
-        raise nothing_usable(skipped)
+        raise nothing_usable(skipped, chosen.purpose)
     build = (Texts if kind == "text" else Recordings)(groups, chosen, skipped, on_event)
     if chosen.whole:
         clean_debris(datasets_folder())

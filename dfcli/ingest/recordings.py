@@ -62,7 +62,7 @@ class Recordings(Build):
     def _encode(self, folder: Path) -> Made:
         groups = [[found for source in group if (found := self._probe(source))] for group in self._groups]
         if not groups[TRAIN]:
-            raise nothing_usable(self._skipped)
+            raise nothing_usable(self._skipped, self._options.purpose)
         labelling = self._options.labelling
         names, self._labels = (
             (None, {}) if labelling is None else labelling.number(source for group in groups for source, _ in group)
@@ -77,7 +77,7 @@ class Recordings(Build):
             ]
             self._without_copies(sounds, lambda sound: sound.contents, lambda sound: sound.source)
             if not sounds[TRAIN]:
-                raise nothing_usable(self._skipped)
+                raise nothing_usable(self._skipped, self._options.purpose)
             if all(sound.report.silent for sound in sounds[TRAIN]) and not self._options.whole:
                 names = list_some([sound.source.name for sound in sounds[TRAIN]])
                 raise DfError(f"there is only silence to learn from: {names}", "give recordings with sound in them")

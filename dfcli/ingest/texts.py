@@ -67,7 +67,7 @@ class Texts(Build):
         texts = [[text for text in group if text is not None] for group in scanned]
         self._without_copies(texts, lambda text: text.contents, lambda text: text.source)
         if not texts[TRAIN]:
-            raise nothing_usable(self._skipped)
+            raise nothing_usable(self._skipped, self._options.purpose)
         if (
             options.separator is not None
             and not options.whole

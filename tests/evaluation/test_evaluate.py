@@ -238,6 +238,11 @@ def test_data_that_is_gone_or_changed(text: Run, tmp_path: Path) -> None:
         measure(text)
 
 
+def test_data_of_another_kind_hold_nothing_to_score(text: Run, sound: Run, tmp_path: Path) -> None:
+    with pytest.raises(DfError, match="the sources hold nothing to score"):
+        measure(text, [str(tmp_path / "sound")])
+
+
 def test_the_newest_run_is_taken_and_named(text: Run, names: Run) -> None:
     events: list[Any] = []
     assert measure(on_event=events.append).run == "names"
