@@ -17,7 +17,7 @@ from dfcli.cores import GPTConfig
 from dfcli.data.dataset import Dataset
 from dfcli.errors import CorruptError, DfError, UsageError
 from dfcli.evaluation.baselines import baselines, count_targets
-from dfcli.evaluation.request import Request
+from dfcli.evaluation.request import Request, choice_of
 from dfcli.evaluation.sweep import Loss, sweep
 from dfcli.evaluation.vocoder import measured
 from dfcli.ingest.documents import holds_records
@@ -28,7 +28,7 @@ from dfcli.runs.run import Run, newest
 from dfcli.system.device import Device, resolve
 from dfcli.system.events import Note, OnEvent, ignore
 from dfcli.system.files import DAMAGED, read_json
-from dfcli.system.words import closest, counted, span
+from dfcli.system.words import counted, span
 
 WHOLE = "all"  # the one split of data that is given to be scored whole
 UNITS = ("bits_per_token", "bits_per_byte", "bits_per_character", "bits_per_sample", "bits_per_16bit_sample")
@@ -126,7 +126,8 @@ def _evaluation(
     sizes = _sizes(run.codec, dataset, split, loss.tokens, limit)
     inside = _bits_inside_levels(run.codec, dataset, split, limit)
     units: dict[str, Any] = dict.fromkeys(UNITS)
-    fidelity = dataset.info.get("fidelity", {}).get(split, {})
+    # These are of the whole split, and cannot stand beside a loss of a part.
+    fidelity = {} if loss.limited else dataset.info.get("fidelity", {}).get(split, {})
     return Evaluation(
         run=run.name,
         checkpoint=loaded.step,
@@ -223,10 +224,7 @@ def _split(dataset: Dataset, split: str | None) -> str:
         return WHOLE
     split = split or "val"
     if split not in dataset.splits:
-        raise UsageError(
-            f"dataset {dataset.name} has no split {split!r}",
-            closest(split, sorted(dataset.splits), "choose by `--split` one of"),
-        )
+        raise UsageError(f"dataset {dataset.name} has no split {split!r}", choice_of(dataset.splits))
     return split
 
 

@@ -175,8 +175,26 @@ def test_a_stride_gives_more_context_and_is_stated(text: Run) -> None:
 def test_splits(text: Run) -> None:
     assert measure(text, split="test").split == "test"
     assert measure(text, split="train").tokens > measure(text).tokens
-    with pytest.raises(UsageError, match="has no split 'all'"):
-        measure(text, split="all")
+    for split in ("all", "tset"):  # what is not named is not taken either
+        with pytest.raises(UsageError, match=f"there is no split `{split}`") as error:
+            measure(text, split=split)
+        assert error.value.hint.endswith("there are val, test, train")
+
+
+def test_a_split_that_is_not_there_is_hinted_as_it_is_typed(sound: Run, tmp_path: Path) -> None:
+    with prepare([str(tmp_path / "sound")], val_fraction=0, levels=256) as dataset:
+        run = save("trained", dataset)
+    with pytest.raises(UsageError, match="has no split 'val'") as error:
+        measure(run)
+    assert error.value.hint == "give `--split train`"
+
+
+def test_figures_of_the_whole_split_do_not_stand_beside_a_part(sound: Run) -> None:
+    whole, part = measure(sound), measure(sound, limit=50)
+    assert whole.flac_bits_per_sample is not None
+    assert whole.quantization_snr is not None
+    assert (part.flac_bits_per_sample, part.quantization_snr) == (None, None)
+    assert measure(sound, limit=10**6).flac_bits_per_sample == whole.flac_bits_per_sample
 
 
 def test_files_are_scored_whole(text: Run, tmp_path: Path) -> None:
