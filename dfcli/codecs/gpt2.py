@@ -23,7 +23,7 @@ from dfcli.errors import CorruptError
 
 FILES = ("encoder.json", "vocab.bpe")
 MAX_FILE = 64 << 20  # bytes; the published ones have 1.0 and 0.5 MB
-_HINT = "fetch it with `df data get gpt2-bpe`, or name its folder with `--bpe`"
+_HINT = "fetch it with `df data get gpt2-bpe`, or name its folder: `df data prepare FILE --codec gpt2 --bpe FOLDER`"
 
 # How text is cut before merging: GPT-2's expression, written so that most runs do not backtrack. A run of
 # white space leaves its last character to the word behind it.

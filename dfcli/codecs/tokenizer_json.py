@@ -20,7 +20,7 @@ def check_exportable(codec: Codec) -> None:
     if not isinstance(codec, BPE | Bytes | Chars | GPT2):
         raise UsageError(
             f"a model with the codec {codec.name} cannot be exported: there is no tokenizer.json for this codec",
-            "train one on text with `--codec chars`, `bytes`, `gpt2` or `bpe`",
+            "train one on text: `df train gpt --codec chars`, or `bytes`, `gpt2` or `bpe`",
         )
 
 

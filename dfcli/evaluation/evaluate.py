@@ -17,7 +17,7 @@ from dfcli.cores import GPTConfig
 from dfcli.data.dataset import Dataset
 from dfcli.errors import CorruptError, DfError, UsageError
 from dfcli.evaluation.baselines import baselines, count_targets
-from dfcli.evaluation.request import Request
+from dfcli.evaluation.request import Request, choice_of
 from dfcli.evaluation.sweep import Loss, sweep
 from dfcli.evaluation.vocoder import measured
 from dfcli.ingest.documents import holds_records
@@ -28,7 +28,7 @@ from dfcli.runs.run import Run, newest
 from dfcli.system.device import Device, resolve
 from dfcli.system.events import Note, OnEvent, ignore
 from dfcli.system.files import DAMAGED, read_json
-from dfcli.system.words import closest, counted, span
+from dfcli.system.words import counted, span
 
 WHOLE = "all"  # the one split of data that is given to be scored whole
 UNITS = ("bits_per_token", "bits_per_byte", "bits_per_character", "bits_per_sample", "bits_per_16bit_sample")
@@ -107,7 +107,8 @@ def _evaluation(
     loss = sweep(core, dataset, split, where, stride=stride, first=limit, conditioning=conditions, on_event=on_event)
     seconds = time.perf_counter() - began
     if not math.isfinite(loss.nats):
-        raise DfError(f"the loss of run {run.name} is not finite", "try an earlier `--checkpoint`")
+        hint = f"try an earlier checkpoint: `df eval --run {run.name} --checkpoint STEP`"
+        raise DfError(f"the loss of run {run.name} is not finite", hint)
     closing = (split, stride, limit, request.checkpoint) == ("val", None, None, "best")
     if closing and not request.data and not run.info.get("init"):  # which would have to be compared with its start
         with suppress(DfError):  # a run that cannot be written is evaluated all the same
@@ -121,7 +122,8 @@ def _evaluation(
     sizes = _sizes(run.codec, dataset, split, loss.tokens, limit)
     inside = _bits_inside_levels(run.codec, dataset, split, limit)
     units: dict[str, Any] = dict.fromkeys(UNITS)
-    fidelity = dataset.info.get("fidelity", {}).get(split, {})
+    # These are of the whole split, and cannot stand beside a loss of a part.
+    fidelity = {} if loss.limited else dataset.info.get("fidelity", {}).get(split, {})
     return Evaluation(
         run=run.name,
         checkpoint=loaded.step,
@@ -174,18 +176,22 @@ def _dataset(run: Run, data: Sequence[str], on_event: OnEvent) -> Iterator[Datas
             yield dataset
         return
     record = run.dataset
-    with prepare(
-        list(data),
-        codec=run.codec,
-        lines=record["lines"],
-        lead=record["lead"],
-        normalize=record["normalize"],
-        separator=record.get("separator"),
-        field=record.get("field") if any(holds_records(item) for item in data) else None,
-        label=None if run.conditioning is None else run.conditioning.rule,
-        whole=True,
-        on_event=on_event,
-    ) as dataset:
+    documents = {
+        "lines": record["lines"],
+        "separator": record.get("separator"),
+        "field": record.get("field") if any(holds_records(item) for item in data) else None,
+        "label": None if run.conditioning is None else run.conditioning.rule,
+    }
+    others = {"codec": run.codec, "lead": record["lead"], "normalize": record["normalize"], "whole": True}
+    try:
+        dataset = prepare(list(data), **documents, **others, on_event=on_event)
+    except DfError as error:
+        given = next((f"`{name}` {value!r}" for name, value in documents.items() if f"`--{name}" in error.hint), "")
+        if not given:
+            raise
+        # `df eval` has no such option
+        raise type(error)(error.message, f"the data are read as those of run {run.name} were, by {given}") from error
+    with dataset:
         yield dataset
 
 
@@ -214,10 +220,7 @@ def _split(dataset: Dataset, split: str | None) -> str:
         return WHOLE
     split = split or "val"
     if split not in dataset.splits:
-        raise UsageError(
-            f"dataset {dataset.name} has no split {split!r}",
-            closest(split, sorted(dataset.splits), "choose by `--split` one of"),
-        )
+        raise UsageError(f"dataset {dataset.name} has no split {split!r}", choice_of(dataset.splits))
     return split
 
 

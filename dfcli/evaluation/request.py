@@ -5,6 +5,7 @@ Nothing here imports PyTorch or NumPy, which take seconds.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,8 +34,9 @@ class Request:
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", tuple(self.data or ()))
         check_device(self.device)
-        if self.split not in (None, *SPLITS):
-            raise UsageError(f"there is no split `{self.split}`", closest(str(self.split), SPLITS))
+        splits = SPLITS if self.data else SPLITS[:-1]  # only files that are given are one split
+        if self.split not in (None, *splits):
+            raise UsageError(f"there is no split `{self.split}`", closest(str(self.split), splits))
         if self.limit is not None and self.limit < 1:
             raise UsageError(f"--limit must be at least 1 token, not {self.limit}")
 
@@ -49,13 +51,15 @@ class Request:
             run.resolve(self.checkpoint)
         splits = run.info.get("dataset", {}).get("splits")
         if not self.data and isinstance(splits, dict) and (split := self.split or "val") not in splits:
-            raise UsageError(
-                f"the data of the run `{run.name}` has no split `{split}`",
-                closest(split, sorted(splits), "choose by `--split` one of"),
-            )
+            raise UsageError(f"the data of the run `{run.name}` has no split `{split}`", choice_of(splits))
         if not self.measures:
             return
         from dfcli.generation.checks import condition_info
 
         if not condition_info(run).vocoder:
             raise UsageError(f"run `{run.name}` is no vocoder: --measures compares clips of one", "leave it out")
+
+
+def choice_of(splits: Iterable[str]) -> str:
+    """The hint that names the splits that there are, as they are typed."""
+    return "give " + " or ".join(f"`--split {split}`" for split in sorted(splits))

@@ -92,7 +92,8 @@ def check_sound(run: Run, request: SoundRequest, out: str | Path | BinaryIO) -> 
 
 def a_recording(run: Run) -> str:
     """A recording that the run was trained on, for an example."""
-    for source in run.info.get("dataset", {}).get("sources", ()):
+    record = run.info.get("dataset", {})
+    for source in record.get("prepared", {}).get("sources") or record.get("sources", ()):
         if os.path.isfile(source):
             return source
         for place, folders, names in os.walk(source):

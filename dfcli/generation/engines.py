@@ -18,6 +18,7 @@ from dfcli.system.events import OnEvent, ignore
 from dfcli.system.words import first_line
 
 ENGINES = ("auto", "plain", "fast")
+NAMES = {"gpt": "a GPT", "wavenet": "a WaveNet", "charwavenet": "the character-level WaveNet"}  # of cores
 
 
 def choose(
@@ -35,7 +36,7 @@ def choose(
     try:
         kernel = _kernel(core_name, device.kind)
         if kernel is None:
-            why: str | None = f"there is no compiled engine for {core_name} on {device.kind}"
+            why: str | None = f"there is no compiled engine for {NAMES[core_name]} on {device.kind}"
         else:
             why = kernel.supports(core.config, device)
         if kernel is not None and why is None:

@@ -68,8 +68,9 @@ class Build(ABC):
         self._writers: list[SplitWriter] = []
         self._done = 0.0
 
-    def run(self, folder: Path, name: str, key: str) -> dict[str, Any]:
-        """Fill `folder` with the dataset; gives what stands in its dataset.json. Raises DfError."""
+    def run(self, folder: Path, name: str, key: str, given: Sequence[Sequence[str]]) -> dict[str, Any]:
+        """Fill `folder` with the dataset; gives what stands in its dataset.json. `given` are the paths of the files and
+        folders for train, val and test. Raises DfError."""
         stamps = {source: (source.stamp(), time.time_ns()) for group in self._groups for source in group}
         with ExitStack() as stack:
             stack.callback(lambda: [writer.close() for writer in self._writers])
@@ -81,8 +82,8 @@ class Build(ABC):
                 raise DfError(f"{source.name} changed while it was read", "try again when nothing writes to it")
         if not records[self._writers[0].name]:
             if self._skipped:
-                raise nothing_usable(self._skipped)
-            raise DfError("the data are too short: nothing is left to learn from", "give more")
+                raise nothing_usable(self._skipped, self._options.purpose)
+            raise DfError(f"the data are too short: nothing is left to {self._options.purpose}", "give more")
         for split, record in records.items():
             if not record and self._is_wanted(split):
                 self._on_event(Note(f"the data are too short for a {split} split: there is none"))
@@ -90,6 +91,7 @@ class Build(ABC):
         made.codec.save_files(folder)
         sources = self._describe(stamps)
         (folder / SOURCES).write_bytes(sources)
+        read = {"count": len(self._sha256), "sha256": hashlib.sha256(sources).hexdigest(), "given": given}
         splits = {split: record for split, record in records.items() if record}
         info = {
             "format": FORMAT,
@@ -111,7 +113,7 @@ class Build(ABC):
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "options": self._options.as_json(),
             "key": key,
-            "sources": {"count": len(self._sha256), "sha256": hashlib.sha256(sources).hexdigest()},
+            "sources": read,
         }
         write_json(folder / FILE, info)
         note_skipped(info["skipped"], self._on_event)

@@ -23,6 +23,7 @@ EXTENSIONS = (
     ".wav", ".wave", ".w64", ".rf64", ".aif", ".aiff", ".aifc", ".caf", ".au", ".snd",
     ".flac", ".ogg", ".oga", ".opus", ".mp3", ".mp2",
 )  # fmt: skip
+RIFF = (b"RIFF", b"RIFX", b"RF64", b"BW64")  # a wav file begins with one of these
 RATES = (1, 1_000_000)  # Hz
 MAX_CHANNELS = 64
 MAX_CHUNKS = 10_000  # of a header
@@ -77,7 +78,7 @@ class Found(NamedTuple):
 
 def sniff(head: bytes) -> bool:
     """Whether a file that begins with these (some thousand) bytes is sound, by what stands in it."""
-    if head[:4] in (b"RIFF", b"RIFX", b"RF64", b"BW64"):
+    if head[:4] in RIFF:
         return head[8:12] == b"WAVE"
     if head[:4] == b"FORM":
         return head[8:12] in (b"AIFF", b"AIFC")
@@ -121,7 +122,7 @@ def identify(file: IO[bytes], size: int) -> Found:
         raise DfError("it is empty")
     start = _end_of_tags(file)
     head = _at(file, start, 16)
-    if head[:4] in (b"RIFF", b"RIFX", b"RF64", b"BW64") and head[8:12] == b"WAVE":
+    if head[:4] in RIFF and head[8:12] == b"WAVE":
         return _wav(file, start, size)
     if head == W64_RIFF:
         return _w64(file, start, size)
@@ -137,6 +138,8 @@ def identify(file: IO[bytes], size: int) -> Found:
         return _ogg(file, start, size)
     if (found := _mpeg(file, start, size)) is not None:
         return found
+    if head[:4] in RIFF:
+        raise DfError("it begins like a wav, and its header is cut off or of another kind", "fetch this one again")
     begin = _at(file, start, 400)
     if begin and not set(begin) - TEXT:
         line = begin.decode("ascii").strip().split("\n")[0][:60]

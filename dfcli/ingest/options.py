@@ -45,6 +45,11 @@ class Options(Making):
         """The levels of a new codec: as given; else those that sound best, or the 256 of the published quantizer s4."""
         return self.levels or (DEFAULT_LEVELS if self.quantizer == "torchaudio" else 256)
 
+    @property
+    def purpose(self) -> str:
+        """What the data are for, behind "nothing to"."""
+        return "score" if self.whole else "learn from"
+
     def check(self) -> None:
         """Raise UsageError for values that are unknown, out of range or contradict each other."""
         for value, known, what in (

@@ -19,7 +19,7 @@ from dfcli.data.dataset import Dataset, datasets_folder, find_dataset, open_fold
 from dfcli.errors import UsageError
 from dfcli.ingest.build import Build
 from dfcli.ingest.options import Options
-from dfcli.ingest.recordings import Recordings
+from dfcli.ingest.recordings import Recordings, note_odd
 from dfcli.ingest.reuse import locked, place_for, recorded
 from dfcli.ingest.sources import (
     STDIN,
@@ -77,13 +77,14 @@ def prepare(
     kind = _kind([source for group in groups for source in group], chosen, kind, on_event)
     groups = [_of_kind(group, kind, skipped) for group in groups]
     if not groups[0]:
-        raise nothing_usable(skipped)
+        raise nothing_usable(skipped, chosen.purpose)
     build = (Texts if kind == "text" else Recordings)(groups, chosen, skipped, on_event)
     if chosen.whole:
         clean_debris(datasets_folder())
-        return _temporary(build, "", "")
+        return _temporary(build, "", "", [])
 
-    key = _key(paths, groups, chosen)
+    given = [[path if path == STDIN else os.path.abspath(path) for path in group] for group in paths]
+    key = _key(given, groups, chosen)
     named = None if name is None else check_name(name, "dataset")
     name = named or f"{_stem(sources)}-{key[:8]}"
     with locked(name, on_event):
@@ -92,11 +93,12 @@ def prepare(
         if dataset is not None:
             on_event(Note(f"using {dataset.name}, prepared before from the same sources"))
             note_skipped(dataset.info["skipped"], on_event)
+            note_odd(dataset.info["facts"], on_event)
             return dataset
         if not keep:
-            return _temporary(build, folder.name, key)
+            return _temporary(build, folder.name, key, given)
         with building(folder, replace=True) as temporary:
-            build.run(temporary, folder.name, key)
+            build.run(temporary, folder.name, key, given)
         return open_folder(folder)
 
 
@@ -153,7 +155,8 @@ def _gpt2_folder(bpe: str | None) -> Path:
     if folder is None:
         raise UsageError(
             "GPT-2's vocabulary is not here yet",
-            "fetch it with `df data get gpt2-bpe`, or name the folder of `encoder.json` and `vocab.bpe` with `--bpe`",
+            "fetch it with `df data get gpt2-bpe`; `df data prepare FILE --codec gpt2 --bpe FOLDER` takes a folder of "
+            "`encoder.json` and `vocab.bpe`",
         )
     return folder
 
@@ -220,9 +223,8 @@ def _of_kind(group: list[Source], kind: Kind, skipped: list[Skipped]) -> list[So
     return [source for source in group if source.kind == kind or source.given]
 
 
-def _key(paths: list[list[str]], groups: list[list[Source]], options: Options) -> str:
+def _key(places: list[list[str]], groups: list[list[Source]], options: Options) -> str:
     """What identifies a dataset: its options and where its sources are (of standard input, what it held)."""
-    places = [[path if path == STDIN else os.path.abspath(path) for path in group] for group in paths]
     piped = [source.sha256() for group in groups for source in group if source.path is None]
     return hashlib.sha256(json.dumps([RULES, places, piped, options.given()], sort_keys=True).encode()).hexdigest()
 
@@ -278,12 +280,13 @@ def _instead(dataset: Dataset, item: str) -> str:
     return "give its sources instead of its name"
 
 
-def _temporary(build: Build, name: str, key: str) -> Dataset:
+def _temporary(build: Build, name: str, key: str, given: list[list[str]]) -> Dataset:
     """A dataset that is removed when it is closed, or as debris if this process is killed."""
     folder = Temporary(datasets_folder() / ".whole")
     try:
         with os_errors("write", folder.path):
-            return Dataset(folder.path, build.run(folder.path, name or folder.path.name, key), discard=folder.discard)
+            info = build.run(folder.path, name or folder.path.name, key, given)
+            return Dataset(folder.path, info, discard=folder.discard)
     except BaseException:
         folder.discard()
         raise

@@ -24,13 +24,21 @@ from dfcli.ingest.labels import untrained
 from dfcli.ingest.metering import Report
 from dfcli.ingest.sources import Source, list_some, nothing_usable
 from dfcli.ingest.splits import TRAIN
-from dfcli.system.events import Choice, Note
+from dfcli.system.events import Choice, Note, OnEvent
 from dfcli.system.words import counted
 
 MAX_RATE = 16_000  # Hz that are chosen without being asked for
 CLIPPED = 0.001  # share of samples at full scale from which on a recording is reported
 QUIET = 0.1  # peak of the loudest recording below which a usual level is recommended
 OFF_CENTRE = 0.01  # mean level from which on a recording is reported, full scale being 1
+ODD = {  # what recordings can be, as the facts of a dataset count them
+    "silent": "silent",
+    "beyond_scale": "louder than full scale, 1,{peak} and cut off there: `df data prepare` with `--normalize peak` "
+    "keeps all",
+    "clipped": f"clipped (over {CLIPPED:.1%} of the samples at full scale)",
+    "off_centre": f"off-centre (mean level beyond {OFF_CENTRE:.0%} of full scale)",
+    "incomplete": "not as its header says",
+}
 
 
 class Sound(NamedTuple):
@@ -54,7 +62,7 @@ class Recordings(Build):
     def _encode(self, folder: Path) -> Made:
         groups = [[found for source in group if (found := self._probe(source))] for group in self._groups]
         if not groups[TRAIN]:
-            raise nothing_usable(self._skipped)
+            raise nothing_usable(self._skipped, self._options.purpose)
         labelling = self._options.labelling
         names, self._labels = (
             (None, {}) if labelling is None else labelling.number(source for group in groups for source, _ in group)
@@ -69,7 +77,10 @@ class Recordings(Build):
             ]
             self._without_copies(sounds, lambda sound: sound.contents, lambda sound: sound.source)
             if not sounds[TRAIN]:
-                raise nothing_usable(self._skipped)
+                raise nothing_usable(self._skipped, self._options.purpose)
+            if all(sound.report.silent for sound in sounds[TRAIN]) and not self._options.whole:
+                names = list_some([sound.source.name for sound in sounds[TRAIN]])
+                raise DfError(f"there is only silence to learn from: {names}", "give recordings with sound in them")
             writers = self._open_writers(folder, codec.dtype)
             rule, in_split = self._write_recordings(codec, sounds, writers, ids)
         path.unlink()
@@ -109,10 +120,11 @@ class Recordings(Build):
             have, rest = "all recordings have" if len(found) > 1 else "the recording has", ""
         else:
             have = f"{counts[common]:,} of {len(found):,} recordings {'has' if counts[common] == 1 else 'have'}"
-            rest = ", and no other rate is more common"
+            as_many = [f"{rate:,} Hz" for rate in sorted(counts) if counts[rate] == counts[common] and rate != common]
+            rest = f", and as many have {list_some(as_many)}: the lower rate is taken" if as_many else ", the most"
         reason = f"{have} it{rest}"
         if rate < common:
-            reason = f"the highest that is chosen without --sample-rate; {have} {common:,} Hz{rest}"
+            reason = f"the highest that is chosen here; {have} {common:,} Hz{rest}"
         self._on_event(Choice("sample rate", f"{rate:,} Hz", reason))
         return MuLaw(rate, self._options.quantizer, self._options.mulaw_levels)
 
@@ -178,21 +190,13 @@ class Recordings(Build):
             "incomplete": [sound for sound in sounds if sound.report.notes],
         }
         peak = max(sound.report.peak for sound in sounds)
-        words = {
-            "silent": "silent",
-            "beyond_scale": f"louder than full scale, 1, with samples of up to {peak:,.4g}, and cut off there: "
-            "`--normalize peak` keeps all",
-            "clipped": f"clipped (over {CLIPPED:.1%} of the samples at full scale)",
-            "off_centre": f"off-centre (mean level beyond {OFF_CENTRE:.0%} of full scale)",
-            "incomplete": "not as its header says",
-        }
         for what, found in odd.items():
             if found:
                 names = [sound.source.name for sound in found]
                 if what == "incomplete":
                     names = [f"{sound.source.name} ({'; '.join(sound.report.notes)})" for sound in found]
-                share = f"{len(found):,} of {counted(len(sounds), 'recording')} {'is' if len(found) == 1 else 'are'}"
-                self._on_event(Note(f"{share} {words[what]}: {list_some(names)}"))
+                told = _odd(what, len(found), len(sounds), f" with samples of up to {peak:,.4g},")
+                self._on_event(Note(f"{told}: {list_some(names)}"))
         if plain and peak < QUIET and len(odd["silent"]) < len(sounds):
             places = [sound.source.name for sound in sounds]
             place = shlex.quote(places[0] if len(places) == 1 else os.path.dirname(places[0]) or ".")
@@ -200,3 +204,15 @@ class Recordings(Build):
             self._on_event(Note(f"{quiet}; `df data prepare {place} --normalize peak` raises each to full scale"))
         seconds = sum(sound.samples for sound in sounds) / codec.sample_rate
         return {"recordings": len(sounds), "seconds": seconds, **{what: len(found) for what, found in odd.items()}}
+
+
+def note_odd(facts: dict[str, Any], on_event: OnEvent) -> None:
+    """Tell again what is wrong with the recordings of a dataset, as its facts count it."""
+    for what in ODD:
+        if found := facts.get(what):
+            on_event(Note(_odd(what, found, facts["recordings"])))
+
+
+def _odd(what: str, found: int, of: int, peak: str = "") -> str:
+    share = f"{found:,} of {counted(of, 'recording')} {'is' if found == 1 else 'are'}"
+    return f"{share} {ODD[what].format(peak=peak)}"

@@ -258,11 +258,11 @@ def refuse_undecoded(source: Source, wanted: Kind | None) -> None:
         raise DfError(f"{source.name} is neither sound that can be decoded here nor text", hint)
 
 
-def nothing_usable(skipped: Sequence[Skipped]) -> DfError:
-    """The error for sources of which nothing is left."""
+def nothing_usable(skipped: Sequence[Skipped], purpose: str = "learn from") -> DfError:
+    """The error for sources of which nothing is left to `purpose`."""
     reasons = list_some([f"{file.name} ({file.reason})" for file in skipped])
     return DfError(
-        "the sources hold nothing to learn from",
+        f"the sources hold nothing to {purpose}",
         f"left out: {reasons}{_how_to_convert(skipped)}" if skipped else "name a file, or a folder that holds some",
     )
 

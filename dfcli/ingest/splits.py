@@ -60,7 +60,7 @@ def by_shuffle(n: int, val: float, test: float, what: str) -> tuple[Labels, str]
     if n < needed:
         raise UsageError(
             f"{counted(n, what)} cannot be split into {needed} parts",
-            "use `--val-fraction 0`, or give the validation data with `--val`",
+            "`df data prepare` takes `--val-fraction 0`, or a source for validation with `--val`",
         )
     group: dict[int, np.ndarray] = {}
 

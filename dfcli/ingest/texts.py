@@ -67,7 +67,7 @@ class Texts(Build):
         texts = [[text for text in group if text is not None] for group in scanned]
         self._without_copies(texts, lambda text: text.contents, lambda text: text.source)
         if not texts[TRAIN]:
-            raise nothing_usable(self._skipped)
+            raise nothing_usable(self._skipped, self._options.purpose)
         if (
             options.separator is not None
             and not options.whole
@@ -124,6 +124,8 @@ class Texts(Build):
         for what, told in words.items():
             if names := [text.source.name for text in texts if what in text.about]:
                 self._on_event(Note(f"{told} {list_some(names)}"))
+        if self._options.whole:  # how documents are found is settled
+            return
         names = [text.source.name for text in texts if named(text.source, "jsonl")]
         if names and not self._options.field:
             hint = "`--field NAME` learns only the text in a field of each"

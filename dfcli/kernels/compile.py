@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import llvmlite.binding as llvmlite
 import numba
 import platformdirs
 
@@ -50,14 +51,15 @@ class Compiled:
     """An entry point for arguments of certain types: compiled when it is first loaded, and kept on disk.
 
     `sources` are the files its code is written in, beside the shared ones here; a change in any of them is another
-    folder, and so is another `variant`, the name of the types where there are several.
+    folder, and so is another `variant`, the name of the types where there are several. Another processor, numba or
+    place of the function is another folder too: numba compiles again there, which must be told.
     """
 
     def __init__(self, function: Callable[..., Any], sources: list[str], variant: str = "") -> None:
         self._function = function
         shared = [Path(__file__).with_name(name) for name in _SHARED]
         code = b"".join(Path(source).read_bytes() for source in [*shared, *sources])
-        digest = hashlib.sha256(code).hexdigest()
+        digest = hashlib.sha256(code + repr(_stamp(Path(function.__code__.co_filename))).encode()).hexdigest()
         self.folder = _cache() / f"{function.__name__}{variant}-{digest[:16]}"
         self._keep = False
         self._dispatcher: Any = None
@@ -93,6 +95,24 @@ class Compiled:
             return njit(cache=keep, **OPTIONS)(self._function)
         finally:
             numba.config.CACHE_DIR = before  # type: ignore[attr-defined]
+
+
+def once(on_event: OnEvent) -> OnEvent:
+    """Tell the first event alone: several functions that are compiled say the same."""
+    told: list[object] = []
+
+    def tell(event: object) -> None:
+        if not told:
+            told.append(event)
+            on_event(event)
+
+    return tell
+
+
+def _stamp(file: Path) -> tuple[object, ...]:
+    """What numba compares beside the code before it takes kept machine code."""
+    processor = llvmlite.get_host_cpu_name(), llvmlite.get_host_cpu_features().flatten()
+    return numba.__version__, *processor, str(file), file.stat().st_mtime_ns
 
 
 def _cache() -> Path:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dfcli.cores.protocols import Picking
 from dfcli.cores.wavenet import Condition
-from dfcli.kernels.compile import Compiled, inner
+from dfcli.kernels.compile import Compiled, inner, once
 from dfcli.kernels.gemm import call, fetch_add, load_acquire, store_release
 from dfcli.system.events import OnEvent
 
@@ -91,15 +91,9 @@ class WorkerPool:
 
     def load(self, on_event: OnEvent, *functions: tuple[Compiled, tuple[Any, ...]]) -> None:
         """Compile functions or load them: `Compiled.load`, each with arguments that make it do nothing."""
-        messages: list[object] = []
-
-        def once(event: object) -> None:  # that it takes some seconds
-            if not messages:
-                messages.append(event)
-                on_event(event)
-
+        on_event = once(on_event)
         for function, arguments in functions:
-            function.load(once, 0, 1, _flags(1), self._yielder, *arguments)
+            function.load(on_event, 0, 1, _flags(1), self._yielder, *arguments)
 
 
 class Sequences(Protocol):

@@ -65,7 +65,7 @@ def architecture(core: str, config: Any) -> str:
 def _refuse(field: str, value: object, what: str, instead: str) -> None:
     raise UsageError(
         f"a model with {field}={value} cannot be exported: no architecture of transformers has {what}",
-        f"train one that can: `--set {instead}`",
+        f"train one that can: `df train gpt --set {instead}`",
     )
 
 

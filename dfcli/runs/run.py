@@ -212,7 +212,8 @@ class Run:
         if not steps and passed_over:
             raise CorruptError(f"no checkpoint of run `{self.name}` can be read", files.DAMAGED)
         if not steps:
-            raise DfError(f"run `{self.name}` has no checkpoint yet", "train it further with `--resume`")
+            hint = f"train it further: `df train {self.kind} --name {self.name} --resume`"
+            raise DfError(f"run `{self.name}` has no checkpoint yet", hint)
         if which == "best" and (chosen := self._chosen()) in steps:
             return chosen
         return steps[-1] if which == "last" else min(steps, key=lambda step: (self._val_loss(step), -step))
@@ -242,7 +243,8 @@ class Run:
                     raise
                 if not fallback or which not in ("best", "last"):
                     others = ", ".join(str(other) for other in self.steps() if other != step)
-                    instead = f"choose another with `--checkpoint` ({others})" if others else error.hint
+                    takers = "`--checkpoint` of `df sample`, `df eval` and `df runs pack`"
+                    instead = f"{takers} chooses another ({others})" if others else error.hint
                     raise CorruptError(error.message, instead) from error
                 damaged.add(step)
                 on_event(Note(f"checkpoint {step} is passed over: {error.message}"))
@@ -337,14 +339,14 @@ class Run:
                     files.remove_folder(checkpoint.folder(self.path, step))
 
 
-def refuse_taken(name: str) -> None:
+def refuse_taken(name: str, hint: str = "choose another name") -> None:
     """Raise UsageError where there is a run of that name, also where it differs only in case."""
     if taken := files.same_name(runs_home(), name):
         who = lock.holder(runs_home() / taken)
-        resume = "continue it with `--resume`, or " if taken == name and not who else ""
+        free = taken == name and not who
         raise UsageError(
             f"there is a run `{taken}` already" + (f", in use by {who}" if who else ""),
-            f"{resume}choose another `--name`",
+            hint if free else "choose another name",
         )
 
 

@@ -67,7 +67,7 @@ def unsupported(config: cores.CoreConfig, recipe: Recipe, device: Device) -> str
     if device.kind != "cpu":
         return "the compiled kernels are for a CPU"
     if recipe.packing == "last":
-        return "the compiled kernels score every position"
+        return "the compiled kernels train on every position, and this recipe on the last one only"
     precision = "float32" if recipe.precision == "float32" else device.precision
     try:
         kernel = _kernel(config)
@@ -222,13 +222,14 @@ class CompiledBackend(TorchBackend):
     name = "compiled"
 
     def __init__(self, core: cores.Core, recipe: Recipe, device: Device, on_event: OnEvent) -> None:
+        from dfcli.kernels.compile import once
         from dfcli.kernels.optimizer import OptimizerKernels
         from dfcli.kernels.threads import WorkerPool
 
         super().__init__(core, recipe, device)
-        workers = WorkerPool(device.threads)
+        workers, on_event = WorkerPool(device.threads), once(on_event)
         self._pass: Pass = _kernel(core.config).build(core, workers, on_event, self.device.precision)
-        self._kernels = OptimizerKernels(workers, lambda _: None)
+        self._kernels = OptimizerKernels(workers, on_event)
         self.threads = 1  # what is left to PyTorch is too short to be worth waking threads for
 
     def backward(self, ids: Tensor, targets: Tensor, positions: Tensor | None, condition: Any, count: int) -> Tensor:

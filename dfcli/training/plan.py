@@ -18,7 +18,7 @@ from dfcli.data.conditions import Conditioning, conditioning
 from dfcli.data.dataset import Dataset, reopen
 from dfcli.errors import UsageError
 from dfcli.ingest.builtin import builtin_sources
-from dfcli.ingest.reopen import prepare_for
+from dfcli.ingest.reopen import origin, prepare_for
 from dfcli.runs.export import architecture
 from dfcli.runs.huggingface import Folder, start
 from dfcli.runs.run import Run, runs_home
@@ -191,8 +191,10 @@ def from_run(request: Request, parent: Run | Folder, on_event: OnEvent) -> Plan:
     values = {name: value for name, value in info["core"]["config"].items() if name not in DROPOUTS} | given.config
     config = config_of(core, values)
     _windowed(core, config, change(Recipe(), given.recipe))  # refused before data is prepared
-    protocol = parent.dataset.get("protocol", {}) | request.preparation
-    data = request.data or _data_of(parent, choices)
+    data, protocol = request.data, parent.dataset.get("protocol", {})
+    if not data:
+        data, protocol = _data_of(parent, choices)
+    protocol = protocol | request.preparation
     dataset = _trainable(prepare_for(data, protocol, parent.codec, on_event, request.kind, not request.show))
     conditions = _conditioning(request, {}, core, parent, dataset, choices)
     given = Given(values, given.recipe)
@@ -330,18 +332,27 @@ def _published_data(request: Request, entry: dict[str, Any], choices: list[Choic
     return _builtin_data(kind, "no --data was given, and the preset names no corpus", choices)
 
 
-def _data_of(parent: Run | Folder, choices: list[Choice]) -> tuple[str, ...]:
-    """The dataset of another run, or its sources where that is gone. UsageError where the data are not known."""
-    if not parent.dataset["name"]:
+def _data_of(parent: Run | Folder, choices: list[Choice]) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The dataset of another run, or its sources where that is gone, and how they are prepared. UsageError where the
+    data are not known."""
+    record = parent.dataset
+    if not record["name"]:
         raise UsageError(f"`{parent.name}` was trained elsewhere, on data that are not here", "give text with `--data`")
-    if (own := reopen(parent.dataset)) is not None:
+    if (own := reopen(record)) is not None:
         own.close()
-        data, reason = (own.name,), f"the data of run `{parent.name}`"
+        data, protocol, reason = (own.name,), record.get("protocol", {}), f"the data of run `{parent.name}`"
     else:
-        data = tuple(parent.dataset["sources"])
-        reason = f"the sources of run `{parent.name}` as they are now, because its dataset is gone"
+        sources, protocol = origin(record)
+        if not sources:
+            raise UsageError(
+                f"the dataset {record['name']} of run `{parent.name}` is gone", "give other data with `--data`"
+            )
+        data, reason = (
+            tuple(sources),
+            f"the sources of run `{parent.name}` as they are now, because its dataset is gone",
+        )
     choices.append(Choice("data", ", ".join(data), reason))
-    return data
+    return data, protocol
 
 
 def _builtin_data(kind: Literal["text", "audio"], reason: str, choices: list[Choice]) -> tuple[str, ...]:

@@ -156,7 +156,7 @@ class Request:
         check_sources(self.data)
         if not self.show:
             if self.name is not None:
-                refuse_taken(self.name)
+                refuse_taken(self.name, "continue it with `--resume`, or choose another `--name`")
             if not self.data and "corpus" in entry:
                 corpus_file(self.preset, entry["corpus"])
 

@@ -20,7 +20,7 @@ from dfcli.data.conditions import Conditions
 from dfcli.data.dataset import Dataset
 from dfcli.errors import DfError, UsageError
 from dfcli.evaluation.sweep import sweep
-from dfcli.ingest.reopen import run_dataset
+from dfcli.ingest.reopen import prepared_from, run_dataset
 from dfcli.runs import run as runs
 from dfcli.runs.checkpoint import Checkpoint
 from dfcli.runs.huggingface import start
@@ -324,7 +324,8 @@ def finish(
     UsageError where the run is not finished, DfError where its data or checkpoints are gone."""
     result = read_result(run)
     if result is None:
-        raise UsageError(f"run `{run.name}` is not finished", "train it further with `--resume`")
+        hint = f"train it further: `df train {run.kind} --name {run.name} --resume`"
+        raise UsageError(f"run `{run.name}` is not finished", hint)
     if result.closed:
         return result
     where = device or resolve()
@@ -439,6 +440,7 @@ def _info(plan: Plan, dataset: Dataset) -> dict[str, Any]:
             "sources": resume.identities(plan.data),
             "splits": {name: split.tokens_count for name, split in dataset.splits.items()},
             "protocol": plan.protocol,
+            "prepared": prepared_from(dataset),
         },
         "choices": [asdict(choice) for choice in plan.choices],
         **({"conditioning": plan.conditioning.to_json()} if plan.conditioning else {}),

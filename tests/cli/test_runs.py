@@ -113,6 +113,10 @@ def test_several_runs_are_removed_or_none(here, trained):
 def test_rename(here, trained):
     before = here("eval", "--run", "talk", "--json")
     assert here("runs", "rename", "talk", "TUNE").code == 2  # taken, but for case
+    taken = here("runs", "rename", "talk", "tune")
+    assert "there is a run `tune` already" in taken.err
+    assert "hint: choose another name\n" in taken.err  # not the options of `df train`
+    assert "`--resume`, or choose another `--name`" in here("train", "gpt", "--name", "talk").err
     assert here("runs", "rename", "talk", "../x").code == 2
     with dfcli.Run.open("talk").lock():
         assert here("runs", "rename", "talk", "chat").code == 1

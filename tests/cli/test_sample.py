@@ -374,7 +374,11 @@ def test_eval_checks_before_torch_is_loaded(here, tmp_path, monkeypatch):
     (tmp_path / "book.txt").write_text("It was")
     for line, message, hint in (
         ("--split vall", "there is no split `vall`", "did you mean `val`?"),
-        ("--run talk --split test", "the data of the run `talk` has no split `test`", "one of train, val"),
+        (
+            "--run talk --split test",
+            "the data of the run `talk` has no split `test`",
+            "`--split train` or `--split val`",
+        ),
         ("--run talk --measures", "`talk` is no vocoder", "leave it out"),
         ("--run talk --data bok.txt", "no file, folder or dataset bok.txt", "did you mean `book.txt`?"),
         ("--run talk --checkpoint 7", "no checkpoint `7`", "there are best, last"),

@@ -44,6 +44,7 @@ def save(name: str, dataset: Dataset) -> Run:
         "dataset": {
             "name": dataset.name, "path": str(dataset.path), "fingerprint": dataset.fingerprint,
             "boundary": dataset.boundary, "lines": dataset.lines, "lead": dataset.lead, "normalize": "none",
+            **{name: dataset.info["options"][name] for name in ("separator", "field")},
         },
         "seed": 0,
     }  # fmt: skip
@@ -174,8 +175,26 @@ def test_a_stride_gives_more_context_and_is_stated(text: Run) -> None:
 def test_splits(text: Run) -> None:
     assert measure(text, split="test").split == "test"
     assert measure(text, split="train").tokens > measure(text).tokens
-    with pytest.raises(UsageError, match="has no split 'all'"):
-        measure(text, split="all")
+    for split in ("all", "tset"):  # what is not named is not taken either
+        with pytest.raises(UsageError, match=f"there is no split `{split}`") as error:
+            measure(text, split=split)
+        assert error.value.hint.endswith("there are val, test, train")
+
+
+def test_a_split_that_is_not_there_is_hinted_as_it_is_typed(sound: Run, tmp_path: Path) -> None:
+    with prepare([str(tmp_path / "sound")], val_fraction=0, levels=256) as dataset:
+        run = save("trained", dataset)
+    with pytest.raises(UsageError, match="has no split 'val'") as error:
+        measure(run)
+    assert error.value.hint == "give `--split train`"
+
+
+def test_figures_of_the_whole_split_do_not_stand_beside_a_part(sound: Run) -> None:
+    whole, part = measure(sound), measure(sound, limit=50)
+    assert whole.flac_bits_per_sample is not None
+    assert whole.quantization_snr is not None
+    assert (part.flac_bits_per_sample, part.quantization_snr) == (None, None)
+    assert measure(sound, limit=10**6).flac_bits_per_sample == whole.flac_bits_per_sample
 
 
 def test_files_are_scored_whole(text: Run, tmp_path: Path) -> None:
@@ -237,6 +256,11 @@ def test_data_that_is_gone_or_changed(text: Run, tmp_path: Path) -> None:
         measure(text)
 
 
+def test_data_of_another_kind_hold_nothing_to_score(text: Run, sound: Run, tmp_path: Path) -> None:
+    with pytest.raises(DfError, match="the sources hold nothing to score"):
+        measure(text, [str(tmp_path / "sound")])
+
+
 def test_the_newest_run_is_taken_and_named(text: Run, names: Run) -> None:
     events: list[Any] = []
     assert measure(on_event=events.append).run == "names"
@@ -269,3 +293,20 @@ def test_bits_of_16_bit_samples_do_not_depend_on_the_levels(tmp_path: Path) -> N
             # By f's slope: log2 of its inverse's slope times 2^16, which does not depend on the number of levels
             slope = np.log(256) * (1 + 255 * np.abs(samples / 32768)) / 255
             assert found["bits_per_16bit_sample"] == pytest.approx(np.log2(65536 * slope).mean(), abs=0.03)
+
+
+def test_hints_about_other_data_name_nothing_that_only_a_preparation_takes(tmp_path: Path) -> None:
+    data = tmp_path / "text.jsonl"
+    data.write_text("".join(json.dumps({"text": f"{name} and {name}"}) + "\n" for name in NAMES), encoding="utf-8")
+    with prepare([str(data)], field="text", val_fraction=0.2) as dataset:
+        run = save("field", dataset)
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"texts": "anna"}\n')
+    with pytest.raises(DfError, match="no field `text`") as error:
+        measure(run, [str(other)])
+    assert error.value.hint == "the data are read as those of run field were, by `field` 'text'"
+    with prepare([str(data)], name="plain") as dataset:
+        run = save("plain", dataset)
+    events: list[Any] = []
+    measure(run, [str(data)], on_event=events.append)
+    assert not any("--" in event.text for event in events if isinstance(event, Note))

@@ -133,7 +133,7 @@ def test_choose(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen.name == "plain"
     assert why == "the compiled engine does not work here (ModuleNotFoundError: No module named 'numba')"
     chosen, why = engines.choose("charwavenet", core, 1, device)
-    assert (chosen.name, why) == ("plain", "there is no compiled engine for charwavenet on cpu")
+    assert (chosen.name, why) == ("plain", "there is no compiled engine for the character-level WaveNet on cpu")
     with pytest.raises(UsageError, match="no fast engine runs this model here: the compiled engine does not work"):
         engines.choose("wavenet", core, 1, device, "fast")
     with pytest.raises(UsageError, match="there is no engine 'turbo'"):

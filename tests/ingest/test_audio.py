@@ -259,6 +259,7 @@ HOSTILE = {
     "html": (b"<!doctype html><html>", "it is text, not sound"),
     "tag only": (b"ID3\4\0\0\0\0\0\0", "it is not wav"),
     "endless tags": (b"ID3\4\0\0\0\0\0\0" * 1000, "it is not wav"),
+    "wav: 8 bytes": (b"RIFFxxxx", "begins like a wav, and its header is cut off"),
     "wav: 12 bytes": (wav()[:12], "it holds no sound"),
     "wav: half a header": (wav()[:30], "incomplete|no sound"),
     "wav: header only": (wav(b""), "it holds no sound"),

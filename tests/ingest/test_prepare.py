@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from dfcli.codecs import BPE, GPT2, Bytes, Chars, MuLaw, TextCodec
 from dfcli.data.dataset import Dataset, Split, datasets_folder, list_datasets, remove_dataset, reopen
 from dfcli.errors import CorruptError, DfError, UsageError
-from dfcli.ingest import splits
+from dfcli.ingest import reuse, splits
 from dfcli.ingest.prepare import prepare
 from dfcli.ingest.reuse import unused_datasets
 from dfcli.ingest.sources import Lines
@@ -200,21 +200,19 @@ def test_one_of_something_is_told_as_one(tmp_path: Path) -> None:
         prepare([str(tmp_path / "b.txt")], lines=True)
 
     def told(**rates: int) -> str:
-        """What is said of silent recordings of these rates."""
+        """What is said of recordings of these rates."""
         folder = tmp_path / "-".join(f"{name}{rate}" for name, rate in rates.items())
         folder.mkdir()
         for name, rate in rates.items():
-            wav(folder / f"{name}.wav", np.zeros(800, np.float32), rate)
+            wav(folder / f"{name}.wav", tone(800), rate)
         events.clear()
         prepare([str(folder)], val_fraction=0, on_event=events.append).close()
         return notes(events) + " " + " ".join(event.reason for event in events if isinstance(event, Choice))
 
     one, two, three = told(a=8000), told(a=8000, b=44_100), told(a=22_050, b=22_050, c=8000)
-    assert "1 of 1 recording is silent" in one
     assert "the recording has it" in one
-    assert "2 of 2 recordings are silent" in two
-    assert "1 of 2 recordings has it, and no other rate is more common" in two
-    assert "2 of 3 recordings have 22,050 Hz, and no other rate is more common" in three
+    assert "1 of 2 recordings has it, and as many have 44,100 Hz: the lower rate is taken" in two
+    assert "2 of 3 recordings have 22,050 Hz, the most" in three
 
 
 def test_what_cannot_be_used_is_counted_and_named(tmp_path: Path) -> None:
@@ -431,7 +429,8 @@ def test_the_sample_rate_is_the_sources_own_or_the_most_common(tmp_path: Path) -
     assert rate(44_100, 22_050, sample_rate=22_050) == 22_050
 
 
-def test_what_is_wrong_with_recordings_is_told(tmp_path: Path) -> None:
+def test_what_is_wrong_with_recordings_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reuse, "SETTLED", 0)
     folder = tmp_path / "r"
     for k in range(5):
         wav(folder / f"good{k}.wav", tone(400, pitch=2 * np.pi * (k + 1) / 100))
@@ -458,8 +457,23 @@ def test_what_is_wrong_with_recordings_is_told(tmp_path: Path) -> None:
     for name in ("silent.wav", "clipped.wav", "shifted.wav", "3 files were left out", "broken.wav", "text.wav"):
         assert name in text
     assert sum(split.documents for split in dataset.splits.values()) == 10
+    events.clear()
+    prepare([str(folder)], on_event=events.append).close()  # again, from what is there
+    assert "3 files were left out" in notes(events)
+    assert "1 of 10 recordings is silent" in notes(events)
+    assert "1 of 10 recordings is louder than full scale, 1, and cut off there" in notes(events)
     with pytest.raises(DfError, match=r"broken\.wav cannot be used"):
         prepare([str(folder / "broken.wav")])
+
+
+def test_nothing_is_learned_from_silence(tmp_path: Path) -> None:
+    for k in range(2):
+        wav(tmp_path / "r" / f"{k}.wav", np.zeros(400 + k, np.float32))
+    with pytest.raises(DfError, match=r"there is only silence to learn from: .*0\.wav") as error:
+        prepare([str(tmp_path / "r")])
+    assert error.value.hint == "give recordings with sound in them"
+    assert list_datasets() == []
+    prepare([str(tmp_path / "r")], codec=MuLaw(8000), whole=True).close()  # what a run is scored on
 
 
 def test_quiet_recordings_are_told_how_to_become_louder(tmp_path: Path) -> None:
@@ -579,6 +593,7 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     with pytest.raises(UsageError) as error:
         prepare(["a.txt"], codec="gpt2")
     assert "df data get gpt2-bpe" in error.value.hint
+    assert "`df data prepare FILE --codec gpt2 --bpe FOLDER`" in error.value.hint  # no other command has --bpe
     (tmp_path / "empty").mkdir()
     with pytest.raises(DfError, match="nothing to learn from"):
         prepare(["empty"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,23 @@ def test_other_sources_are_another_folder(tmp_path: Path) -> None:
         source.write_text(text)
         folders.add(Compiled(double, [str(source)]).folder)
     assert len(folders) == 2
+
+
+def test_what_numba_compiles_again_is_told(tmp_path: Path) -> None:
+    def double_of(place: Path) -> Any:
+        values: dict[str, Any] = {}
+        exec(compile(place.read_text(), str(place), "exec"), values)
+        return values["double"]
+
+    for name in ("a.py", "b.py"):  # two environments with the same code
+        (tmp_path / name).write_text("def double(out, x):\n    out[:] = 2 * x\n")
+    for name, touched, heard in (("a.py", 0, 1), ("a.py", 0, 0), ("b.py", 0, 1), ("a.py", 5, 1), ("a.py", 5, 0)):
+        if touched:
+            os.utime(tmp_path / name, (touched, touched))
+        told: list[Any] = []
+        entry = Compiled(double_of(tmp_path / name), [])
+        entry.load(told.append, np.empty(0), np.empty(0))
+        assert len(told) == heard == sum(entry._dispatcher.stats.cache_misses.values())
 
 
 @pytest.mark.parametrize("ending", [".nbi", ".nbc", "checksums.json"])

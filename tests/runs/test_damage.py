@@ -171,7 +171,7 @@ def test_the_previous_checkpoint_is_taken_and_that_is_said(name: str, which: str
     damage(run.path / "step-00000002" / name)
     with pytest.raises(CorruptError, match=name) as error:
         run.load(which, optimizer=True)
-    assert error.value.hint == "choose another with `--checkpoint` (1)"
+    assert error.value.hint == "`--checkpoint` of `df sample`, `df eval` and `df runs pack` chooses another (1)"
     with pytest.raises(CorruptError, match=name):
         run.load(2, optimizer=True, fallback=True)  # that one was asked for
     events: list[object] = []
@@ -194,7 +194,7 @@ def test_weights_that_are_not_finite_are_told_and_gone_round(value: float):
         run.save(2, broken, {"moment": torch.zeros(3)}, {"val_loss": 0.25})
         with pytest.raises(CorruptError, match=r"step-00000002.* not finite: its training diverged") as error:
             run.build()
-        assert error.value.hint == "choose another with `--checkpoint` (1)"
+        assert error.value.hint == "`--checkpoint` of `df sample`, `df eval` and `df runs pack` chooses another (1)"
         assert run.load("last", optimizer=True, fallback=True).step == 1
 
 

@@ -204,7 +204,7 @@ def test_what_cannot_go_is_refused_with_the_way_round_it(tmp_path: Path, case: t
     run = make_run(Bytes(), **values)
     with pytest.raises(UsageError, match=f"with {field}=.* cannot be exported") as caught:
         export(run, tmp_path / "hf")
-    assert f"`--set {instead}`" in caught.value.hint
+    assert f"`df train gpt --set {instead}`" in caught.value.hint
     assert not (tmp_path / "hf").exists()
     changed = values | {field: int(value) if value.isdigit() else {"true": True, "false": False}.get(value, value)}
     assert architecture("gpt", GPTConfig(256, 32, 2, 2, 24, **changed))  # the way round it leads somewhere
@@ -255,7 +255,7 @@ def test_a_plan_says_whether_it_can_be_exported(tmp_path: Path) -> None:
     shown = plan("gpt", [str(tmp_path / "a.txt")], steps=10, device="cpu")
     assert shown.export[0] is None
     assert "ngrams" in shown.export[1]
-    assert "`--set ngrams=1`" in shown.export[1]
+    assert "`df train gpt --set ngrams=1`" in shown.export[1]
     shown = plan("gpt", [str(tmp_path / "a.txt")], steps=10, device="cpu", overrides={"ngrams": "1"})
     assert shown.to_json()["exportable"] == APERTUS
     assert plan("gpt", preset="nano", device="cpu").to_json()["exportable"] == GPT2_MODEL

@@ -15,6 +15,7 @@ import torch
 from dfcli.codecs import Bytes, MuLaw
 from dfcli.errors import CorruptError, DfError, UsageError
 from dfcli.runs import Run, checkpoint, list_runs, newest, remove
+from dfcli.runs.run import refuse_taken
 from dfcli.system import files
 from dfcli.system.events import Note
 from tests.faults import failing
@@ -59,10 +60,13 @@ def test_a_taken_name_is_refused_in_any_case():
     before = tree(run.path)
     with pytest.raises(UsageError, match="a run `Alice` already") as error:
         make_run("Alice")
-    assert "--resume" in error.value.hint
+    assert error.value.hint == "choose another name"
     with pytest.raises(UsageError, match="a run `Alice` already") as error:
-        make_run("alice")
-    assert "--resume" not in error.value.hint
+        refuse_taken("Alice", "continue it")  # what the caller can do
+    assert error.value.hint == "continue it"
+    with pytest.raises(UsageError, match="a run `Alice` already") as error:
+        refuse_taken("alice", "continue it")
+    assert error.value.hint == "choose another name"
     assert tree(run.path) == before
 
 

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from dfcli import cores, kernels
 from dfcli.kernels import gpt_train, wavenet_train
+from dfcli.kernels.compile import Compiled
 from dfcli.kernels.cuda import graph
 from dfcli.system.device import resolve
-from dfcli.system.events import Choice, Note
+from dfcli.system.events import Choice, Note, OnEvent, ignore
 from dfcli.training import presets, recipes, sharding
-from dfcli.training.backend import TorchBackend, unsupported
+from dfcli.training.backend import TorchBackend, choose, unsupported
 from dfcli.training.settings import Recipe
 from dfcli.training.state import State
 from tests.training.test_trainer import Memory, Rows, trainer
@@ -85,6 +86,21 @@ def test_a_machine_whose_numba_is_broken_trains_anyway(core_name: str, monkeypat
     assert len(reasons) == 1
     missing = "the compiled kernels cannot be imported (ModuleNotFoundError" if core_name == "gpt" else "there are no"
     assert reasons[0].startswith(missing)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_it_is_told_once_where_any_kernel_is_compiled(kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = Compiled.load
+
+    def told(self: Compiled, on_event: OnEvent, *arguments: Any) -> None:
+        if not kept or "newton" in self.folder.name:
+            on_event(Note("compiling"))
+        load(self, ignore, *arguments)
+
+    monkeypatch.setattr(Compiled, "load", told)
+    events: list[object] = []
+    choose(cores.build("gpt", GPT), Recipe(), resolve("cpu"), events.append)
+    assert [event for event in events if isinstance(event, Note)] == [Note("compiling")]
 
 
 def test_a_machine_without_a_compiler_trains_anyway(monkeypatch: pytest.MonkeyPatch) -> None:

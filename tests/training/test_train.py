@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -20,7 +21,9 @@ from dfcli.data.dataset import Dataset, list_datasets, remove_dataset
 from dfcli.errors import CorruptError, DfError, UsageError
 from dfcli.evaluation.sweep import sweep
 from dfcli.ingest import download
+from dfcli.ingest.download import corpus_path
 from dfcli.ingest.prepare import prepare
+from dfcli.ingest.reopen import run_dataset
 from dfcli.runs.run import Run, list_runs
 from dfcli.system.device import Device, resolve
 from dfcli.system.events import Choice, Note
@@ -308,6 +311,50 @@ def test_a_removed_dataset_is_prepared_again(text: str) -> None:
     assert (
         Dataset.open(Run.open("a").info["dataset"]["name"]).fingerprint == Run.open("a").info["dataset"]["fingerprint"]
     )
+
+
+def test_a_removed_dataset_with_a_name_is_prepared_again_as_it_was(tmp_path: Path, home: Path) -> None:
+    lines = tmp_path / "names.txt"
+    lines.write_text("".join(f"{a}{b}{c}\n" for a in "abcdefgh" for b in "aeiou" for c in "klmn"))
+    (tmp_path / "val.txt").write_text("anna\nbob\n")
+    prepare([str(lines)], name="names", lines=True, val=[str(tmp_path / "val.txt")], codec="bytes").close()
+    train("gpt", ["names"], steps=2, name="a", overrides=TINY_GPT)
+    remove_dataset("names")
+    (home / "downloads").mkdir()  # a corpus of that name, as `df data get names` fetches it
+    (home / "downloads" / "names.txt").write_bytes(b"abc\n" * 57_036 + b"\n")
+    assert corpus_path("names") is not None
+
+    with plan("gpt", init="a").dataset as dataset:  # type: ignore[union-attr]
+        assert (dataset.lines, dataset.fingerprint) == (True, Run.open("a").dataset["fingerprint"])
+    assert list_datasets() == []
+    with run_dataset(Run.open("a")) as dataset:
+        assert (dataset.name, dataset.fingerprint) == ("names", Run.open("a").dataset["fingerprint"])
+
+    remove_dataset("names")
+    lines.write_text("something else\n" * 100)
+    with pytest.raises(DfError, match="the dataset names that run a was trained on is gone or has changed"):
+        run_dataset(Run.open("a"))
+    assert list_datasets() == []  # what was prepared in vain is not left behind
+
+
+def test_of_piped_or_unknown_sources_nothing_else_is_prepared(
+    text: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(Path(text).read_bytes())))
+    train("gpt", ["-"], steps=2, name="piped", overrides=TINY_GPT)
+    remove_dataset(Run.open("piped").dataset["name"])
+    prepare([text], name="names").close()
+    train("gpt", ["names"], steps=2, name="old", overrides=TINY_GPT)
+    path = Run.open("old").path / "run.json"
+    info = read_json(path)
+    del info["dataset"]["prepared"]  # as an earlier version wrote it
+    write_json(path, info)
+    remove_dataset("names")
+    for name in ("piped", "old"):
+        with pytest.raises(DfError, match="is gone or has changed"):
+            run_dataset(Run.open(name))
+        with pytest.raises(UsageError, match="is gone"):
+            plan("gpt", init=name)
 
 
 def test_resume_falls_back_to_the_checkpoint_before_a_damaged_one(text: str) -> None:
