@@ -169,7 +169,8 @@ def _hint(error: Exception, message: str, program: str, arguments: list[str], co
                 f"to use it type `{line}`; for the disk tool type `{shlex.join(['command', '-p', 'df', *arguments])}`"
             )
     if context is not None and context.parent is not None:
-        return f"`{context.command_path} --help` lists its options"
+        what = "commands" if hasattr(context.command, "commands") else "options"
+        return f"`{context.command_path} --help` lists its {what}"
     if arguments[0] in commands:
         return f"`{program} {arguments[0]} --help` lists its options"
     if "Did you mean" in message or "Possible options" in message:

@@ -251,7 +251,7 @@ def remove(
       df data remove names
       df data remove --unused
     """
-    from dfcli.data.dataset import Dataset, remove_dataset
+    from dfcli.data.dataset import Dataset, folder_of, remove_dataset
     from dfcli.ingest.reuse import unused_datasets
     from dfcli.ingest.sources import list_some
     from dfcli.runs import list_runs
@@ -267,7 +267,7 @@ def remove(
         Dataset.open(name).close()
     needs: dict[str, str] = {}
     for name in names:
-        check_name(name, "dataset")
+        folder_of(name)
         trained = [f"`{run.name}`" for run in list_runs() if run.info.get("dataset", {}).get("name") == name]
         needs[name] = f", which `df eval` needs for {list_some(trained)}" if trained else ""
     listed = ", ".join(f"the dataset `{name}`{need}" for name, need in needs.items())

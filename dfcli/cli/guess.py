@@ -105,11 +105,17 @@ def command_line(program: str, group: str, words: Sequence[str]) -> str:
     if group == "sample":
         command = "wavenet" if kind == "sound" or (kind == "run" and _makes_sound(word)) else "gpt"
         return line(program, f"sample {command}", [*rest, word], [word], {})
+    if group == "train" and word.lower() == "charwavenet":  # a core; its preset is the only way to it
+        return shlex.join(
+            [program, "train", "wavenet", *([] if "--preset" in rest else ["--preset", "makemore"]), *rest]
+        )
     if group == "train":  # its KIND is what stands there
         if kind == "text" and (close := get_close_matches(word.lower(), ["gpt", "wavenet"], 1)):
             return shlex.join([program, "train", *close, *rest])
         model = _preset_kind(word) or ("wavenet" if kind == "sound" or _holds_sound(word) else "gpt")
         return line(program, "train", [model, *rest, word], [word], {})
+    if group == "runs" and word.lower() in ("compare", "diff", "eval") and rest and all(map(_is_run, rest)):
+        return shlex.join([program, "eval", *(part for run in rest for part in ("--run", run))])
     if group == "runs":
         return shlex.join([program, group, "show", word]) if kind == "run" else ""
     if group == "data":

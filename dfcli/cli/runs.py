@@ -17,7 +17,6 @@ from dfcli.cli.layout import Command, Group
 from dfcli.cli.options import Checkpoint, Json, Yes, confirmed
 from dfcli.errors import DfError, UsageError
 from dfcli.system.events import Note
-from dfcli.system.files import check_name
 from dfcli.system.words import counted
 
 if TYPE_CHECKING:
@@ -196,10 +195,11 @@ def remove(
       df runs remove first second --yes
     """
     from dfcli import runs
+    from dfcli.runs.run import folder_of
 
     there = {run.name for run in runs.list_runs()} if len(names) > 1 else {*names}
     for name in names:  # nothing is removed where one of the names is wrong
-        check_name(name, "run")
+        folder_of(name)
         if name not in there:
             runs.Run.open(name)
     listed = ", ".join(f"`{name}`" for name in names)

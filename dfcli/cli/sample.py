@@ -16,7 +16,7 @@ from dfcli.cli import output
 from dfcli.cli.figures import short
 from dfcli.cli.layout import Command, Group
 from dfcli.cli.options import Json, RunName, key_values, reading_stdin, with_options
-from dfcli.cli.signals import INTERRUPTED
+from dfcli.cli.signals import INTERRUPTED, TERMINATED
 from dfcli.errors import DfError, UsageError
 from dfcli.generation.request import SoundRequest, TextRequest
 
@@ -163,8 +163,11 @@ def _write_sound(run: Run, out: str | None, json: bool, listener: output.Listene
     with output.loading():
         from dfcli.generation.sample import AudioProgress, sample_audio
 
+    begun: list[object] = []
+
     def show(event: object) -> None:
         if isinstance(event, AudioProgress):
+            begun[:] = [event]
             of = " in all" if request.num > 1 else ""
             figures = f"{event.seconds:.1f} / {event.total:.1f} s{of}  {event.times_real_time:.2f} × real time"
             listener.bar("sound", event.seconds, event.total, figures)
@@ -172,7 +175,13 @@ def _write_sound(run: Run, out: str | None, json: bool, listener: output.Listene
             listener(event)
 
     output.say(f"run {run.name}", style="dim")
-    result = sample_audio(run, out=target, on_event=show, **options)
+    try:
+        result = sample_audio(run, out=target, on_event=show, **options)
+    except SystemExit as end:
+        listener.close()
+        if end.code == TERMINATED and begun:
+            output.say("stopped early; the finished part is kept")
+        raise
     listener.close()
     if json:
         output.write_json(asdict(result))
@@ -240,7 +249,7 @@ def _prompt(text: str | None, file: Path | None) -> str:
     Standard input is read only where `-` asks for it: inside `while read`, it is the loop's list.
     """
     if text is not None and file is not None:
-        raise UsageError("`--prompt` and `--prompt-file` exclude each other")
+        raise UsageError("`--prompt` and `--prompt-file` exclude each other", "give one of them")
     if text is None and file is None:
         if _stdin_has_data():
             output.say("standard input is not read; `--prompt -` takes the prompt from it", style="dim")
@@ -252,7 +261,8 @@ def _prompt(text: str | None, file: Path | None) -> str:
             with file.open("rb") as stream:
                 return _decode(stream, str(file))
         except OSError as error:
-            raise DfError(f"could not read {file}: {error.strerror}") from None
+            hint = 'check the path, or give the prompt itself: `--prompt "It was"`'
+            raise DfError(f"could not read {file}: {error.strerror}", hint) from None
     if sys.stdin is None:
         raise UsageError("standard input is closed", 'give the prompt with `--prompt "It was"`')
     with reading_stdin("the prompt"):
@@ -290,4 +300,6 @@ def _decode(stream: BinaryIO, source: str) -> str:
     try:
         return data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
-        raise DfError(f"{source} is not UTF-8 text: see byte {error.start:,}") from None
+        name = "FILE" if source == "standard input" else shlex.quote(source)
+        hint = f"convert it, for example from Latin-1: `iconv -f latin1 -t utf-8 {name} > utf-8.txt`"
+        raise DfError(f"{source} is not UTF-8 text: see byte {error.start:,}", hint) from None

@@ -457,12 +457,18 @@ def _no_dataset(name: str) -> UsageError:
     return UsageError(f"there is no dataset {name!r}", hint or "`df data prepare` and `df train` make datasets")
 
 
-def remove_dataset(name: str) -> None:
-    """Remove a prepared dataset, whole or not at all. UsageError when there is none, DfError when it is in use."""
+def folder_of(name: str) -> Path:
+    """The folder of the dataset of that name, which may be damaged. UsageError when there is none."""
     folder = datasets_folder() / check_name(name, "dataset")
     clean_debris(folder.parent)
     if not folder.is_dir():
         raise _no_dataset(name)
+    return folder
+
+
+def remove_dataset(name: str) -> None:
+    """Remove a prepared dataset, whole or not at all. UsageError when there is none, DfError when it is in use."""
+    folder = folder_of(name)
     in_use = DfError(f"the dataset {name} is in use", "wait until training or evaluation on it has ended")
     with preparation_lock(name, wait=0), alone(sorted(folder.glob("*.tokens")), in_use):
         remove_folder(folder)

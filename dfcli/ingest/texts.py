@@ -91,10 +91,10 @@ class Texts(Build):
         lines, characters = sum(text.lines for text in found), sum(text.characters for text in found)
         # A line counts without its line break, which the last line of a file may lack.
         counts = {"lines": lines, "characters_in_lines": characters - lines} if options.lines else {}
-        facts = (counts if options.lines else {"characters": characters}) | {
-            "bytes": sum(text.source.size for text in found),
-            "blank_lines": sum(text.blank for text in found),
-        }
+        facts = counts if options.lines else {"characters": characters}
+        facts["bytes"] = sum(text.source.size for text in found)
+        if options.lines:  # elsewhere a blank line is text like any other, and is not counted
+            facts["blank_lines"] = sum(text.blank for text in found)
         if lacking := self._unknown.total():
             facts["unknown_characters"] = lacking
             if lacking == characters:
@@ -106,9 +106,8 @@ class Texts(Build):
         if self._inside:
             facts["documents"] = lines
         self._tell_about(found)
-        if facts["blank_lines"]:
-            were = "was" if facts["blank_lines"] == 1 else "were"
-            self._on_event(Note(f"{counted(facts['blank_lines'], 'blank line')} {were} left out"))
+        if blank := facts.get("blank_lines"):
+            self._on_event(Note(f"{counted(blank, 'blank line')} {'was' if blank == 1 else 'were'} left out"))
         return Made(codec, boundary, self._complete(rule, "text"), facts)
 
     def _tell_about(self, texts: list[Text]) -> None:
@@ -141,6 +140,7 @@ class Texts(Build):
         found = Alphabet()
         lines = Lines() if self._options.lines else None
         characters = documents = 0
+        blank = not self._options.whole  # what is scored is scored as it is
         about: set[str] = set()
 
         def on_bytes(data: bytes) -> None:
@@ -150,6 +150,7 @@ class Texts(Build):
         try:
             for begins, chunk in self._pieces(source, on_bytes, about, lines):
                 characters += len(chunk)
+                blank = blank and (not chunk or chunk.isspace())
                 if not self._inside and END_OF_TEXT in chunk:
                     about.add(END_OF_TEXT)
                 if several:
@@ -166,6 +167,9 @@ class Texts(Build):
         if characters < 2:
             nothing = "nothing but blank lines" if lines and lines.blank else "empty"
             self._skip(source, "too short: 1 character" if characters else nothing)
+            return None
+        if blank:
+            self._skip(source, "nothing but white space")
             return None
         if alphabet is not None:
             alphabet.join(found)

@@ -372,11 +372,17 @@ def newest(makes: str | None = None, on_event: OnEvent = ignore) -> Run:
     return max(runs, key=lambda run: run.order)
 
 
-def rename(name: str, new: str) -> None:
-    """Give a run of the data home another name. UsageError where there is none or `new` is taken, DfError in use."""
+def folder_of(name: str) -> Path:
+    """The folder of the run of that name in the data home, be it damaged. UsageError if there is none."""
     folder = runs_home() / files.check_name(name, "run")
     if not folder.is_dir():
         raise _no_run(name)
+    return folder
+
+
+def rename(name: str, new: str) -> None:
+    """Give a run of the data home another name. UsageError where there is none or `new` is taken, DfError in use."""
+    folder = folder_of(name)
     files.check_name(new, "run")
     if new.casefold() != name.casefold():
         refuse_taken(new)
@@ -390,9 +396,7 @@ def rename(name: str, new: str) -> None:
 
 def remove(name: str) -> None:
     """Remove a run of the data home, be it damaged. UsageError if there is none, DfError while it is in use."""
-    folder = runs_home() / files.check_name(name, "run")
-    if not folder.is_dir():
-        raise _no_run(name)
+    folder = folder_of(name)
     in_use = DfError(f"run `{name}` is in use: a checkpoint of it is being read", "wait until that has ended")
     with lock.held(folder), files.alone(folder.glob(RUN), in_use):
         if os.name != "nt":

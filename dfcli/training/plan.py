@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -205,7 +206,8 @@ def from_run(request: Request, parent: Run | Folder, on_event: OnEvent) -> Plan:
 def _check_model(request: Request, parent: Run | Folder, given: Given) -> None:
     """Raise UsageError where the weights of `parent` do not fit what is asked for."""
     if parent.kind != request.kind:
-        raise UsageError(f"run `{parent.name}` is a {parent.kind}, not a {request.kind}")
+        hint = f"type `df train {parent.kind} --init {shlex.quote(str(request.init))}`"
+        raise UsageError(f"run `{parent.name}` is a {parent.kind}, not a {request.kind}", hint)
     for key, value in given.config.items():
         if key not in DROPOUTS and value != parent.info["core"]["config"].get(key):
             raise UsageError(f"--init takes the model of run `{parent.name}` as it is: {key} cannot be changed")
@@ -227,6 +229,9 @@ def from_defaults(request: Request, on_event: OnEvent) -> Plan:
     protocol = request.preparation
     dataset = _trainable(prepare_for(data, protocol, None, on_event, request.kind, not request.show))
     conditions = _conditioning(request, {}, core, None, dataset, choices)
+    if core == "gpt" and dataset.kind == "audio":
+        reason = "each token is a sample of the sound; `df train wavenet` is made for it"
+        choices.append(Choice("note", "a GPT on sound", reason))
     given = Given(given.config | _row(conditions, None, given.config), given.recipe)
     draft = recipes.default(core, recipes.corpus_of(dataset), device, given)
     return _of_draft(request, draft, data, protocol, dataset, choices, conditions, None)

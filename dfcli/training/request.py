@@ -6,12 +6,15 @@ Nothing here imports PyTorch, which takes seconds, so that a mistake is reported
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from dfcli.errors import UsageError
+from dfcli.errors import DfError, UsageError
 from dfcli.ingest.request import Request as Preparation
 from dfcli.system import processes
 from dfcli.system.options import check_device, device_option, flag, option, same_option
@@ -174,5 +177,21 @@ def corpus_file(preset: str | None, corpus: str) -> Path:
 
 def about_corpus(corpus: str) -> tuple[str, str]:
     """The description of a preset's corpus, and how to get it."""
-    fetched = f"the corpus `{corpus}`", f"fetch it with `df data get {corpus}`, or give other data with `--data`"
+    other = "give other data with `--data`"
+    if source := _source_of(corpus):
+        other = f"give the text of your dataset: `--data {shlex.quote(source)}`"
+    fetched = f"the corpus `{corpus}`", f"fetch it with `df data get {corpus}`, or {other}"
     return NOT_FETCHED.get(corpus, fetched)
+
+
+def _source_of(name: str) -> str:
+    """The only source of the dataset of that name, where there is one and it is still there; else ""."""
+    from dfcli.data.dataset import Dataset, find_dataset
+
+    if find_dataset(name) is None:
+        return ""
+    with suppress(DfError), Dataset.open(name) as dataset:
+        given = [path for group in dataset.info["sources"].get("given", []) for path in group]
+        if len(given) == 1 and os.path.exists(given[0]):
+            return given[0]
+    return ""

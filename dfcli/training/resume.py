@@ -53,7 +53,8 @@ def plan_of(run: Run, request: Request) -> Plan:
     """The plan that a run was started with, on the device asked for now. UsageError where another option would change
     its result, CorruptError where run.json describes no training."""
     if request.kind != run.kind:
-        raise UsageError(f"run `{run.name}` is a {run.kind}, not a {request.kind}")
+        hint = f"type `df train {run.kind} --name {run.name} --resume`"
+        raise UsageError(f"run `{run.name}` is a {run.kind}, not a {request.kind}", hint)
     if "imported" in run.info:
         hint = f"start a new run from its weights with `--init {run.name}`"
         raise UsageError(f"run `{run.name}` was imported: there is no training to resume", hint)

@@ -128,7 +128,8 @@ def override(core: str, overrides: Mapping[str, str]) -> tuple[dict[str, Any], d
                     parts = [part if "=" in part else "" for part in f"{key}={text}".split(",")]
                     several = len(parts) > 1 and all(parts)
                     hint = f"give each by its own option: `{' '.join(f'--set {part}' for part in parts)}`"
-                    raise UsageError(f"`--set {key}={text}`: {error}", hint if several else "") from None
+                    hint = hint if several else f"for example `--set {key}={_example(table[key])}`"
+                    raise UsageError(f"`--set {key}={text}`: {error}", hint) from None
                 break
         else:
             names = [sorted(table.keys() - {"vocab_size"}) for table in tables]
@@ -137,6 +138,13 @@ def override(core: str, overrides: Mapping[str, str]) -> tuple[dict[str, Any], d
             hint += f"of the {core} core: {', '.join(names[0])}; of the recipe: {', '.join(names[1])}"
             raise UsageError(f"`--set` knows no `{key}`", hint)
     return values
+
+
+def _example(kind: Any) -> str:
+    """A value of a field's type, as it is typed."""
+    if get_args(kind):
+        return ",".join([_example(get_args(kind)[0])] * 2)
+    return {bool: "true", int: "4", float: "0.1"}.get(kind, "auto")
 
 
 def parse(text: str, kind: Any) -> Any:

@@ -34,6 +34,8 @@ def test_prepare_list_show_and_remove(here, tmp_path):
     removed = here("data", "remove", "abc", "--yes")
     assert (removed.code, removed.err) == (0, "removed the dataset `abc`\n")
     assert here("data", "show", "abc").code == 2
+    for group in ("data", "runs"):  # before it is asked whether to remove it
+        assert f"there is no {'dataset' if group == 'data' else 'run'}" in here(group, "remove", "abc").err
     assert here("data", "remove", "abc", "--yes").code == 2
     assert (tmp_path / "a.txt").exists()
 

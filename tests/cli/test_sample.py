@@ -11,6 +11,7 @@ import sys
 import time
 import wave
 from pathlib import Path
+from typing import Any
 
 import pytest
 import soundfile
@@ -39,7 +40,11 @@ def test_the_prompt_comes_from_an_option_a_file_or_a_pipe(here, tmp_path):
     both = here("sample", "gpt", "--prompt", "a", "--prompt-file", "prompt.txt")
     assert both.code == 2
     assert "exclude each other" in both.err
-    assert here("sample", "gpt", "--prompt-file", "none.txt").code == 1
+    missing = here("sample", "gpt", "--prompt-file", "none.txt")
+    assert missing.code == 1
+    assert 'hint: check the path, or give the prompt itself: `--prompt "It was"`' in missing.err
+    (tmp_path / "latin.txt").write_bytes(b"gr\xf6\xdfe")
+    assert "`iconv -f latin1 -t utf-8 latin.txt > utf-8.txt`" in here("sample", "gpt", "--prompt-file", "latin.txt").err
     broken = here("sample", "gpt", "--prompt", "-", stdin=b"It\xffwas")
     assert broken.code == 1
     assert "standard input is not UTF-8 text: see byte 2" in broken.err
@@ -50,6 +55,21 @@ def test_a_prompt_without_end_is_not_read_to_it(here):
     shown = here("sample", "gpt", "--prompt-file", "/dev/zero")
     assert shown.code == 1
     assert "the prompt from /dev/zero has more than 16,777,216 bytes" in shown.err
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_what_a_termination_leaves_is_said(here, trained, monkeypatch, capfd, begun: bool):
+    from dfcli.generation import sample
+
+    def terminated(*_: Any, on_event: Any, **__: Any) -> None:
+        if begun:
+            on_event(sample.AudioProgress(1.0, 200.0, 1.0))
+        raise SystemExit(143)
+
+    monkeypatch.setattr(sample, "sample_audio", terminated)
+    with pytest.raises(SystemExit):
+        here("sample", "wavenet", "--run", "tune", "--seconds", 200, "-o", "long.wav")
+    assert ("stopped early; the finished part is kept" in capfd.readouterr().err) == begun
 
 
 def test_text_as_json(here):

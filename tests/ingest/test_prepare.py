@@ -80,7 +80,7 @@ def test_one_text_is_cut_as_nanogpt_cuts_it(tmp_path: Path) -> None:
     assert set(dataset.splits) == {"train", "val"}
     assert (dataset.kind, dataset.boundary, dataset.lines, dataset.lead) == ("text", None, False, 1)
     assert dataset.info["split_rule"] == "by position: the first 90% train, the last 10% validate"
-    assert dataset.info["facts"] == {"characters": 12_345, "bytes": len(text.encode()), "blank_lines": 0}
+    assert dataset.info["facts"] == {"characters": 12_345, "bytes": len(text.encode())}
     assert [event.what for event in events if isinstance(event, Choice)] == ["codec", "split"]
     progress = [event for event in events if isinstance(event, Progress)]
     assert progress[-1].done == progress[-1].total == len(text.encode())
@@ -464,6 +464,15 @@ def test_what_is_wrong_with_recordings_is_told(tmp_path: Path, monkeypatch: pyte
     assert "1 of 10 recordings is louder than full scale, 1, and cut off there" in notes(events)
     with pytest.raises(DfError, match=r"broken\.wav cannot be used"):
         prepare([str(folder / "broken.wav")])
+
+
+def test_nothing_is_learned_from_white_space(tmp_path: Path) -> None:
+    (tmp_path / "blank.txt").write_text(" \n\n")
+    with pytest.raises(DfError, match="nothing to learn from") as error:
+        prepare([str(tmp_path / "blank.txt")])
+    assert error.value.hint == f"left out: {tmp_path / 'blank.txt'} (nothing but white space)"
+    assert list_datasets() == []
+    prepare([str(tmp_path / "blank.txt")], codec=Bytes(), whole=True).close()
 
 
 def test_nothing_is_learned_from_silence(tmp_path: Path) -> None:

@@ -41,8 +41,11 @@ def test_the_vocabulary_is_not_a_choice() -> None:
     [("layers", "three"), ("layers", "3.5"), ("bias", "maybe"), ("lr", "fast"), ("dilations", "1,,2"), ("layers", "")],
 )
 def test_a_value_of_another_type_is_refused(key: str, text: str) -> None:
-    with pytest.raises(UsageError, match="expected"):
-        override("gpt" if key != "dilations" else "wavenet", {key: text})
+    core = "gpt" if key != "dilations" else "wavenet"
+    with pytest.raises(UsageError, match="expected") as caught:
+        override(core, {key: text})
+    example = caught.value.hint.removeprefix(f"for example `--set {key}=").removesuffix("`")
+    assert any(override(core, {key: example}))  # it works as it is typed
 
 
 @pytest.mark.parametrize(

@@ -282,8 +282,9 @@ def test_the_same_options_are_no_change(text: str, tmp_path: Path, monkeypatch: 
 
 def test_another_kind_is_refused(text: str) -> None:
     train("gpt", [text], steps=2, name="a", overrides=TINY_GPT)
-    with pytest.raises(UsageError, match="is a gpt, not a wavenet"):
+    with pytest.raises(UsageError, match="is a gpt, not a wavenet") as error:
         train("wavenet", name="a", resume=True)
+    assert error.value.hint == "type `df train gpt --name a --resume`"
 
 
 def test_a_run_keeps_its_data_when_the_sources_change(text: str) -> None:
@@ -583,8 +584,33 @@ def test_init_refuses_another_model(text: str) -> None:
     train("gpt", [text], steps=1, name="a", overrides=TINY_GPT)
     with pytest.raises(UsageError, match="layers cannot be changed"):
         train("gpt", [text], steps=1, init="a", overrides={"layers": "3"})
-    with pytest.raises(UsageError, match="is a gpt"):
+    with pytest.raises(UsageError, match="is a gpt") as error:
         train("wavenet", [text], steps=1, init="a")
+    assert error.value.hint == "type `df train gpt --init a`"
+
+
+def test_that_a_gpt_is_trained_on_sound_is_said_once(audio: str, text: str) -> None:
+    def notes(kind: str, data: str) -> list[str]:
+        made = plan(kind, [data])
+        assert made.dataset is not None
+        made.dataset.close()
+        return [choice.reason for choice in made.choices if choice.what == "note"]
+
+    assert notes("gpt", audio) == ["each token is a sample of the sound; `df train wavenet` is made for it"]
+    assert notes("gpt", text) == notes("wavenet", audio) == []
+
+
+def test_a_prepared_dataset_does_not_stand_for_the_corpus_of_a_preset(names: str) -> None:
+    prepare([names], name="names", lines=True).close()
+    with pytest.raises(UsageError, match="the corpus `names`, which is not here") as error:
+        train("wavenet", preset="makemore")
+    assert error.value.hint == f"fetch it with `df data get names`, or give the text of your dataset: `--data {names}`"
+    with pytest.raises(UsageError, match="another split") as error:
+        train("wavenet", ["names"], preset="makemore")
+    assert error.value.hint == f"give its source instead of its name: {names}"
+    made = plan("wavenet", [names], preset="makemore")  # works as it is typed
+    assert made.dataset is not None
+    made.dataset.close()
 
 
 def test_a_character_the_other_run_never_saw_is_named(text: str, tmp_path: Path) -> None:
