@@ -16,6 +16,7 @@ from dfcli.generation.outputs import check_format
 from dfcli.generation.request import SoundRequest, TextRequest
 from dfcli.ingest.audio import Recording
 from dfcli.ingest.containers import EXTENSIONS, unusable
+from dfcli.ingest.reopen import origin
 from dfcli.ingest.sources import refuse_missing
 from dfcli.runs.run import Run
 from dfcli.system.words import closest
@@ -92,8 +93,7 @@ def check_sound(run: Run, request: SoundRequest, out: str | Path | BinaryIO) -> 
 
 def a_recording(run: Run) -> str:
     """A recording that the run was trained on, for an example."""
-    record = run.info.get("dataset", {})
-    for source in record.get("prepared", {}).get("sources") or record.get("sources", ()):
+    for source in origin(run.info.get("dataset", {}))[0]:
         if os.path.isfile(source):
             return source
         for place, folders, names in os.walk(source):

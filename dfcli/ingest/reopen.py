@@ -61,11 +61,11 @@ def prepared_from(dataset: Dataset) -> dict[str, Any]:
 def origin(record: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
     """The sources of the dataset in a run's `record`, and the arguments of `prepare` that make it of them. No sources
     where only the name of the dataset is known, and for standard input."""
-    if made := record.get("prepared"):
-        data, options = made["sources"], made["options"]
-    else:
-        data, options = record.get("sources", []), record.get("protocol", {})
-    return ([], {}) if STDIN in data or data == [record["name"]] else (data, options)
+    made = record.get("prepared") or {"sources": record.get("sources", []), "options": record.get("protocol", {})}
+    data, options = (made.get("sources"), made.get("options")) if isinstance(made, dict) else (None, None)
+    if not isinstance(data, list) or not isinstance(options, dict) or not all(isinstance(item, str) for item in data):
+        return [], {}
+    return ([], {}) if STDIN in data or data == [record.get("name")] else (data, options)
 
 
 def prepare_for(

@@ -23,7 +23,7 @@ from dfcli.evaluation.sweep import sweep
 from dfcli.ingest import download
 from dfcli.ingest.download import corpus_path
 from dfcli.ingest.prepare import prepare
-from dfcli.ingest.reopen import run_dataset
+from dfcli.ingest.reopen import origin, run_dataset
 from dfcli.runs.run import Run, list_runs
 from dfcli.system.device import Device, resolve
 from dfcli.system.events import Choice, Note
@@ -336,6 +336,12 @@ def test_a_removed_dataset_with_a_name_is_prepared_again_as_it_was(tmp_path: Pat
     with pytest.raises(DfError, match="the dataset names that run a was trained on is gone or has changed"):
         run_dataset(Run.open("a"))
     assert list_datasets() == []  # what was prepared in vain is not left behind
+
+
+def test_a_record_of_another_shape_names_no_sources() -> None:
+    for made in ("x", ["x"], {"sources": "x"}, {"sources": [1], "options": {}}, {"sources": ["x"], "options": []}):
+        assert origin({"name": "a", "prepared": made, "sources": ["y"], "protocol": {}}) == ([], {})
+    assert origin({"name": "a", "sources": ["y"], "protocol": {"lines": True}}) == (["y"], {"lines": True})
 
 
 def test_of_piped_or_unknown_sources_nothing_else_is_prepared(
