@@ -58,7 +58,7 @@ TILE = 32  # outputs of one tile of `multiply`, in vectors of WIDTH; channels ar
 WIDTH = 8
 TINY = (127 - 60) << 23  # the bits of 2^-60 as a float32
 _NEAR = 128  # inputs of such a tile whose weights take 16 KiB
-AMX = (  # of this processor, and not taken from numba, which compiles for another one where that is asked for
+AMX = (  # whether this processor has it, and numba is not told to compile for another one
     sys.platform == "linux"
     and binding.get_host_cpu_features().get("amx-bf16", False)
     and not (config.CPU_NAME or config.CPU_FEATURES)  # type: ignore[attr-defined]
